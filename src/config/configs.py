@@ -1,0 +1,461 @@
+"""Every setting of the project: model presets and one frozen, validated dataclass per training stage.
+
+`get_configs("gpt2-medium/lora")` gives a model preset. `parse_cli(SFTConfig)` turns a stage's dataclass into its command line; the
+defaults it shows depend on the preset named by `--config`, because a 0.75 M-parameter model and a 355 M one want different recipes.
+Where a default comes from a paper or another code base, the recipe table below says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import arg
+
+from config.user_error import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and options of one GPT-2. Enough to rebuild the module from."""
+
+    name: str = "gpt2"
+    """Preset or source the sizes came from."""
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads per block; must divide n_embd."""
+    n_embd: int = 768
+    """Channels of the residual stream."""
+    block_size: int = 1024
+    """Longest sequence in tokens (rows of the position table)."""
+    vocab_size: int = 50257
+    """Columns of the logits: the tokenizer's ids, EOS included, the virtual PAD not."""
+    embedding_rows: int = 0
+    """Rows of the token table; 0 means vocab_size. A padded table (50304) has more: its extra logits are never computed."""
+    dropout: float = 0.0
+    """Embedding, attention and residual dropout (SFT only; reward model and PPO always run with 0)."""
+    lora_rank: int = 0
+    """Rank of the adapters on the attention and feed-forward projections; 0 trains the weights themselves."""
+    lora_alpha: float = 16.0
+    """Adapter output is scaled by alpha / rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    init_std: float = 0.02
+    """Standard deviation of random initial weights."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory for about a third more time."""
+
+    def __post_init__(self) -> None:
+        for field in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            _require(getattr(self, field) >= 1, f"model config: {field} must be at least 1, not {getattr(self, field)}")
+        _require(self.n_embd % self.n_head == 0, f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        _require(self.lora_rank >= 0, f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}")
+        _require(0 <= self.dropout < 1 and 0 <= self.lora_dropout < 1, "model config: dropout must be in [0, 1)")
+        if self.embedding_rows == 0:
+            object.__setattr__(self, "embedding_rows", self.vocab_size)
+        _require(
+            self.embedding_rows >= self.vocab_size,
+            f"model config: embedding_rows {self.embedding_rows} is smaller than vocab_size {self.vocab_size}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def lora_scaling(self) -> float:
+        """alpha / rank (LoRA, Hu et al. 2021, section 4.1)."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+
+    @property
+    def family(self) -> str:
+        """The preset without its variant: gpt2-medium of gpt2-medium/lora."""
+        return self.name.partition("/")[0] if self.name in PRESETS else self.name
+
+    def same_sizes(self, other: GPTConfig) -> bool:
+        """Whether weights of one fit the other, adapters aside."""
+        sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "embedding_rows")
+        return all(getattr(self, size) == getattr(other, size) for size in sizes)
+
+    def with_options(self, preset: GPTConfig) -> GPTConfig:
+        """These sizes with the name, adapters, dropout and memory options of a preset."""
+        options = ("name", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "activation_checkpointing")
+        return replace(self, **{option: getattr(preset, option) for option in options})
+
+
+# Radford et al. 2019, table 2; head counts as in the released checkpoints (GPT-2 small has 12).
+_SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+    # The offline model. std 0.02 is far too small at 128 channels: the facts of the demo are then learned much later.
+    "gpt2-nano": dict(n_layer=3, n_head=4, n_embd=128, block_size=192, vocab_size=1024, init_std=0.06),
+}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "dropout": dict(dropout=0.2),
+    "lora": dict(lora_rank=8, lora_alpha=16.0),
+}
+PRESETS = tuple(size + ("/" + variant if variant else "") for size in _SIZES for variant in _VARIANTS)
+
+
+def get_configs(name: str) -> GPTConfig:
+    """The model preset called `name` (`gpt2`, `gpt2-medium/lora`, ...).
+
+    Raises:
+        UserError: the name is unknown; the message lists every preset.
+    """
+    if name not in PRESETS:
+        raise UserError(f"--config {name}: no such preset; there are {', '.join(PRESETS)}")
+    size, _, variant = name.partition("/")
+    overrides = dict(_VARIANTS[variant])
+    if name == "gpt2-nano/lora":
+        overrides = dict(lora_rank=16, lora_alpha=32.0)  # 128 channels need a larger share of them to move as far
+    return GPTConfig(name=name, **_SIZES[size], **overrides)
+
+
+# --------------------------------------------------------------------------------------------------------------------- stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What all three stages have in common."""
+
+    name: Annotated[str, arg(aliases=["-n"])] = "demo"
+    """Experiment name; the run's folder is runs/STAGE_NAME_TIME."""
+    config: str = "gpt2-nano"
+    """Model preset: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-nano, plain or with /dropout or /lora. With a pre-trained model
+    the sizes are the model's; the preset gives dropout, adapters and the recipe."""
+    dataset: str = "demo"
+    """hh, rm-static, sft-static, hh-sft, demo, demo-text, or the path of a .jsonl or .jsonl.gz file."""
+    strategy: Annotated[Literal["naive"], arg(aliases=["-s"])] = "naive"
+    """How the work is spread over devices: naive is one device."""
+    batch_size: Annotated[int, arg(aliases=["-b"])] = 8
+    """Rows in one forward and backward pass: the knob for memory. Results do not depend on it."""
+    global_batch_size: int = 32
+    """Rows (SFT, PPO) or prompts (RM) behind one optimizer step; micro-batches of -b rows are accumulated to it."""
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps (PPO: iterations); 0: as many as the epochs (PPO: --iterations) give."""
+    eval_every: int = 100
+    """Steps (PPO: iterations) between held-out evaluations."""
+    eval_examples: int = 256
+    """Held-out examples per evaluation."""
+    save_every: int = 500
+    """Steps (PPO: iterations) between checkpoints."""
+    keep: int = 2
+    """How many of the newest step checkpoints to keep (best/ and final/ come on top)."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl and TensorBoard (PPO logs every iteration)."""
+    max_length: int = 0
+    """Longest row in tokens, prompt and response together; 0: the model's context."""
+    skip_bad_rows: bool = False
+    """Count and report malformed rows instead of stopping at the first."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes CUDA, then MPS, then the CPU."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Matrix precision; weights and optimizer stay fp32. auto: bf16 where the GPU has it, fp16 with loss scaling on older ones, fp32 on the CPU."""
+    seed: int = 0
+    """Seed of initialisation, data order, dropout and sampling."""
+    runs_dir: str = "runs"
+    """Where run folders are made and looked for."""
+    resume: str = ""
+    """auto: go on with the newest unfinished run of this name; PATH: with that run or checkpoint folder."""
+
+    def __post_init__(self) -> None:
+        get_configs(self.config)
+        _require(bool(self.name) and not set(self.name) & set("/\\ \0"), f"--name {self.name!r}: use letters, digits, - and _, no spaces or slashes")
+        for field in ("batch_size", "global_batch_size", "eval_every", "save_every", "log_every", "eval_examples", "keep"):
+            self._at_least(field, 1)
+        for field in ("max_steps", "max_length", "seed"):
+            self._at_least(field, 0)
+        self._positive("lr")
+        self._positive("max_grad_norm")
+        _require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: must be 0 or more")
+        if self.batch_size > self.global_batch_size:  # asking for larger passes means asking for a larger step
+            object.__setattr__(self, "global_batch_size", self.batch_size)
+
+    def _at_least(self, field: str, low: int) -> None:
+        value = getattr(self, field)
+        _require(value >= low, f"{_flag(field)} {value}: must be {low} or more")
+
+    def _positive(self, field: str) -> None:
+        value = getattr(self, field)
+        _require(value > 0 and value < float("inf"), f"{_flag(field)} {value}: must be a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning: next-token loss on the response tokens and EOS (specification: README, "The details")."""
+
+    pretrain: Annotated[str, arg(aliases=["-p"])] = "scratch"
+    """Start from: scratch, huggingface (the hub model of the preset's name), a Hugging Face name or folder, or one of our runs or checkpoints."""
+    tokenizer: str = "auto"
+    """auto, gpt2, demo, or a folder with a Hugging Face tokenizer. auto: the pre-trained model's own."""
+    freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
+    """What stays fixed: auto is lora for a LoRA preset and none otherwise."""
+    epochs: int = 1
+    """Passes over the data."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.1
+    """The cosine schedule ends at this share of the peak."""
+    beta2: float = 0.95
+    """Second-moment decay of AdamW."""
+    sample_tokens: int = 64
+    """Tokens per sample drawn at evaluations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least("epochs", 1)
+        self._at_least("warmup_steps", 0)
+        self._at_least("sample_tokens", 1)
+        _require(0 <= self.min_lr_ratio <= 1, f"--min-lr-ratio {self.min_lr_ratio}: must be in [0, 1]")
+        _require(0 < self.beta2 < 1, f"--beta2 {self.beta2}: must be in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMConfig(RunConfig):
+    """Reward model: ranked completions of one prompt, one score each, one epoch (InstructGPT eq. 1)."""
+
+    pretrain: Annotated[str, arg(aliases=["-p"])] = "sft_demo"
+    """The SFT run or checkpoint that the trunk starts from."""
+    freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
+    """What stays fixed beside the head: auto is lora for a LoRA preset and none otherwise."""
+    epochs: int = 1
+    """Passes over the data; a second one overfits (InstructGPT, section 3.5)."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """The cosine schedule ends at this share of the peak."""
+    normalise_prompts: int = 256
+    """Training prompts whose SFT samples set the reward's mean to 0 and deviation to 1."""
+    temperature: float = 0.0
+    """Sampling temperature of those samples; 0 takes PPO's default for the preset, and it must be the one PPO samples at."""
+    response_length: int = 0
+    """Longest sampled response in tokens; 0 takes PPO's default for the preset."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least("epochs", 1)
+        self._at_least("warmup_steps", 0)
+        self._at_least("normalise_prompts", 8)
+        ppo = stage_defaults(PPOConfig, self.config)
+        if self.temperature == 0:
+            object.__setattr__(self, "temperature", ppo.temperature)
+        if self.response_length == 0:
+            object.__setattr__(self, "response_length", ppo.response_length)
+        self._positive("temperature")
+        self._at_least("response_length", 1)
+        _require(0 <= self.min_lr_ratio <= 1, f"--min-lr-ratio {self.min_lr_ratio}: must be in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(RunConfig):
+    """PPO with a KL-penalised reward (Ziegler et al. 2019; Stiennon et al. 2020). --global-batch-size is the rollout batch."""
+
+    actor: Annotated[str, arg(aliases=["-a"])] = "sft_demo"
+    """The SFT run or checkpoint: start of the policy and the frozen reference."""
+    critic: Annotated[str, arg(aliases=["-c"])] = "auto"
+    """The reward-model run or checkpoint: the frozen reward and the start of the critic. auto: rm_demo, or, when --reward-fn takes
+    the reward model's place, none: the critic then starts from the SFT model with a head of zeros."""
+    reward_fn: str = ""
+    """FILE.py:FUNCTION, a reward (prompts, responses) -> floats, in place of the reward model or added to it (--reward-fn-weight)."""
+    reward_fn_weight: float = 0.0
+    """0: --reward-fn replaces the reward model; otherwise reward = model score + weight x function."""
+    eval_reward_fn: str = ""
+    """FILE.py:FUNCTION, reported at evaluations as eval/gold and never trained on."""
+    freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
+    """What stays fixed beside the value head: auto is lora for a LoRA preset and none otherwise."""
+    iterations: int = 200
+    """Rollout-and-update rounds."""
+    ppo_epochs: int = 4
+    """Passes over each rollout batch."""
+    minibatches: int = 1
+    """Optimizer steps per pass."""
+    critic_lr: float = 1e-5
+    """Peak learning rate of the critic; --lr is the actor's."""
+    response_length: int = 64
+    """Longest response in tokens."""
+    prompt_length: int = 0
+    """Longest prompt in tokens, cut from the left; 0: what the context leaves beside the response."""
+    temperature: float = 0.7
+    """Sampling temperature; every log-probability is taken at it."""
+    kl_coef: float = 0.05
+    """beta: weight of the per-token KL penalty in the reward."""
+    kl_target: float = 0.0
+    """Aim for this many nats per response with an adaptive beta (Ziegler et al. 2019, section 2.2); 0: beta is fixed."""
+    kl_horizon: int = 10000
+    """Episodes over which the adaptive beta reacts."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE lambda."""
+    clip_eps: float = 0.2
+    """Policy ratio clip."""
+    value_clip_eps: float = 0.2
+    """Value clip, in units of the normalised reward; 0: no value clip."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    missing_eos_penalty: float = 1.0
+    """Subtracted from the score of a response that never ended."""
+    kl_stop: float = 0.0
+    """Skip the rest of an update when approxkl passes 1.5 times this; 0: never."""
+    whiten_rewards: bool = False
+    """Scale rewards to unit variance; off because the reward model is normalised already."""
+    critic_warmup: int = 0
+    """Iterations in which only the critic learns."""
+    warmup_iterations: int = 0
+    """Iterations over which both learning rates rise linearly before they fall to 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("iterations", "ppo_epochs", "minibatches", "response_length", "kl_horizon"):
+            self._at_least(field, 1)
+        for field in ("critic_warmup", "warmup_iterations", "prompt_length"):
+            self._at_least(field, 0)
+        for field in ("critic_lr", "temperature", "clip_eps"):
+            self._positive(field)
+        for field in ("kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop"):
+            value = getattr(self, field)
+            _require(0 <= value < float("inf"), f"{_flag(field)} {value}: must be 0 or more")
+        for field in ("gamma", "lam"):
+            _require(0 <= getattr(self, field) <= 1, f"{_flag(field)} {getattr(self, field)}: must be in [0, 1]")
+        _require(
+            self.minibatches <= self.global_batch_size,
+            f"--minibatches {self.minibatches}: at most one per rollout row (--global-batch-size {self.global_batch_size})",
+        )
+        _require(not (self.kl_target and not self.kl_coef), "--kl-target: an adaptive coefficient needs a start above 0; set --kl-coef")
+        _require(not (self.reward_fn_weight and not self.reward_fn), "--reward-fn-weight: needs --reward-fn FILE.py:FUNCTION")
+
+
+StageConfig = TypeVar("StageConfig", SFTConfig, RMConfig, PPOConfig)
+
+# Recipes. GPT-2 sizes: specification A6 (SFT 2e-5..1e-4, cosine to 10 %), B5 (RM one epoch, 1e-5..5e-5, 32-64 prompts) and the
+# default PPO table (actor 3e-6, critic 1e-5 for full fine-tuning; C22: LoRA 1e-4..3e-4). gpt2-nano: tuned on the offline demo.
+_RECIPES: dict[str, dict[type, dict[str, Any]]] = {
+    "gpt2": {
+        SFTConfig: dict(dataset="hh-sft", pretrain="huggingface", batch_size=8, global_batch_size=32, lr=5e-5, eval_every=200),
+        RMConfig: dict(dataset="rm-static", batch_size=8, global_batch_size=32, lr=2e-5, eval_every=200),
+        PPOConfig: dict(dataset="rm-static", batch_size=8, global_batch_size=128, lr=3e-6, critic_lr=1e-5, eval_every=10, save_every=20),
+    },
+    "gpt2-nano": {
+        SFTConfig: dict(batch_size=64, global_batch_size=64, lr=3e-3, epochs=3, eval_every=150, warmup_steps=30),
+        RMConfig: dict(batch_size=64, global_batch_size=64, lr=1e-3, eval_every=100, eval_examples=1000),
+        PPOConfig: dict(
+            batch_size=64, global_batch_size=128, lr=3e-4, critic_lr=5e-4, iterations=40, temperature=1.0, kl_coef=0.1,
+            response_length=64, eval_every=10, save_every=10,
+        ),
+    },
+}  # fmt: skip
+_LORA_RECIPES: dict[str, dict[type, dict[str, Any]]] = {
+    "gpt2": {SFTConfig: dict(lr=2e-4), RMConfig: dict(lr=2e-4), PPOConfig: dict(lr=1e-4, critic_lr=2e-4)},
+    "gpt2-nano": {SFTConfig: dict(lr=5e-3), RMConfig: dict(lr=3e-3), PPOConfig: dict(lr=1e-3, critic_lr=1e-3)},
+}
+
+
+def stage_defaults(stage: type[StageConfig], preset: str) -> StageConfig:
+    """The default configuration of a stage for a model preset.
+
+    Raises:
+        UserError: the preset is unknown.
+    """
+    model = get_configs(preset)
+    family = "gpt2-nano" if preset.startswith("gpt2-nano") else "gpt2"
+    values = dict(_RECIPES[family][stage])
+    if model.lora_rank:
+        values |= _LORA_RECIPES[family][stage]
+    return stage(config=preset, **values)
+
+
+# ----------------------------------------------------------------------------------------------------------------- command line
+
+
+def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
+    """Parse a stage's command line; the defaults shown and used are those of the preset that `--config` names.
+
+    Raises:
+        UserError: an unknown flag (the message lists the flags), a bad value, or a value out of range.
+        SystemExit: with 0, after `--help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _reject_unknown_flags(stage, argv)
+    preset = next((f.default for f in fields(stage) if f.name == "config"), "gpt2-nano")
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            preset = argv[i + 1]
+        elif word.startswith("--config="):
+            preset = word.split("=", 1)[1]
+    defaults = stage_defaults(stage, preset)
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(stage, args=argv, default=defaults, description=stage.__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box; the contract is one line.
+        words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue()).split())
+        raise UserError(words.removeprefix("Parsing error ").split(" For full helptext")[0]) from None
+
+
+def _reject_unknown_flags(stage: type, argv: list[str]) -> None:
+    flags = [_flag(f.name) for f in fields(stage)]
+    short = ["-n", "-s", "-b"] + (["-a", "-c"] if stage is PPOConfig else ["-p"])
+    known = set(flags) | {"--no-" + f[2:] for f in flags} | set(short) | {"-h", "--help"}
+    for word in argv:
+        flag = word.split("=", 1)[0].replace("_", "-")
+        looks_like_flag = word.startswith("--") or (len(word) == 2 and word[0] == "-" and word[1].isalpha())
+        if looks_like_flag and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f" did you mean {near[0]}?" if near else ""
+            raise UserError(f"{flag}: no such flag;{hint} there are {', '.join(short + sorted(flags))}")
+
+
+def resolved(config: RunConfig | GPTConfig) -> dict[str, Any]:
+    """The configuration as plain JSON values, for hyperparams.json and checkpoints."""
+    return asdict(config)
+
+
+def model_config_from_dict(values: dict[str, Any], where: str) -> GPTConfig:
+    """Rebuild a model config from `resolved()` output read from `where`.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is of the wrong type or out of range.
+    """
+    known = {f.name: f for f in fields(GPTConfig)}
+    extra, missing = set(values) - set(known), set(known) - set(values)
+    if extra or missing:
+        raise UserError(f"{where}: model config has unknown keys {sorted(extra)} and lacks {sorted(missing)}; it was written by another version")
+    for key, value in values.items():
+        default = known[key].default
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise UserError(f"{where}: model config {key} is {value!r}, expected {kinds[-1].__name__}")
+    return replace(GPTConfig(), **values)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

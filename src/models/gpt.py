@@ -1,0 +1,282 @@
+"""GPT-2 by hand, with LoRA, a KV cache and padding on either side (Radford et al. 2019).
+
+Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head, d = nh * hd
+channels, V vocabulary. Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...).
+
+Padding: `att[b, s]` says which tokens are real. Position ids count real tokens only (`clamp(cumsum(att) - 1, 0)`), so a row means the
+same with any amount of padding on either side; GPT-2's positions are absolute, and without this a left-padded row is silently wrong.
+PAD is an id outside the token table: it is replaced by 0 before the lookup and hidden by the mask.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config.configs import GPTConfig
+from models import checkpoint as model_checkpoint
+from models import huggingface
+from models.lora import freeze_weights, projection
+from models.roles import CriticRole, RewardRole
+
+if TYPE_CHECKING:
+    from inference.generate import Generation
+
+
+@dataclass
+class KVCache:
+    """Keys and values of everything seen so far, preallocated.
+
+    keys, values: one [B, nh, S_max, hd] tensor per layer; length: columns filled; att: [B, S_max] bool, which of them are real.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    att: Tensor
+    length: int = 0
+
+    @classmethod
+    def allocate(cls, config: GPTConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """An empty cache for `rows` sequences of at most `columns` tokens."""
+        shape = (rows, config.n_head, columns, config.head_dim)
+        return cls(
+            keys=[torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)],
+            values=[torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)],
+            att=torch.zeros(rows, columns, device=device, dtype=torch.bool),
+        )
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, nh, L, hd] behind what layer `layer` holds; returns all its keys and values [B, nh, S, hd]."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drop all rows but `rows` (int64 indices), so that finished sequences cost nothing more."""
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.att = self.att[rows]
+
+
+class MaskedMultiheadSelfAttention(nn.Module):
+    """Causal self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = projection(config, config.n_embd, 3 * config.n_embd)
+        self.c_proj = projection(config, config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x [B, L, d]; mask bool [B, 1, L, S], true where a query may look, or None for plain causal attention."""
+        B, L, d = x.shape
+        q, k, v = self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, L, hd)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, nh, S, hd)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None and L > 1
+        )  # (B, nh, L, hd)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, L, d)))
+
+
+class FeedForwardNetworks(nn.Module):
+    """Two projections with the tanh approximation of GELU between them, as in the released GPT-2."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = projection(config, config.n_embd, 4 * config.n_embd)
+        self.c_proj = projection(config, 4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, L, d] -> [B, L, d]."""
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class TransformerDecoderBlock(nn.Module):
+    """LayerNorm before each of attention and feed-forward, both added to the residual stream."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.attn = MaskedMultiheadSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+        self.mlp = FeedForwardNetworks(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x [B, L, d] -> [B, L, d]."""
+        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+        return x + self.mlp(self.ln_2(x))
+
+
+class TransformerDecoder(nn.Module):
+    """Token and position tables, the blocks, the final LayerNorm."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.embedding_rows, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(TransformerDecoderBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
+
+    def forward(self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool) -> Tensor:
+        """ids, att [B, L] -> final hidden states [B, L, d]."""
+        ids, positions, mask = self._inputs(ids, att, cache, right_padded)
+        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, L, d)
+        for layer, block in enumerate(self.h):
+            if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+                # Non-reentrant: the reentrant form gives adapters no gradient when the embeddings are frozen.
+                x = checkpoint(block, x, mask, None, layer, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, layer)
+        if cache is not None:
+            cache.length += ids.shape[1]
+        return self.ln_f(x)
+
+    def _inputs(
+        self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids safe to look up [B, L], position ids [B, L] or [L], and the attention mask [B, 1, L, S] (None: plain causal)."""
+        B, L = ids.shape
+        seen = cache.length if cache is not None else 0
+        if seen + L > self.config.block_size:
+            raise ValueError(f"{seen + L} tokens do not fit the context of {self.config.block_size}")
+        if cache is None and (att is None or right_padded):
+            # Rows start at column 0: causal attention hides the padding behind each row without a mask.
+            positions = torch.arange(L, device=ids.device)
+            return ids if att is None else ids.masked_fill(~att, 0), positions, None
+        if att is None:
+            att = torch.ones(B, L, dtype=torch.bool, device=ids.device)
+        all_att = att
+        if cache is not None:
+            cache.att[:, seen : seen + L] = att
+            all_att = cache.att[:, : seen + L]
+        positions = (all_att.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
+        causal = torch.ones(L, seen + L, dtype=torch.bool, device=ids.device).tril(seen)
+        mask = all_att[:, None, None, :] & causal  # (B, 1, L, S)
+        # A padding query that may look at nothing would be a softmax over nothing: let each query see itself.
+        own = torch.eye(L, dtype=torch.bool, device=ids.device)
+        mask[:, :, :, seen:] |= own
+        return ids.masked_fill(~att, 0), positions, mask
+
+
+class GPT(nn.Module):
+    """A GPT-2 language model. The output projection is the token table itself (tied by construction)."""
+
+    role = "lm"
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = TransformerDecoder(config)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """GPT-2's initialisation: N(0, init_std), residual projections scaled down by sqrt(2 * n_layer); adapters by loralib."""
+        std = self.config.init_std
+        for name, parameter in self.transformer.named_parameters():
+            if name.endswith(("lora_A", "lora_B")) or ".ln_" in name or name.startswith("ln_"):
+                continue
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("c_proj.weight"):
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
+            else:
+                parameter.normal_(0.0, std)
+
+    def hidden(
+        self, ids: Tensor, att: Tensor | None = None, cache: KVCache | None = None, right_padded: bool = False
+    ) -> Tensor:
+        """Final hidden states.
+
+        Args:
+            ids: [B, L] int64; anything may stand where att is false.
+            att: [B, L] bool, true on real tokens; None when all are. Padding may be on either side.
+            cache: keys and values of the tokens before these; this call's are appended.
+            right_padded: promise that every row starts at column 0, which saves building a mask.
+
+        Returns:
+            [B, L, d]; the states at padding are meaningless but finite.
+
+        Raises:
+            ValueError: more tokens than the context holds.
+        """
+        return self.transformer(ids, att, cache, right_padded)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] in fp32 from hidden states [..., d].
+
+        The product is taken in fp32 whatever the autocast dtype: GPT-2's logits share a large common offset, where bf16 is spaced
+        0.25 to 0.5 apart, as much as PPO's clip range.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.transformer.wte.weight[: self.config.vocab_size].float())
+
+    def forward(
+        self, ids: Tensor, att: Tensor | None = None, right_padded: bool = False, at: Tensor | None = None
+    ) -> Tensor:
+        """Logits in fp32; those of column j predict column j + 1.
+
+        Args:
+            ids, att, right_padded: see `hidden`.
+            at: [N] int64 indices into the B * L flattened columns; only those are projected onto the vocabulary, which is most of
+                the memory of a language model's loss.
+
+        Returns:
+            [B, L, V], or [N, V] with `at`.
+        """
+        h = self.hidden(ids, att, right_padded=right_padded)
+        return self.lm_head(h if at is None else h.flatten(0, 1)[at])
+
+    def freeze_weights(self, method: str) -> None:
+        """Choose what trains: "lora", "last_block" or "none"; heads always do. See `models.lora.freeze_weights`."""
+        freeze_weights(self, method)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, config: GPTConfig | None = None, adapters: str = "keep") -> Self:
+        """Load one of our checkpoint folders into this role. See `models.checkpoint.load_model`."""
+        return model_checkpoint.load_model(cls, Path(folder), config, adapters)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, config: GPTConfig | None = None, vocab_size: int | None = None) -> Self:
+        """Load GPT-2 weights in Hugging Face's form. See `models.huggingface.load_pretrained`."""
+        return huggingface.load_pretrained(cls, name_or_path, config, vocab_size)
+
+    def save_pretrained(self, folder: str | Path, eos_id: int | None = None) -> None:
+        """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads; adapters are merged into the weights."""
+        huggingface.save_pretrained(self, Path(folder), eos_id)
+
+    def generate(self, prompt: Tensor, max_new_tokens: int, eos_id: int, **sampling) -> Tensor:
+        """Continue one prompt [P] of token ids; returns the new ids [n], EOS included. See `inference.generate.generate`."""
+        return self.batch_generate([prompt], max_new_tokens, eos_id, **sampling).row(0)
+
+    def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int, **sampling) -> Generation:
+        """Continue prompts of mixed length. See `inference.generate.generate`."""
+        from inference.generate import generate  # here, because inference is built on models and not the other way round
+
+        return generate(self, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
+
+
+class GPTActor(GPT):
+    """The policy: a language model under its name in PPO."""
+
+
+class GPTCritic(CriticRole, GPT):
+    """State values from a GPT-2 trunk with a scalar head."""
+
+
+class GPTRewardModel(RewardRole, GPT):
+    """One score per sequence from a GPT-2 trunk with a scalar head."""

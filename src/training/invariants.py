@@ -1,0 +1,72 @@
+"""What must hold while PPO runs. A violation stops the run with an explanation: a curve would only hint at it days later."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from training.experience import Experience
+
+# Largest |ratio - 1| of any token before the first step of an iteration. fp32 leaves rounding only.
+_DRIFT = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 2e-2}
+
+
+class InvariantError(RuntimeError):
+    """The training code or its inputs break an assumption that PPO rests on."""
+
+
+def check_first_minibatch(policy: dict[str, Tensor], value: dict[str, Tensor], dtype: str) -> None:
+    """Before the first step of an iteration the policy is the one that sampled: ratio 1, nothing clipped, values unchanged.
+
+    Args:
+        policy, value: means of PolicyStats and ValueStats over the first minibatch.
+        dtype: fp32, bf16 or fp16.
+
+    Raises:
+        InvariantError: it does not hold; the message lists the usual causes.
+    """
+    figures = torch.stack([policy["ratio_drift"], policy["ratio_mean"] - 1, policy["clipfrac"], value["value_drift"]]).tolist()
+    drift, mean_off, clipfrac, value_drift = figures
+    limit = _DRIFT[dtype]
+    if not (drift <= limit and abs(mean_off) <= limit and clipfrac == 0 and value_drift <= 10 * limit):
+        raise InvariantError(
+            f"before the first step of an iteration the importance ratio must be 1 and the values unchanged, but max |ratio - 1| is {drift:.2e} "
+            f"(limit {limit:.0e}), clip fraction {clipfrac:.3f}, max |V - V_old| {value_drift:.2e}. Usual causes: dropout left on, another "
+            "temperature or other position ids in one of the two forwards, weights changed between rollout and update"
+        )
+
+
+def check_reference(experience: Experience, dtype: str) -> None:
+    """At the first iteration policy and reference are one model: the KL is 0 for every token.
+
+    Raises:
+        InvariantError: they differ.
+    """
+    gap = float((experience.logp - experience.logp_ref).abs().max())
+    if not gap <= _DRIFT[dtype]:
+        raise InvariantError(
+            f"at the first iteration policy and reference must agree, but their log-probabilities differ by up to {gap:.2e}. Usual causes: "
+            "two different checkpoints, adapters that do not start at zero, an adapter left on in the reference, dropout"
+        )
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
+    """The reference and the reward model must end with the bits they started with.
+
+    Raises:
+        InvariantError: one of them changed.
+    """
+    changed = [name for name in before if before[name] != after[name]]
+    if changed:
+        raise InvariantError(f"frozen weights changed during training: {', '.join(changed)}; KL and scores of this run mean nothing")

@@ -1,0 +1,82 @@
+"""The figures that tell a healthy PPO run from a broken one: one dictionary per iteration, keys as in TensorBoard.
+
+All are masked, fp32, over the whole rollout. B rollouts, T response columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from training.experience import Experience
+from utils.loss import explained_variance, kl_k1, kl_k3, masked_mean, masked_sum, masked_var
+from utils.metrics import correlation, summary, text_degeneracy
+
+
+def rollout_metrics(experience: Experience, penalised: Tensor, kl_coef: float) -> dict[str, float | Tensor]:
+    """Figures of what was sampled: objective/*, policy/entropy and resp/*.
+
+    Args:
+        experience: with the models' outputs filled in.
+        penalised: [B] scores after the penalty for a missing EOS.
+        kl_coef: beta of this iteration.
+    """
+    rmask = experience.rmask
+    k1 = kl_k1(experience.logp, experience.logp_ref)
+    kl = masked_sum(k1, rmask, dim=1)  # (B,) nats per response
+    score = summary(experience.scores)
+    lengths = experience.n.float()
+    length = summary(lengths)
+    drift = torch.where(rmask, (experience.logp - experience.sampler_logp).abs(), 0.0).max()
+    return {
+        "objective/kl": kl.mean(),
+        "objective/kl_k3": masked_sum(kl_k3(experience.logp, experience.logp_ref), rmask, dim=1).mean(),
+        "objective/kl_per_token": masked_mean(k1, rmask),
+        "objective/score": score.mean,
+        "objective/score_sd": score.sd,
+        "objective/score_p5": score.p5,
+        "objective/score_p95": score.p95,
+        "objective/rlhf_reward": (penalised - kl_coef * kl).mean(),
+        "objective/kl_coef": kl_coef,
+        "objective/entropy": masked_sum(-experience.logp, rmask, dim=1).mean(),
+        "policy/entropy": masked_mean(experience.entropy, rmask),
+        "resp/len_mean": length.mean,
+        "resp/len_p50": length.p50,
+        "resp/len_p95": length.p95,
+        "resp/len_score_corr": correlation(lengths, experience.scores.cpu()),
+        "resp/eos_rate": experience.ended.float().mean(),
+        **{f"resp/{key}": value for key, value in text_degeneracy(_without_eos(experience)).items()},
+        "time/sampler_vs_train_logp_max": drift,
+    }
+
+
+def value_metrics(values: Tensor, returns: Tensor, advantages: Tensor, rmask: Tensor) -> dict[str, Tensor]:
+    """Figures of the critic before the update: how much of the returns [B, T] its values [B, T] explain."""
+    by_variance, by_error = explained_variance(values, returns, rmask)
+    return {
+        "val/explained_var": by_variance,
+        "val/explained_var_mse": by_error,
+        "val/mean": masked_mean(values, rmask),
+        "val/return_mean": masked_mean(returns, rmask),
+        "val/return_var": masked_var(returns, rmask),
+        "val/advantage_var": masked_var(advantages, rmask),
+    }
+
+
+def update_metrics(policy: dict[str, Tensor], value: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Figures of the update from the means of PolicyStats and ValueStats over all its minibatches."""
+    return {
+        "loss/policy": policy["loss"],
+        "loss/value": value["loss"],
+        "policy/approxkl": policy["approx_kl"],
+        "policy/clipfrac": policy["clipfrac"],
+        "val/clipfrac": value["clipfrac"],
+        "val/ratio_mean": policy["ratio_mean"],
+        "val/ratio_var": policy["ratio_var"],
+        "val/ratio_max": policy["ratio_max"],
+    }
+
+
+def _without_eos(experience: Experience) -> list[list[int]]:
+    ended = experience.ended.tolist()
+    return [r[:-1] if e else r for r, e in zip(experience.responses(), ended)]

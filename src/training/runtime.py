@@ -1,0 +1,162 @@
+"""The one door to devices, precision, gradient scaling and process ranks: a thin layer over Hugging Face Accelerate.
+
+Algorithm code asks a Runtime to place tensors, to run a backward pass and to take an optimizer step; it never names a device or a rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from config.user_error import UserError
+
+_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def choose_device(wanted: str) -> str:
+    """The device type for --device: auto takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, present in there.items() if present)
+    if not there[wanted]:
+        raise UserError(f"--device {wanted}: this machine has none that torch can see; use --device auto or cpu")
+    return wanted
+
+
+def choose_dtype(wanted: str, device: str) -> str:
+    """The matrix precision for --dtype on a device type: fp32, bf16 or fp16.
+
+    auto takes bf16 only where the hardware computes it: a T4 (compute capability 7.5) says that it supports bf16 and emulates it.
+
+    Raises:
+        UserError: fp16 without CUDA, or bf16 on a GPU without it.
+    """
+    native_bf16 = device == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    if wanted == "auto":
+        return "fp32" if device != "cuda" else "bf16" if native_bf16 else "fp16"
+    if wanted == "fp16" and device != "cuda":
+        raise UserError(f"--dtype fp16: needs CUDA for loss scaling, not {device}; use fp32 or bf16")
+    if wanted == "bf16" and device == "cuda" and not native_bf16:
+        raise UserError("--dtype bf16: this GPU only emulates it (compute capability below 8.0); use fp16 or auto")
+    return wanted
+
+
+class Runtime:
+    """Device, precision and ranks of one run."""
+
+    def __init__(self, device: str = "auto", dtype: str = "auto", seed: int = 0) -> None:
+        kind = choose_device(device)
+        self.dtype = choose_dtype(dtype, kind)
+        self.accelerator = Accelerator(mixed_precision=_PRECISION[self.dtype], cpu=kind == "cpu")
+        self.device = self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
+        set_seed(seed + 100003 * self.rank)
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        return f"{self.device.type} ({name}), {self.dtype}"
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap a module and its optimizer for this run's precision and ranks."""
+        return self.accelerator.prepare(module, optimizer)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module that does not train to the device."""
+        return module.to(self.device)
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        """The module inside a prepared one."""
+        return self.accelerator.unwrap_model(module)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context of forward passes outside a prepared module's own forward."""
+        return self.accelerator.autocast()
+
+    def micro_step(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Context of one micro-batch: gradients are exchanged between ranks only at the last one of a step."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(module)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, a sum already divided by the whole step's count over all ranks."""
+        # Data-parallel engines average over ranks; ours is a share of one sum.
+        self.accelerator.backward(loss * self.world_size)
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, groups: dict[str, list[nn.Parameter]], max_norm: float
+    ) -> dict[str, Tensor]:
+        """Unscale, clip each group of parameters by its own norm, step, zero. Returns the norms before clipping (0-dim tensors).
+
+        Clipping has to stand between the last backward pass and the step, on unscaled gradients, or it does nothing.
+        """
+        self.accelerator.unscale_gradients(optimizer)
+        norms = {name: torch.nn.utils.clip_grad_norm_(group, max_norm) for name, group in groups.items()}
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Elementwise sum of a tensor over all ranks."""
+        return self.accelerator.reduce(value, reduction="sum")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, scale: float, frozen: str | None = None) -> None:
+    """Set each group's learning rate to `scale` times its own peak (`peak_lr`, kept in the group); that of `frozen` to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if group["name"] == frozen else group["peak_lr"] * scale
+
+
+def adamw(groups: Iterable[dict], betas: tuple[float, float], eps: float, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW over named groups ({"name", "params", "lr"}); weight decay touches matrices only.
+
+    torch's own default of weight decay is 0.01, so it is always passed.
+    """
+    split = []
+    for group in groups:
+        params = [p for p in group["params"] if p.requires_grad]
+        for decay, chosen in ((weight_decay, [p for p in params if p.ndim >= 2]), (0.0, [p for p in params if p.ndim < 2])):
+            if chosen:
+                split.append({"params": chosen, "lr": group["lr"], "peak_lr": group["lr"], "weight_decay": decay, "name": group["name"]})
+    return torch.optim.AdamW(split, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
+
+
+class Interrupt:
+    """SIGINT and SIGTERM as a request to finish the step, save and exit; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Interrupt]:
+        """Handle the signals inside this context and put the old handlers back behind it."""
+        old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this step; again to stop at once", file=sys.stderr)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal, as shells report it: 130 after SIGINT, 143 after SIGTERM."""
+        return 128 + (self.signal or 0)

@@ -1,0 +1,219 @@
+"""How a stage begins: a new run folder or one to go on with, and the models a stage needs from what earlier stages saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, resolved
+from config.user_error import UserError
+from models.checkpoint import describe
+from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from models.lora import freeze_weights, share_base
+from training.saving import load_state
+from utils.run_folder import create_run, find_checkpoint, runs_root, step_checkpoints, write_hyperparams
+from utils.template import PromptTemplate
+from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+
+# Settings that may differ between a run and its resumption: where it runs and how long, not what it computes.
+_MAY_CHANGE = ("resume", "runs_dir", "device", "keep", "save_every", "batch_size")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run to go on with: its folder, the checkpoint, the trainer's state, and hyperparams.json."""
+
+    run: Path
+    checkpoint: Path
+    state: dict[str, Any]
+    hyperparams: dict[str, Any]
+
+
+def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
+    """What --resume means: None without the flag, or for `auto` when no unfinished run of this name has a checkpoint.
+
+    Raises:
+        UserError: no such run, nothing to go on from, or settings that differ from the run's.
+    """
+    if not config.resume:
+        return None
+    if config.resume == "auto":
+        root = runs_root(config.runs_dir)
+        candidates = sorted(root.glob(f"{stage}_{config.name}_" + "[0-9]" * 14), reverse=True)
+        run = next((r for r in candidates if not (r / "final").exists() and step_checkpoints(r)), None)
+        if run is None:
+            print(f"--resume auto: no unfinished run {stage}_{config.name} with a checkpoint in {root}; starting a new one")
+            return None
+        checkpoint = step_checkpoints(run)[-1]
+    else:
+        folder = Path(config.resume)
+        inside = step_checkpoints(folder)
+        checkpoint = inside[-1] if inside else folder
+        run = folder if inside else folder.parent.parent
+    try:
+        hyperparams = json.loads((run / "hyperparams.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"--resume {config.resume}: not a run folder or a checkpoint inside one; give runs/{stage}_NAME_TIME") from None
+    if hyperparams.get("stage") != stage:
+        raise UserError(f"--resume {config.resume}: is a run of stage {hyperparams.get('stage')}, not {stage}; use its own script")
+    old, new = hyperparams["config"], json.loads(json.dumps(resolved(config)))
+    changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v and k not in _MAY_CHANGE]
+    if changed:
+        raise UserError(f"--resume {run}: settings differ from the run's ({'; '.join(changed)}); repeat the run's own flags")
+    print(f"going on with {checkpoint}")
+    return Resumption(run, checkpoint, load_state(checkpoint), hyperparams)
+
+
+def open_run(stage: str, config: RunConfig, model: nn.Module, resumption: Resumption | None, extra: dict[str, Any]) -> Path:
+    """The run's folder, made and described unless it is there already."""
+    if resumption is not None:
+        return resumption.run
+    run = create_run(stage, config.name, config.runs_dir)
+    write_hyperparams(run, stage, resolved(config), resolved(model.config), extra)
+    print(f"writing to {run}")
+    return run
+
+
+def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:
+    """Entries of model.json that make a checkpoint self-contained."""
+    return {"stage": stage, "tokenizer": tokenizer.identity(), "template": template.to_dict(), "trained_from": trained_from}
+
+
+def template_of(folder: Path) -> PromptTemplate:
+    """The prompt template a checkpoint was trained with."""
+    return PromptTemplate.from_dict(describe(folder)["template"])
+
+
+def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig) -> nn.Module:
+    """Apply --freeze; auto is lora for a model with adapters, none otherwise."""
+    method = config.freeze
+    if method == "auto":
+        method = "lora" if model.config.lora_rank else "none"
+    freeze_weights(model, method)
+    return model
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A model that only looks: eval mode, no gradients."""
+    return model.requires_grad_(False).eval()
+
+
+def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Module, Tokenizer, PromptTemplate, str]:
+    """Model, tokenizer, template and a word on where the weights come from."""
+    preset = get_configs(config.config)
+    if resumption is not None:
+        folder = resumption.checkpoint
+        return GPT.from_checkpoint(folder, preset), load_tokenizer(folder), template_of(folder), str(folder)
+    if config.pretrain == "scratch":
+        tokenizer = get_tokenizer(("demo" if preset.family == "gpt2-nano" else "gpt2") if config.tokenizer == "auto" else config.tokenizer)
+        sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
+        return GPT(sizes), tokenizer, PromptTemplate(), "scratch"
+    source = preset.family if config.pretrain == "huggingface" else config.pretrain
+    folder = Path(source)
+    is_huggingface = config.pretrain == "huggingface" or (folder / "config.json").is_file()
+    if not is_huggingface:
+        try:
+            folder = find_checkpoint(source, config.runs_dir, "-p")
+        except UserError:
+            # Hub names look like gpt2 or owner/name; anything else was meant to be one of our runs.
+            if folder.exists() or source.count("/") > 1 or source.startswith((".", "/", "sft_", "runs/")):
+                raise
+            is_huggingface = True
+    if not is_huggingface:
+        return GPT.from_checkpoint(folder, preset, adapters="fresh"), load_tokenizer(folder), template_of(folder), str(folder)
+    tokenizer = _tokenizer_for(config.tokenizer, folder)
+    model = GPT.from_pretrained(source, preset, tokenizer.vocab_size)
+    return model, tokenizer, PromptTemplate(), source
+
+
+def _tokenizer_for(wanted: str, folder: Path) -> Tokenizer:
+    """auto: the Hugging Face folder's own when it has one, else GPT-2's."""
+    if wanted != "auto":
+        return get_tokenizer(wanted)
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return get_tokenizer(str(folder) if has_own else "gpt2")
+
+
+def rm_start(config: RMConfig, resumption: Resumption | None) -> tuple[nn.Module, nn.Module, Tokenizer, PromptTemplate, Path]:
+    """Reward model, frozen SFT model, tokenizer, template and the SFT checkpoint."""
+    options = without_dropout(get_configs(config.config))
+    source = Path(resumption.hyperparams["sft"]) if resumption else find_checkpoint(config.pretrain, config.runs_dir, "-p")
+    sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)))
+    if resumption is not None:
+        model = GPTRewardModel.from_checkpoint(resumption.checkpoint)
+    else:
+        model = GPTRewardModel.from_checkpoint(source, options, adapters="fresh")
+    freeze(model, config)
+    share_base([sft, model])
+    return model, sft, load_tokenizer(source), template_of(source), source
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The four models of PPO. With LoRA they hold one frozen base."""
+
+    actor: nn.Module
+    critic: nn.Module
+    reference: nn.Module
+    reward_model: nn.Module | None
+    sft: Path
+    rm: Path | None
+    shared_bytes: int
+
+
+def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
+    """Load actor, critic, reference and reward model.
+
+    Raises:
+        UserError: a checkpoint is missing, of the wrong stage, or the two were made with different tokenizers.
+    """
+    options = without_dropout(get_configs(config.config))
+    needs_reward_model = not config.reward_fn or config.reward_fn_weight != 0
+    rm_argument = config.critic if config.critic != "auto" else "rm_demo" if needs_reward_model else "none"
+    if rm_argument == "none" and needs_reward_model:
+        raise UserError("-c none: PPO needs a reward: give a reward model with -c, or --reward-fn FILE.py:FUNCTION")
+    if resumption is not None:
+        sft, rm = (Path(resumption.hyperparams[key]) if resumption.hyperparams[key] else None for key in ("sft", "rm"))
+    else:
+        sft = find_checkpoint(config.actor, config.runs_dir, "-a")
+        rm = None if rm_argument == "none" else find_checkpoint(rm_argument, config.runs_dir, "-c")
+    if rm is not None and load_tokenizer(sft).identity()["sha256"] != load_tokenizer(rm).identity()["sha256"]:
+        raise UserError(f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that SFT model")
+    reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)))
+    reward_model = frozen(GPTRewardModel.from_checkpoint(rm)) if rm is not None and needs_reward_model else None
+    if resumption is not None:
+        actor = GPTActor.from_checkpoint(resumption.checkpoint)
+        critic = GPTCritic.from_checkpoint(resumption.checkpoint / "critic")
+    else:
+        actor = GPTActor.from_checkpoint(sft, options, adapters="fresh")
+        critic = GPTCritic.from_checkpoint(rm if rm is not None else sft, options, adapters="keep")
+        if rm is None:
+            torch.nn.init.zeros_(critic.head.weight)
+    if not reference.config.same_sizes(critic.config):
+        raise UserError(f"-c {config.critic}: its sizes differ from those of -a {config.actor}; train the reward model from that SFT model")
+    freeze(actor, config)
+    freeze(critic, config)
+    models = [reference, actor, critic] + ([reward_model] if reward_model is not None else [])
+    return Roles(actor, critic, reference, reward_model, sft, rm, share_base(models))
+
+
+def without_dropout(config: GPTConfig) -> GPTConfig:
+    """The same model without dropout: reward model and PPO run without it in every mode."""
+    return replace(config, dropout=0.0, lora_dropout=0.0)
+
+
+def row_limit(config: RunConfig, model: nn.Module) -> int:
+    """Longest row in tokens: --max-length, or the context.
+
+    Raises:
+        UserError: --max-length is longer than the context.
+    """
+    context = model.config.block_size
+    if config.max_length > context:
+        raise UserError(f"--max-length {config.max_length}: the model's context is {context}; give at most that")
+    return config.max_length or context

@@ -1,0 +1,44 @@
+"""Stage 1: supervised fine-tuning.
+
+    python src/training/train_sft.py -n demo                                        # offline: gpt2-nano on the demo, CPU
+    python src/training/train_sft.py -n hh -b 2 -p huggingface --config gpt2-medium/dropout --dataset hh-sft
+
+What it does: next-token loss on the response and its EOS only, weighted by token over the whole optimizer step; AdamW, linear warm-up,
+cosine decay; length-bucketed batches without packing. What it does not do: train on the prompt, put an EOS on a cut response.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever folder the script is started
+
+from config.configs import SFTConfig, parse_cli  # noqa: E402
+from config.user_error import run_main  # noqa: E402
+from training.runtime import Runtime  # noqa: E402
+from training.start import describe_model, find_resumption, freeze, open_run, row_limit, sft_start  # noqa: E402
+from training.trainers import SFTTrainer  # noqa: E402
+from utils.dataset import load_dataset  # noqa: E402
+
+
+def main() -> int:
+    """Parse, seed, data, model, trainer, fit."""
+    config = parse_cli(SFTConfig)
+    resumption = find_resumption("sft", config)
+    runtime = Runtime(config.device, config.dtype, config.seed)
+    model, tokenizer, template, source = sft_start(config, resumption)
+    stage = "text" if config.dataset == "demo-text" else "sft"
+    options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
+    splits = {s: load_dataset(config.dataset, stage, s, tokenizer, row_limit(config, model), **options) for s in ("train", "validation")}
+    for data in splits.values():
+        print(data.report.summary())
+    run = open_run("sft", config, model, resumption, {"pretrain": source})
+    print(f"{model.config.name} from {source} on {runtime.describe()}")
+    trainer = SFTTrainer(
+        config, freeze(model, config), tokenizer, splits["train"], splits["validation"], run, runtime,
+        describe_model("sft", tokenizer, template, source), resumption and resumption.state,
+    )  # fmt: skip
+    return trainer.fit()
+
+
+if __name__ == "__main__":
+    run_main(main)

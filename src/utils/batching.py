@@ -1,0 +1,146 @@
+"""From examples to batches: collation, length buckets, and the part of each process.
+
+Rows are compact: prompt and response follow one another without a gap, padded on the right with the virtual PAD id.
+Masks come from lengths, never from comparing ids with PAD.
+
+Shapes: B rows, L columns (the longest row of the batch), P columns of prompts, K completions of one ranked row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from config.user_error import UserError
+from utils.dataset import RankedExample, SFTExample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows of prompt + response."""
+
+    ids: torch.Tensor
+    """[B, L] int64: prompt ids, response ids with EOS at the end, then PAD."""
+    att: torch.Tensor
+    """[B, L] bool: True on real tokens, which are the first `length` columns."""
+    prompt_len: torch.Tensor
+    """[B] int64: tokens of the prompt; the response starts in this column."""
+    length: torch.Tensor
+    """[B] int64: tokens of prompt and response, EOS included."""
+
+    @property
+    def response_mask(self) -> torch.Tensor:
+        """[B, L] bool: True on the columns of response tokens, EOS included."""
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (columns >= self.prompt_len[:, None]) & (columns < self.length[:, None])
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class RankedBatch:
+    """All completions of B ranked rows, each forwarded once."""
+
+    rows: Batch
+    """One row per completion, in the order of the True slots of `mask` (row by row, best first)."""
+    mask: torch.Tensor
+    """[B, K] bool: which slots of a score matrix exist; `scores[mask] = head output` puts each score into its place."""
+
+    def to(self, device: torch.device | str) -> "RankedBatch":
+        """The same batch on a device."""
+        return RankedBatch(self.rows.to(device), self.mask.to(device, non_blocking=True))
+
+
+def collate_sft(examples: Sequence[SFTExample], pad_id: int) -> Batch:
+    """Demonstrations (or plain texts) to a batch [B, L]."""
+    return _collate([(example.prompt_ids, example.response_ids) for example in examples], pad_id)
+
+
+def collate_ranked(examples: Sequence[RankedExample], pad_id: int) -> RankedBatch:
+    """Rankings to one batch of all their completions, and the [B, K] mask of the slots they fill (K of the longest
+    ranking)."""
+    pairs = [pair for example in examples for pair in zip(example.prompt_ids, example.response_ids, strict=True)]
+    counts = np.array([len(example.response_ids) for example in examples])
+    mask = np.arange(counts.max()) < counts[:, None]
+    return RankedBatch(_collate(pairs, pad_id), torch.from_numpy(mask))
+
+
+def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts to (ids [B, P] int64, att [B, P] bool), PAD on the left so that every row generates from the last
+    column."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    width = int(lengths.max())
+    att = np.arange(width) >= (width - lengths)[:, None]
+    return torch.from_numpy(_fill(prompts, att, pad_id)), torch.from_numpy(att)
+
+
+def epoch_batches(
+    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, window: int = 16, drop_last: bool = True
+) -> list[np.ndarray]:
+    """The batches of one epoch, of rows of similar length.
+
+    A pure function of its arguments, so that (epoch, number of batches done) is the whole position in the data.
+    Shuffles the rows, sorts each run of `window` batches by length, cuts it into batches, and shuffles the batches.
+
+    Args:
+        lengths: [N] tokens per row.
+        global_batch_size: rows of one optimiser step, over all micro-batches and processes.
+        seed: of the run.
+        epoch: from 0; every epoch has its own order.
+        window: batches sorted together: more means less padding and less randomness in who meets whom.
+        drop_last: leave out the rows (random ones) that do not fill a batch; otherwise one batch is smaller.
+
+    Returns:
+        Arrays of row indices, no index twice, each array sorted by length, shortest first: slices of it are
+        micro-batches.
+
+    Raises:
+        UserError: with `drop_last` the rows do not fill a single batch; ValueError: a size is below 1.
+    """
+    if global_batch_size < 1 or window < 1:
+        raise ValueError(f"global_batch_size and window are at least 1, not {global_batch_size} and {window}")
+    n = len(lengths)
+    if drop_last and n < global_batch_size:
+        raise UserError(
+            f"--batch-size: one optimiser step takes {global_batch_size} rows, but the data have only {n}; "
+            "lower it, or the accumulation steps"
+        )
+    lengths = np.asarray(lengths)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)
+    if drop_last:
+        order = order[: n - n % global_batch_size]
+    batches = []
+    for start in range(0, len(order), window * global_batch_size):
+        bucket = order[start : start + window * global_batch_size]
+        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
+        batches += [bucket[i : i + global_batch_size] for i in range(0, len(bucket), global_batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def shard(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The rows of one process: every `world_size`-th, so that all get rows of all lengths, still sorted.
+
+    Shares differ by at most one row; a batch of fewer rows than processes leaves some with none.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    return batch[rank::world_size]
+
+
+def _collate(pairs: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> Batch:
+    prompt_len = np.array([len(prompt) for prompt, _ in pairs])
+    length = prompt_len + np.array([len(response) for _, response in pairs])
+    att = np.arange(length.max()) < length[:, None]
+    ids = _fill([part for pair in pairs for part in pair], att, pad_id)
+    return Batch(*map(torch.from_numpy, (ids, att, prompt_len, length)))
+
+
+def _fill(parts: Sequence[np.ndarray], att: np.ndarray, pad_id: int) -> np.ndarray:
+    """Lays sequences end to end into the True places of `att`, row by row."""
+    ids = np.full(att.shape, pad_id, dtype=np.int64)
+    ids[att] = np.concatenate(parts)
+    return ids

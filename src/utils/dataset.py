@@ -1,0 +1,265 @@
+"""Tokenised datasets that trainers index, by name or file, and the cache that makes them once.
+
+The names and where their rows come from are in utils/row_sources.py; how rows are divided into splits in
+utils/prompt_split.py; how they are tokenised and cut in utils/token_table.py.
+
+Shapes: N rows, P tokens of a prompt, T tokens of a response, K completions of one row.
+"""
+
+import hashlib
+import json
+import operator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config.user_error import UserError
+from utils.prompt_split import SPLITS, SplitOptions
+from utils.row_sources import (
+    DATASETS,
+    AnthropicHHRLHFDataset,
+    DahoasRMStaticDataset,
+    DahoasSFTStaticDataset,
+    DemoDataset,
+    DemoTextDataset,
+    HHSFTDataset,
+    JSONLDataset,
+    PromptsOnlyDataset,
+    RowSource,
+    open_source,
+)
+from utils.rows import STAGES
+from utils.template import PromptTemplate
+from utils.token_cache import default_cache_dir, read_arrays, write_arrays
+from utils.token_table import Counts, LengthLimits, TokenTable, tokenize_rows
+from utils.tokenizer import Tokenizer
+
+__all__ = [
+    "DATASETS",
+    "AnthropicHHRLHFDataset",
+    "DahoasRMStaticDataset",
+    "DahoasSFTStaticDataset",
+    "DatasetReport",
+    "DemoDataset",
+    "DemoTextDataset",
+    "HHSFTDataset",
+    "JSONLDataset",
+    "PromptDataset",
+    "PromptsOnlyDataset",
+    "RankedDataset",
+    "RankedExample",
+    "RowSource",
+    "SFTDataset",
+    "SFTExample",
+    "load_dataset",
+    "open_source",
+]
+
+_CACHE_VERSION = 1  # raise it when the same rows would give other tokens
+
+
+@dataclass(frozen=True)
+class SFTExample:
+    """A demonstration, or a plain text with an empty prompt."""
+
+    prompt_ids: np.ndarray
+    """[P] int32."""
+    response_ids: np.ndarray
+    """[T] int32, ends in EOS."""
+
+
+@dataclass(frozen=True)
+class RankedExample:
+    """K completions, best first; each has its own prompt, which is nearly always the same one."""
+
+    prompt_ids: tuple[np.ndarray, ...]
+    """K arrays [P] int32."""
+    response_ids: tuple[np.ndarray, ...]
+    """K arrays [T] int32, each ends in EOS."""
+
+
+@dataclass
+class DatasetReport(Counts):
+    """What was read and what became of it; see `Counts` for the fields."""
+
+    name: str = ""
+    stage: str = ""
+    split: str = ""
+    tokens: int = 0
+    """Of all rows kept, prompts and responses (a shared prompt once)."""
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        notes = {
+            "with the prompt cut from the left": self.cut,
+            "dropped as too long": self.dropped,
+            "bad": self.bad,
+            "with nothing said": self.empty,
+            "duplicates": self.duplicates,
+        }
+        shown = "".join(f", {count:,} {what}" for what, count in notes.items() if count)
+        first = f" (first bad row: {self.first_bad})" if self.first_bad else ""
+        return f"{self.name} {self.stage} {self.split}: {self.kept:,} rows, {self.tokens:,} tokens{shown}{first}"
+
+
+class TokenDataset:
+    """Tokenised rows that can be indexed; `lengths` [N] int64 are the tokens of each row."""
+
+    def __init__(self, table: TokenTable, report: DatasetReport, fingerprint: str):
+        self.table = table
+        self.report = report
+        self.fingerprint = fingerprint
+        self.lengths = table.lengths
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _row(self, i: int) -> int:
+        i = operator.index(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return i % len(self)
+
+
+class SFTDataset(TokenDataset):
+    """Demonstrations or plain text."""
+
+    def __getitem__(self, i: int) -> SFTExample:
+        row = self._row(i)
+        return SFTExample(self.table.prompts[self.table.prompt_of[row]], self.table.responses[row])
+
+
+class RankedDataset(TokenDataset):
+    """Rankings of K >= 2 completions; K may differ from row to row, and `lengths` are of the longest completion."""
+
+    def __getitem__(self, i: int) -> RankedExample:
+        row = self._row(i)
+        completions = range(self.table.row_start[row], self.table.row_start[row + 1])
+        return RankedExample(
+            tuple(self.table.prompts[self.table.prompt_of[m]] for m in completions),
+            tuple(self.table.responses[m] for m in completions),
+        )
+
+
+class PromptDataset(TokenDataset):
+    """Prompts, each an array [P] int32."""
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.table.prompts[self._row(i)]
+
+
+def load_dataset(
+    name_or_path: str,
+    stage: str,
+    split: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    max_prompt_length: int | None = None,
+    cache_dir: str | Path | None = None,
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+    validation_fraction: float = 0.05,
+    prompt_split: str = "disjoint",
+    ppo_fraction: float = 0.3,
+    split_seed: int = 0,
+    template: PromptTemplate | None = None,
+) -> SFTDataset | RankedDataset | PromptDataset:
+    """Reads, divides, tokenises and cuts a dataset, or takes the result of doing so from the cache.
+
+    Args:
+        name_or_path: a name of the table above, or the path of a JSON Lines file.
+        stage: "sft" (prompt and response), "rm" (ranked completions), "ppo" (prompts), "text" (plain text).
+        split: "train", "validation" or "test".
+        tokenizer: gives the ids.
+        max_length: tokens of prompt, response and EOS together. A longer row loses the beginning of its prompt; it is
+            dropped when the response alone does not fit. A response is never cut.
+        max_prompt_length: tokens of a prompt alone; for "ppo" by default `max_length` - 1.
+        cache_dir: of the token cache; by default `utils.token_cache.default_cache_dir()`.
+        skip_bad_rows: count malformed rows instead of stopping at the first.
+        limit: use at most the first so many rows of the split.
+        validation_fraction: see `SplitOptions`, as for the next three. They have to be the same in all stages of an
+            experiment.
+        prompt_split: see `SplitOptions`.
+        ppo_fraction: see `SplitOptions`.
+        split_seed: see `SplitOptions`; not the run's seed.
+        template: how dialogues are written; by default HH-RLHF's way.
+
+    Raises:
+        UserError: there is no such dataset, it does not suit the stage, it cannot be read, or nothing of it is left.
+    """
+    _check_arguments(stage, split, max_length, max_prompt_length, limit)
+    options = SplitOptions(validation_fraction, prompt_split, ppo_fraction, split_seed)
+    template = template or PromptTemplate()
+    source = open_source(name_or_path, stage, template=template, options=options, skip_bad_rows=skip_bad_rows)
+    if stage == "ppo" and max_prompt_length is None:
+        max_prompt_length = max_length - 1
+    limits = LengthLimits(max_length, max_prompt_length, len(tokenizer.encode(template.assistant)))
+    if max_prompt_length is not None and max_prompt_length < limits.cue_length:
+        raise UserError(
+            f"max_prompt_length: {max_prompt_length} tokens do not hold the cue to answer ({limits.cue_length} tokens)"
+        )
+    content = source.fingerprint()
+    settings = [stage, split, skip_bad_rows, limit, asdict(options), template.to_dict(), asdict(limits)]
+    key = _sha256([_CACHE_VERSION, type(source).__name__, content, tokenizer.identity()["sha256"], settings])
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+
+    cached = _from_cache(folder, key, tokenizer.vocab_size)
+    if cached is None:
+        rows = source.rows(split)
+        counts = Counts()
+        table = tokenize_rows(islice(rows, limit), tokenizer, limits, counts, f"{source.name} {stage} {split}")
+        report = _report(source, split, counts, table)
+        if source.fingerprint() != content:
+            raise UserError(f"{name_or_path}: was changed while it was being read; start again when it is complete")
+        if not len(table):
+            raise UserError(
+                f"{name_or_path}: nothing is left for {report.summary()}; the budget is {max_length} tokens a row"
+            )
+        write_arrays(folder, key, table.to_arrays() | {"report": _json_array(asdict(report))})
+    else:
+        table, report = cached
+        report.name = source.name
+    return _DATASET_OF_STAGE[stage](table, report, key)
+
+
+_DATASET_OF_STAGE = {"sft": SFTDataset, "text": SFTDataset, "rm": RankedDataset, "ppo": PromptDataset}
+
+
+def _check_arguments(stage: str, split: str, max_length: int, max_prompt_length: int | None, limit: int | None) -> None:
+    if stage not in STAGES:
+        raise UserError(f"stage {stage}: not known; choose {', '.join(STAGES)}")
+    if split not in SPLITS:
+        raise UserError(f"split {split}: not known; choose {', '.join(SPLITS)}")
+    for name, value in (("max_length", max_length), ("max_prompt_length", max_prompt_length), ("limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}: has to be at least 1, not {value}")
+
+
+def _report(source: RowSource, split: str, counts: Counts, table: TokenTable) -> DatasetReport:
+    passed_over = {key: getattr(source.counts, key) for key in ("read", "bad", "empty", "elsewhere", "first_bad")}
+    tokens = len(table.prompts.flat) + len(table.responses.flat)
+    values = asdict(counts) | passed_over | {"tokens": tokens}
+    return DatasetReport(name=source.name, stage=source.stage, split=split, **values)
+
+
+def _from_cache(folder: Path, key: str, vocab_size: int) -> tuple[TokenTable, DatasetReport] | None:
+    arrays = read_arrays(folder, key)
+    if arrays is None:
+        return None
+    try:
+        report = DatasetReport(**json.loads(bytes(arrays["report"])))
+        return TokenTable.from_arrays(arrays, vocab_size), report
+    except (KeyError, ValueError, TypeError):
+        return None  # written by other code under the same key: as good as no entry
+
+
+def _json_array(data: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(data).encode(), dtype=np.uint8)
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

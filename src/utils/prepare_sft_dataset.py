@@ -1,0 +1,170 @@
+"""Makes the SFT split of HH-RLHF: `python src/utils/prepare_sft_dataset.py`, once, before `--dataset hh-sft`.
+
+    --hh hub|PATH          HH-RLHF; the hub's training split by default, or a local JSON Lines file in the HH form
+    --rm-static hub|PATH   what the reward model trains and is tested on, all of whose dialogues stay out of the split
+    --out PATH             runs/data/hh-sft.jsonl by default, which is where the dataset name hh-sft looks
+    --skip-bad-rows        count malformed rows of a local file instead of stopping at the first
+
+A dialogue of HH-RLHF is kept unless its chosen or its rejected side, white space aside, is one of the dialogues of
+rm-static. So nothing that the reward model trains on was seen in SFT. What is kept is written as {"prompt", "response"}
+of the chosen side, each demonstration once; rows stream through, and only 8-byte hashes of the dialogues stay in
+memory.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+from tqdm import tqdm
+
+from config.user_error import UserError, run_main
+from utils.row_sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
+from utils.rows import Row
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Writes the rows of HH-RLHF whose dialogue is not in rm-static, as demonstrations for SFT."""
+
+    hh: str = "hub"
+    """HH-RLHF: "hub", or a local .jsonl or .jsonl.gz file of "chosen" and "rejected" dialogues."""
+    rm_static: str = "hub"
+    """rm-static: "hub", or a local .jsonl or .jsonl.gz file of "prompt", "chosen" and "rejected"."""
+    out: Path = HH_SFT_FILE
+    """The file to write; it appears only when it is whole."""
+    skip_bad_rows: bool = False
+    """Count malformed rows of a local file instead of stopping at the first."""
+
+
+@dataclass
+class PrepareReport:
+    """What became of the rows of HH-RLHF; `read` is the sum of the others."""
+
+    read: int = 0
+    written: int = 0
+    in_rm_static: int = 0
+    duplicates: int = 0
+    empty: int = 0
+    bad: int = 0
+
+
+def prepare(config: PrepareConfig) -> PrepareReport:
+    """Writes the file and returns the counts.
+
+    Raises:
+        UserError: a source cannot be read, the file cannot be written, or no row is left for it.
+    """
+    if config.out.is_dir():
+        raise UserError(f"--out {config.out}: is a directory; give the path of a .jsonl file")
+    hh = _source(config.hh, AnthropicHHRLHFDataset, "--hh", config.skip_bad_rows)
+    rm_static = _source(config.rm_static, DahoasRMStaticDataset, "--rm-static", config.skip_bad_rows)
+    seen_by_rm: set[bytes] = set()
+    for row in tqdm(_rows(rm_static, ("train", "test")), desc="rm-static", unit=" rows", delay=1, disable=None):
+        seen_by_rm |= _hashes(row)
+    report = PrepareReport()
+    rows = tqdm(_rows(hh, ("train",)), desc="HH-RLHF", unit=" rows", delay=1, disable=None)
+    try:
+        _write_lines(config.out, _demonstrations(rows, seen_by_rm, report))
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written: {error.strerror or error}") from None
+    report.read, report.bad = hh.counts.read, hh.counts.bad
+    return report
+
+
+def _demonstrations(rows: Iterator[Row], seen_by_rm: set[bytes], report: PrepareReport) -> Iterator[str]:
+    """Lines of JSON for the rows to keep; counts the others, and complains at the end if nothing was kept."""
+    written: set[bytes] = set()
+    for row in rows:
+        demonstration = _hash(row.prompts[0] + row.completions[0])
+        if _hashes(row) & seen_by_rm:
+            report.in_rm_static += 1
+        elif not row.completions[0]:
+            report.empty += 1
+        elif demonstration in written:
+            report.duplicates += 1
+        else:
+            written.add(demonstration)
+            report.written += 1
+            yield json.dumps({"prompt": row.prompts[0], "response": row.completions[0]}, ensure_ascii=False)
+    if not written:
+        raise UserError(
+            f"--hh: no row is left to write: {report.in_rm_static} are in --rm-static, {report.empty} say nothing; "
+            "are both flags the same file?"
+        )
+
+
+def _source(value: str, hub_class: type[HubDataset], flag: str, skip_bad_rows: bool) -> HubDataset | JSONLDataset:
+    if value == "hub":
+        source = hub_class("rm")
+        source.flag = flag
+        return source
+    if not Path(value).expanduser().exists():
+        raise UserError(f'{flag} {value}: no such file; give "hub" or the path of a .jsonl or .jsonl.gz file')
+    return JSONLDataset("rm", value, skip_bad_rows=skip_bad_rows)
+
+
+def _rows(source: HubDataset | JSONLDataset, splits: tuple[str, ...]) -> Iterator[Row]:
+    if isinstance(source, JSONLDataset):
+        yield from source.file_rows()
+        return
+    for split in splits:
+        yield from source.hub_rows(split)
+
+
+def _hashes(row: Row) -> set[bytes]:
+    return {_hash(prompt + completion) for prompt, completion in zip(row.prompts, row.completions, strict=True)}
+
+
+def _hash(dialogue: str) -> bytes:
+    return hashlib.blake2b(" ".join(dialogue.split()).encode(), digest_size=8).digest()
+
+
+def _write_lines(path: Path, lines: Iterator[str]) -> None:
+    """Writes a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", encoding="utf-8", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            for line in lines:
+                file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; `argv` is for tests."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(PrepareConfig, args=argv, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box over several lines; a wrong flag gets one line, like all wrong input.
+        words = " ".join("".join(" " if c in "─│╭╮╰╯" else c for c in complaint.getvalue()).split())
+        raise UserError(words) from None
+    report = prepare(config)
+    print(
+        f"{config.out}: {report.written:,} demonstrations from {report.read:,} rows; left out: "
+        f"{report.in_rm_static:,} in rm-static, {report.duplicates:,} duplicates, {report.empty:,} that say nothing, "
+        f"{report.bad:,} bad"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,84 @@
+"""Token tables on disk, so that a dataset is tokenised once.
+
+One .npz file per table, named by a hash of everything that decides its content (data, tokenizer, options): an entry
+never goes stale, and the folder can be deleted at any time. A file appears under its name only when it is whole
+(written beside, synced, renamed), so two processes that build the same table at once do no harm, and whichever comes
+last leaves the same bytes. The arrays carry CRC-32 sums (zip) and the full key; a file that fails them is built again.
+"""
+
+import logging
+import os
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from utils.tokenizer import REPO_ROOT
+
+_log = logging.getLogger(__name__)
+_TEMPORARY = ".partial"
+_ABANDONED_SECONDS = 24 * 3600
+
+
+def default_cache_dir() -> Path:
+    """`RLHF_CACHE_DIR` if it is set, else runs/.cache/tokens in the repository."""
+    return Path(os.environ.get("RLHF_CACHE_DIR") or REPO_ROOT / "runs" / ".cache" / "tokens").expanduser()
+
+
+def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays stored under a key; None if there are none, or (told in the log) if the file is damaged."""
+    path = _path(folder, key)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        if bytes(arrays.pop("key")).decode() != key:
+            raise ValueError("it was stored under another key")
+        return arrays
+    except FileNotFoundError:
+        return None
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        _log.warning("token cache %s is damaged (%s); tokenising again", path, error)
+        return None
+
+
+def write_arrays(folder: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
+    """Stores arrays under a key, whole or not at all. A cache that cannot be written costs time, not the run: it is
+    logged."""
+    temporary = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=_TEMPORARY, delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, key=np.frombuffer(key.encode(), dtype=np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(_path(folder, key))
+    except OSError as error:
+        _log.warning("token cache %s cannot be written (%s); the next run will tokenise again", folder, error)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what processes that were killed while writing have left behind."""
+    for path in folder.glob("*" + _TEMPORARY):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{key[:32]}.npz"
