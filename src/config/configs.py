@@ -58,7 +58,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for field in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             _require(getattr(self, field) >= 1, f"model config: {field} must be at least 1, not {getattr(self, field)}")
-        _require(self.n_embd % self.n_head == 0, f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        _require(
+            self.n_embd % self.n_head == 0,
+            f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}",
+        )
         _require(self.lora_rank >= 0, f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}")
         _require(0 <= self.dropout < 1 and 0 <= self.lora_dropout < 1, "model config: dropout must be in [0, 1)")
         if self.embedding_rows == 0:
@@ -181,8 +184,19 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         get_configs(self.config)
-        _require(bool(self.name) and not set(self.name) & set("/\\ \0"), f"--name {self.name!r}: use letters, digits, - and _, no spaces or slashes")
-        for field in ("batch_size", "global_batch_size", "eval_every", "save_every", "log_every", "eval_examples", "keep"):
+        _require(
+            bool(self.name) and not set(self.name) & set("/\\ \0"),
+            f"--name {self.name!r}: use letters, digits, - and _, no spaces or slashes",
+        )
+        for field in (
+            "batch_size",
+            "global_batch_size",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "eval_examples",
+            "keep",
+        ):
             self._at_least(field, 1)
         for field in ("max_steps", "max_length", "seed"):
             self._at_least(field, 0)
@@ -342,8 +356,13 @@ class PPOConfig(RunConfig):
             self.minibatches <= self.global_batch_size,
             f"--minibatches {self.minibatches}: at most one per rollout row (--global-batch-size {self.global_batch_size})",
         )
-        _require(not (self.kl_target and not self.kl_coef), "--kl-target: an adaptive coefficient needs a start above 0; set --kl-coef")
-        _require(not (self.reward_fn_weight and not self.reward_fn), "--reward-fn-weight: needs --reward-fn FILE.py:FUNCTION")
+        _require(
+            not (self.kl_target and not self.kl_coef),
+            "--kl-target: an adaptive coefficient needs a start above 0; set --kl-coef",
+        )
+        _require(
+            not (self.reward_fn_weight and not self.reward_fn), "--reward-fn-weight: needs --reward-fn FILE.py:FUNCTION"
+        )
 
 
 StageConfig = TypeVar("StageConfig", SFTConfig, RMConfig, PPOConfig)
@@ -443,7 +462,9 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> GPTConfig:
     known = {f.name: f for f in fields(GPTConfig)}
     extra, missing = set(values) - set(known), set(known) - set(values)
     if extra or missing:
-        raise UserError(f"{where}: model config has unknown keys {sorted(extra)} and lacks {sorted(missing)}; it was written by another version")
+        raise UserError(
+            f"{where}: model config has unknown keys {sorted(extra)} and lacks {sorted(missing)}; it was written by another version"
+        )
     for key, value in values.items():
         default = known[key].default
         kinds = (int, float) if isinstance(default, float) else (type(default),)

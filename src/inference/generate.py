@@ -82,7 +82,9 @@ def generate(
     prompt_ids, att = (x.to(device) for x in left_pad([np.asarray(p) for p in prompts], pad_id))
     B, P = prompt_ids.shape
     if P + max_new_tokens > config.block_size:
-        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit the context of {config.block_size}")
+        raise ValueError(
+            f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit the context of {config.block_size}"
+        )
     uniforms = _row_uniforms(seeds, B, max_new_tokens).to(device) if temperature > 0 else None
 
     was_training = model.training

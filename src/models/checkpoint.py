@@ -50,14 +50,21 @@ def describe(folder: Path) -> dict[str, Any]:
     path = Path(folder) / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        if not (isinstance(description, dict) and isinstance(description.get("model"), dict)) or description.get("role") not in _STARTS_FROM:
+        if (
+            not (isinstance(description, dict) and isinstance(description.get("model"), dict))
+            or description.get("role") not in _STARTS_FROM
+        ):
             raise ValueError("it lacks role or model")
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {DESCRIPTION} there; give a run folder, or a checkpoint folder inside it") from None
+        raise UserError(
+            f"{folder}: no {DESCRIPTION} there; give a run folder, or a checkpoint folder inside it"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a model description ({error}); take another checkpoint of the run") from None
     if description.get("format") != FORMAT:
-        raise UserError(f"{path}: format {description.get('format')!r}, this code reads {FORMAT}; use the version that wrote it")
+        raise UserError(
+            f"{path}: format {description.get('format')!r}, this code reads {FORMAT}; use the version that wrote it"
+        )
     return description
 
 
@@ -83,7 +90,9 @@ def load_model(cls: type[Model], folder: Path, config: GPTConfig | None = None, 
         raise UserError(f"{folder}: holds {_STAGE_OF_ROLE[saved_role]}; {wanted} is needed here")
     saved = model_config_from_dict(description["model"], str(folder / DESCRIPTION))
     if config is not None and config.family != saved.family:
-        raise UserError(f"{folder}: holds a {saved.family}, not a {config.family}; give --config {saved.family} or one of its variants")
+        raise UserError(
+            f"{folder}: holds a {saved.family}, not a {config.family}; give --config {saved.family} or one of its variants"
+        )
     config = saved if config is None else saved.with_options(config)
     state = _read_weights(folder / WEIGHTS)
     same_adapters = (saved.lora_rank, saved.lora_alpha) == (config.lora_rank, config.lora_alpha)
@@ -124,5 +133,7 @@ def _load_strictly(model: nn.Module, state: dict, folder: Path, new_head: bool, 
             for what, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
             if keys
         ]
-        raise UserError(f"{folder / WEIGHTS}: does not fit its {DESCRIPTION}: {'; '.join(parts)}; take another checkpoint of the run")
+        raise UserError(
+            f"{folder / WEIGHTS}: does not fit its {DESCRIPTION}: {'; '.join(parts)}; take another checkpoint of the run"
+        )
     model.load_state_dict(state, strict=False)

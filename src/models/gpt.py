@@ -80,7 +80,9 @@ class MaskedMultiheadSelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x [B, L, d]; mask bool [B, 1, L, S], true where a query may look, or None for plain causal attention."""
         B, L, d = x.shape
-        q, k, v = self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, L, hd)
+        q, k, v = (
+            self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # each (B, nh, L, hd)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hd)
         y = F.scaled_dot_product_attention(
@@ -265,7 +267,9 @@ class GPT(nn.Module):
 
     def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int, **sampling) -> Generation:
         """Continue prompts of mixed length. See `inference.generate.generate`."""
-        from inference.generate import generate  # here, because inference is built on models and not the other way round
+        from inference.generate import (
+            generate,
+        )  # here, because inference is built on models and not the other way round
 
         return generate(self, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
 

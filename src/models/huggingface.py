@@ -46,11 +46,21 @@ def load_pretrained(
         weights = GPT2LMHeadModel.from_pretrained(name_or_path, dtype=torch.float32).state_dict()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"-p {name_or_path}: cannot be loaded from Hugging Face ({reason}); give a folder that holds config.json and model.safetensors, or go online once") from None
-    if source.activation_function not in ("gelu_new", "gelu_pytorch_tanh") or source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights:
-        raise UserError(f"-p {name_or_path}: a GPT-2 variant (activation {source.activation_function}) that this model does not compute; use a plain one")
+        raise UserError(
+            f"-p {name_or_path}: cannot be loaded from Hugging Face ({reason}); give a folder that holds config.json and model.safetensors, or go online once"
+        ) from None
+    if (
+        source.activation_function not in ("gelu_new", "gelu_pytorch_tanh")
+        or source.scale_attn_by_inverse_layer_idx
+        or not source.scale_attn_weights
+    ):
+        raise UserError(
+            f"-p {name_or_path}: a GPT-2 variant (activation {source.activation_function}) that this model does not compute; use a plain one"
+        )
     if source.n_inner not in (None, 4 * source.n_embd):
-        raise UserError(f"-p {name_or_path}: feed-forward width {source.n_inner} is not 4 x {source.n_embd}; use a plain GPT-2")
+        raise UserError(
+            f"-p {name_or_path}: feed-forward width {source.n_inner} is not 4 x {source.n_embd}; use a plain GPT-2"
+        )
     if vocab_size is not None and vocab_size > source.vocab_size:
         raise UserError(
             f"-p {name_or_path}: its token table has {source.vocab_size} rows, the tokenizer {vocab_size} ids; choose its own --tokenizer"

@@ -31,7 +31,12 @@ def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:
     if config.lora_rank == 0:
         return nn.Linear(n_in, n_out)
     return loralib.Linear(
-        n_in, n_out, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, merge_weights=False
+        n_in,
+        n_out,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        merge_weights=False,
     )
 
 
@@ -53,7 +58,9 @@ def freeze_weights(model: nn.Module, method: str) -> None:
         raise UserError(f"--freeze {method}: no such method; there are {', '.join(FREEZE_METHODS)}")
     config: GPTConfig = model.config
     if method == "lora" and config.lora_rank == 0:
-        raise UserError(f"--freeze lora: the model has no adapters (lora_rank 0); use a preset such as {config.name.split('/')[0]}/lora")
+        raise UserError(
+            f"--freeze lora: the model has no adapters (lora_rank 0); use a preset such as {config.name.split('/')[0]}/lora"
+        )
     last_block = f"transformer.h.{config.n_layer - 1}."
     for name, parameter in model.named_parameters():
         if name.startswith("head.") or method == "none":

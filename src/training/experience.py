@@ -40,7 +40,9 @@ class MicroBatch:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N] values of the response tokens -> [b, T], 0 where there is no token."""
-        return torch.zeros(self.rmask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(self.rmask, packed)
+        return torch.zeros(self.rmask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(
+            self.rmask, packed
+        )
 
 
 @dataclass
@@ -101,7 +103,12 @@ def state_columns(prompt_len: Tensor, n: Tensor, width: int) -> Tensor:
     Returns:
         [N] int64 indices into the b * L flattened columns, row by row; built on the host, so no device synchronisation.
     """
-    return torch.cat([torch.arange(i * width + p - 1, i * width + p - 1 + m) for i, (p, m) in enumerate(zip(prompt_len.tolist(), n.tolist()))])
+    return torch.cat(
+        [
+            torch.arange(i * width + p - 1, i * width + p - 1 + m)
+            for i, (p, m) in enumerate(zip(prompt_len.tolist(), n.tolist()))
+        ]
+    )
 
 
 class ActorCritic(nn.Module):
@@ -112,7 +119,9 @@ class ActorCritic(nn.Module):
         self.actor = actor
         self.critic = critic
 
-    def forward(self, batch: MicroBatch, tau: float, with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, batch: MicroBatch, tau: float, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities [b, T] at temperature tau, values [b, T], and the entropy [b, T] when asked for."""
         logits = self.actor(batch.ids, batch.att, right_padded=True, at=batch.at)  # (N, V)
         logp = batch.unpack(gather_logprobs(logits, batch.tokens, tau))
@@ -220,7 +229,7 @@ class Rollouts:
         if self.reward_fn is not None:
             prompts, responses = self.texts(experience)
             extra = torch.tensor(self.reward_fn(prompts, responses), device=experience.scores.device)
-            experience.scores += (self.reward_fn_weight or 1.0) * extra
+            experience.scores += extra if self.reward_model is None else self.reward_fn_weight * extra
 
     def texts(self, experience: Experience) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without EOS."""

@@ -27,7 +27,9 @@ def check_first_minibatch(policy: dict[str, Tensor], value: dict[str, Tensor], d
     Raises:
         InvariantError: it does not hold; the message lists the usual causes.
     """
-    figures = torch.stack([policy["ratio_drift"], policy["ratio_mean"] - 1, policy["clipfrac"], value["value_drift"]]).tolist()
+    figures = torch.stack(
+        [policy["ratio_drift"], policy["ratio_mean"] - 1, policy["clipfrac"], value["value_drift"]]
+    ).tolist()
     drift, mean_off, clipfrac, value_drift = figures
     limit = _DRIFT[dtype]
     if not (drift <= limit and abs(mean_off) <= limit and clipfrac == 0 and value_drift <= 10 * limit):
@@ -69,4 +71,6 @@ def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
     """
     changed = [name for name in before if before[name] != after[name]]
     if changed:
-        raise InvariantError(f"frozen weights changed during training: {', '.join(changed)}; KL and scores of this run mean nothing")
+        raise InvariantError(
+            f"frozen weights changed during training: {', '.join(changed)}; KL and scores of this run mean nothing"
+        )

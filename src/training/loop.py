@@ -36,7 +36,9 @@ def data_order(lengths: np.ndarray, config: RunConfig, start: int, stop: int) ->
     step = 0
     for epoch in range(config.epochs):
         # A data set smaller than one batch still makes one step an epoch.
-        batches = epoch_batches(lengths, config.global_batch_size, config.seed, epoch, drop_last=len(lengths) >= config.global_batch_size)
+        batches = epoch_batches(
+            lengths, config.global_batch_size, config.seed, epoch, drop_last=len(lengths) >= config.global_batch_size
+        )
         for batch in batches:
             if step >= stop:
                 return
@@ -68,7 +70,9 @@ def prompt_order(count: int, batch: int, seed: int, iteration: int) -> np.ndarra
 
 def row_seeds(seed: int, purpose: int, rows: int) -> list[int]:
     """Sampling seeds of `rows` responses; `purpose` is the iteration, or a negative number for evaluations."""
-    return np.random.SeedSequence([seed, purpose & 0xFFFFFFFF]).generate_state(rows, np.uint64).astype(np.int64).tolist()
+    return (
+        np.random.SeedSequence([seed, purpose & 0xFFFFFFFF]).generate_state(rows, np.uint64).astype(np.int64).tolist()
+    )
 
 
 def trainer_state(step: int, best: float, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -113,6 +113,10 @@ class Runtime:
         """Elementwise sum of a tensor over all ranks."""
         return self.accelerator.reduce(value, reduction="sum")
 
+    def max_over_ranks(self, value: Tensor) -> Tensor:
+        """Elementwise maximum of a tensor [n] over all ranks."""
+        return self.accelerator.gather(value).view(self.world_size, -1).amax(0)
+
 
 def set_lr(optimizer: torch.optim.Optimizer, scale: float, frozen: str | None = None) -> None:
     """Set each group's learning rate to `scale` times its own peak (`peak_lr`, kept in the group); that of `frozen` to 0."""
@@ -120,7 +124,9 @@ def set_lr(optimizer: torch.optim.Optimizer, scale: float, frozen: str | None = 
         group["lr"] = 0.0 if group["name"] == frozen else group["peak_lr"] * scale
 
 
-def adamw(groups: Iterable[dict], betas: tuple[float, float], eps: float, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
+def adamw(
+    groups: Iterable[dict], betas: tuple[float, float], eps: float, weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
     """AdamW over named groups ({"name", "params", "lr"}); weight decay touches matrices only.
 
     torch's own default of weight decay is 0.01, so it is always passed.
@@ -128,9 +134,20 @@ def adamw(groups: Iterable[dict], betas: tuple[float, float], eps: float, weight
     split = []
     for group in groups:
         params = [p for p in group["params"] if p.requires_grad]
-        for decay, chosen in ((weight_decay, [p for p in params if p.ndim >= 2]), (0.0, [p for p in params if p.ndim < 2])):
+        for decay, chosen in (
+            (weight_decay, [p for p in params if p.ndim >= 2]),
+            (0.0, [p for p in params if p.ndim < 2]),
+        ):
             if chosen:
-                split.append({"params": chosen, "lr": group["lr"], "peak_lr": group["lr"], "weight_decay": decay, "name": group["name"]})
+                split.append(
+                    {
+                        "params": chosen,
+                        "lr": group["lr"],
+                        "peak_lr": group["lr"],
+                        "weight_decay": decay,
+                        "name": group["name"],
+                    }
+                )
     return torch.optim.AdamW(split, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
 
 

@@ -35,7 +35,9 @@ class Saver:
         keep: newest step checkpoints to keep.
     """
 
-    def __init__(self, run: Path, models: dict[str, nn.Module], tokenizer: Tokenizer, description: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self, run: Path, models: dict[str, nn.Module], tokenizer: Tokenizer, description: dict[str, Any], keep: int
+    ) -> None:
         self.run = run
         self.models = models
         self.tokenizer = tokenizer
@@ -108,4 +110,6 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"--resume {checkpoint}: no {STATE} in it; give a folder under checkpoints/") from None
     except Exception as error:
-        raise UserError(f"--resume {checkpoint}: {STATE} cannot be read ({type(error).__name__}); give an earlier checkpoint") from error
+        raise UserError(
+            f"--resume {checkpoint}: {STATE} cannot be read ({type(error).__name__}); give an earlier checkpoint"
+        ) from error

@@ -47,7 +47,9 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
         candidates = sorted(root.glob(f"{stage}_{config.name}_" + "[0-9]" * 14), reverse=True)
         run = next((r for r in candidates if not (r / "final").exists() and step_checkpoints(r)), None)
         if run is None:
-            print(f"--resume auto: no unfinished run {stage}_{config.name} with a checkpoint in {root}; starting a new one")
+            print(
+                f"--resume auto: no unfinished run {stage}_{config.name} with a checkpoint in {root}; starting a new one"
+            )
             return None
         checkpoint = step_checkpoints(run)[-1]
     else:
@@ -58,18 +60,26 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     try:
         hyperparams = json.loads((run / "hyperparams.json").read_text())
     except (OSError, ValueError):
-        raise UserError(f"--resume {config.resume}: not a run folder or a checkpoint inside one; give runs/{stage}_NAME_TIME") from None
+        raise UserError(
+            f"--resume {config.resume}: not a run folder or a checkpoint inside one; give runs/{stage}_NAME_TIME"
+        ) from None
     if hyperparams.get("stage") != stage:
-        raise UserError(f"--resume {config.resume}: is a run of stage {hyperparams.get('stage')}, not {stage}; use its own script")
+        raise UserError(
+            f"--resume {config.resume}: is a run of stage {hyperparams.get('stage')}, not {stage}; use its own script"
+        )
     old, new = hyperparams["config"], json.loads(json.dumps(resolved(config)))
     changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in new.items() if old.get(k) != v and k not in _MAY_CHANGE]
     if changed:
-        raise UserError(f"--resume {run}: settings differ from the run's ({'; '.join(changed)}); repeat the run's own flags")
+        raise UserError(
+            f"--resume {run}: settings differ from the run's ({'; '.join(changed)}); repeat the run's own flags"
+        )
     print(f"going on with {checkpoint}")
     return Resumption(run, checkpoint, load_state(checkpoint), hyperparams)
 
 
-def open_run(stage: str, config: RunConfig, model: nn.Module, resumption: Resumption | None, extra: dict[str, Any]) -> Path:
+def open_run(
+    stage: str, config: RunConfig, model: nn.Module, resumption: Resumption | None, extra: dict[str, Any]
+) -> Path:
     """The run's folder, made and described unless it is there already."""
     if resumption is not None:
         return resumption.run
@@ -81,7 +91,12 @@ def open_run(stage: str, config: RunConfig, model: nn.Module, resumption: Resump
 
 def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:
     """Entries of model.json that make a checkpoint self-contained."""
-    return {"stage": stage, "tokenizer": tokenizer.identity(), "template": template.to_dict(), "trained_from": trained_from}
+    return {
+        "stage": stage,
+        "tokenizer": tokenizer.identity(),
+        "template": template.to_dict(),
+        "trained_from": trained_from,
+    }
 
 
 def template_of(folder: Path) -> PromptTemplate:
@@ -110,7 +125,9 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
         folder = resumption.checkpoint
         return GPT.from_checkpoint(folder, preset), load_tokenizer(folder), template_of(folder), str(folder)
     if config.pretrain == "scratch":
-        tokenizer = get_tokenizer(("demo" if preset.family == "gpt2-nano" else "gpt2") if config.tokenizer == "auto" else config.tokenizer)
+        tokenizer = get_tokenizer(
+            ("demo" if preset.family == "gpt2-nano" else "gpt2") if config.tokenizer == "auto" else config.tokenizer
+        )
         sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
         return GPT(sizes), tokenizer, PromptTemplate(), "scratch"
     source = preset.family if config.pretrain == "huggingface" else config.pretrain
@@ -125,7 +142,12 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
                 raise
             is_huggingface = True
     if not is_huggingface:
-        return GPT.from_checkpoint(folder, preset, adapters="fresh"), load_tokenizer(folder), template_of(folder), str(folder)
+        return (
+            GPT.from_checkpoint(folder, preset, adapters="fresh"),
+            load_tokenizer(folder),
+            template_of(folder),
+            str(folder),
+        )
     tokenizer = _tokenizer_for(config.tokenizer, folder)
     model = GPT.from_pretrained(source, preset, tokenizer.vocab_size)
     return model, tokenizer, PromptTemplate(), source
@@ -139,10 +161,14 @@ def _tokenizer_for(wanted: str, folder: Path) -> Tokenizer:
     return get_tokenizer(str(folder) if has_own else "gpt2")
 
 
-def rm_start(config: RMConfig, resumption: Resumption | None) -> tuple[nn.Module, nn.Module, Tokenizer, PromptTemplate, Path]:
+def rm_start(
+    config: RMConfig, resumption: Resumption | None
+) -> tuple[nn.Module, nn.Module, Tokenizer, PromptTemplate, Path]:
     """Reward model, frozen SFT model, tokenizer, template and the SFT checkpoint."""
     options = without_dropout(get_configs(config.config))
-    source = Path(resumption.hyperparams["sft"]) if resumption else find_checkpoint(config.pretrain, config.runs_dir, "-p")
+    source = (
+        Path(resumption.hyperparams["sft"]) if resumption else find_checkpoint(config.pretrain, config.runs_dir, "-p")
+    )
     sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)))
     if resumption is not None:
         model = GPTRewardModel.from_checkpoint(resumption.checkpoint)
@@ -183,7 +209,9 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
         sft = find_checkpoint(config.actor, config.runs_dir, "-a")
         rm = None if rm_argument == "none" else find_checkpoint(rm_argument, config.runs_dir, "-c")
     if rm is not None and load_tokenizer(sft).identity()["sha256"] != load_tokenizer(rm).identity()["sha256"]:
-        raise UserError(f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that SFT model")
+        raise UserError(
+            f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that SFT model"
+        )
     reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)))
     reward_model = frozen(GPTRewardModel.from_checkpoint(rm)) if rm is not None and needs_reward_model else None
     if resumption is not None:
@@ -195,7 +223,9 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
         if rm is None:
             torch.nn.init.zeros_(critic.head.weight)
     if not reference.config.same_sizes(critic.config):
-        raise UserError(f"-c {config.critic}: its sizes differ from those of -a {config.actor}; train the reward model from that SFT model")
+        raise UserError(
+            f"-c {config.critic}: its sizes differ from those of -a {config.actor}; train the reward model from that SFT model"
+        )
     freeze(actor, config)
     freeze(critic, config)
     models = [reference, actor, critic] + ([reward_model] if reward_model is not None else [])

@@ -36,14 +36,18 @@ def main() -> int:
     limit = row_limit(config, roles.actor)
     prompt_limit = config.prompt_length or limit - config.response_length
     if prompt_limit < 1 or prompt_limit + config.response_length > limit:
-        raise UserError(f"--response-length {config.response_length}: prompts of {prompt_limit} tokens and responses do not fit {limit} tokens")
+        raise UserError(
+            f"--response-length {config.response_length}: prompts of {prompt_limit} tokens and responses do not fit {limit} tokens"
+        )
     options = {"max_prompt_length": prompt_limit, "skip_bad_rows": config.skip_bad_rows, "template": template}
     splits = {s: load_dataset(config.dataset, "ppo", s, tokenizer, limit, **options) for s in ("train", "validation")}
     for data in splits.values():
         print(data.report.summary())
     report_reward_model(roles)
     run = open_run("ppo", config, roles.actor, resumption, {"sft": str(roles.sft), "rm": str(roles.rm or "")})
-    print(f"{roles.actor.config.name} from {roles.sft} on {runtime.describe()}; shared between the roles: {roles.shared_bytes / 1e6:.1f} MB")
+    print(
+        f"{roles.actor.config.name} from {roles.sft} on {runtime.describe()}; shared between the roles: {roles.shared_bytes / 1e6:.1f} MB"
+    )
     trainer = PPOTrainer(
         config, roles.actor, roles.critic, runtime.place(roles.reference), roles.reward_model and runtime.place(roles.reward_model),
         tokenizer, splits["train"], splits["validation"], run, runtime, describe_model("ppo", tokenizer, template, str(roles.sft)),
@@ -64,11 +68,15 @@ def report_reward_model(roles: Roles) -> None:
         return
     accuracy, longer = held_out["accuracy"], held_out["longer_wins"]
     baseline = max(longer, 1 - longer)
-    print(f"reward model: held-out accuracy {accuracy:.3f} (chance 0.500, longest or shortest wins {baseline:.3f}), gain {gain:.3f}, bias {bias:.3f}")
+    print(
+        f"reward model: held-out accuracy {accuracy:.3f} (chance 0.500, longest or shortest wins {baseline:.3f}), gain {gain:.3f}, bias {bias:.3f}"
+    )
     if accuracy <= max(0.5, baseline):
         print("warning: the reward model is no better than chance or answer length; PPO on it will not help")
     if (gain, bias) == (1.0, 0.0):
-        print("warning: the reward model was never normalised; --kl-coef and the value clip assume scores of mean 0 and deviation 1")
+        print(
+            "warning: the reward model was never normalised; --kl-coef and the value clip assume scores of mean 0 and deviation 1"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ def main() -> int:
     runtime = Runtime(config.device, config.dtype, config.seed)
     model, sft, tokenizer, template, source = rm_start(config, resumption)
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
-    splits = {s: load_dataset(config.dataset, "rm", s, tokenizer, row_limit(config, model), **options) for s in ("train", "validation")}
+    splits = {
+        s: load_dataset(config.dataset, "rm", s, tokenizer, row_limit(config, model), **options)
+        for s in ("train", "validation")
+    }
     for data in splits.values():
         print(data.report.summary())
     run = open_run("rm", config, model, resumption, {"sft": str(source)})

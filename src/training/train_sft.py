@@ -28,7 +28,10 @@ def main() -> int:
     model, tokenizer, template, source = sft_start(config, resumption)
     stage = "text" if config.dataset == "demo-text" else "sft"
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
-    splits = {s: load_dataset(config.dataset, stage, s, tokenizer, row_limit(config, model), **options) for s in ("train", "validation")}
+    splits = {
+        s: load_dataset(config.dataset, stage, s, tokenizer, row_limit(config, model), **options)
+        for s in ("train", "validation")
+    }
     for data in splits.values():
         print(data.report.summary())
     run = open_run("sft", config, model, resumption, {"pretrain": source})

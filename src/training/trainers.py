@@ -33,8 +33,8 @@ from training.saving import Saver
 from utils.batching import Batch, RankedBatch, collate_ranked, collate_sft
 from utils.dataset import PromptDataset, RankedDataset, SFTDataset
 from utils.loss import (
-    Moments, adaptive_kl_coef, cosine_with_warmup, cross_entropy_sum, gae, kl_k1, kl_stop_reached, linear_to_zero, masked_moments,
-    masked_sum, masked_whiten, penalise_missing_eos, per_token_rewards, policy_loss, ranking_loss, reward_affine, value_loss,
+    Moments, PolicyStats, ValueStats, adaptive_kl_coef, cosine_with_warmup, cross_entropy_sum, gae, kl_k1, kl_stop_reached, linear_to_zero, masked_moments,
+    masked_sum, masked_whiten, penalise_missing_eos, per_token_rewards, policy_loss, preference_pairs, ranking_loss, reward_affine, value_loss,
 )  # fmt: skip
 from utils.metrics import ranking_report, text_degeneracy
 from utils.metrics_log import MetricsLog
@@ -67,7 +67,10 @@ class SFTTrainer:
             if self.step == 0:
                 self.evaluate()
             for rows in data_order(self.train.lengths, config, self.step, self.total_steps):
-                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, config.min_lr_ratio, config.warmup_steps, self.total_steps))
+                set_lr(
+                    self.optimizer,
+                    cosine_with_warmup(self.step, 1.0, config.min_lr_ratio, config.warmup_steps, self.total_steps),
+                )
                 metrics = self.train_step(rows)
                 self.step += 1
                 bar.update()
@@ -86,8 +89,13 @@ class SFTTrainer:
         """One optimizer step on the examples `rows`, in micro-batches; the figures to log."""
         self.model.train()
         started = time.perf_counter()
-        batches = [collate_sft([self.train[i] for i in part], self.tokenizer.pad_id) for part in micro_batches(rows, self.config)]
-        targets = self.runtime.sum_over_ranks(torch.tensor(sum(len(sft_targets(b)) for b in batches), device=self.runtime.device))
+        batches = [
+            collate_sft([self.train[i] for i in part], self.tokenizer.pad_id)
+            for part in micro_batches(rows, self.config)
+        ]
+        targets = self.runtime.sum_over_ranks(
+            torch.tensor(sum(len(sft_targets(b)) for b in batches), device=self.runtime.device)
+        )
         total = torch.zeros((), device=self.runtime.device)
         for i, batch in enumerate(batches):
             with self.runtime.micro_step(self.model, last=i == len(batches) - 1):
@@ -140,7 +148,10 @@ class SFTTrainer:
                 pad_id=self.tokenizer.pad_id, temperature=0.7, seeds=row_seeds(self.config.seed, -1, len(prompts)),
             )  # fmt: skip
         texts = [self.tokenizer.decode(generation.row(b).tolist()) for b in range(len(prompts))]
-        self.log.samples(self.step, [{"prompt": self.tokenizer.decode(p.tolist()), "response": r} for p, r in zip(prompts[:8], texts)])
+        self.log.samples(
+            self.step,
+            [{"prompt": self.tokenizer.decode(p.tolist()), "response": r} for p, r in zip(prompts[:8], texts)],
+        )
         degeneracy = text_degeneracy([generation.row(b).tolist() for b in range(len(prompts))])
         return {
             "resp/eos_rate": float(generation.ended.float().mean()),
@@ -186,7 +197,10 @@ class RewardModelTrainer:
                 self.normalise("before training")
                 self.evaluate()
             for prompts in data_order(self.train.lengths, config, self.step, self.total_steps):
-                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, config.min_lr_ratio, config.warmup_steps, self.total_steps))
+                set_lr(
+                    self.optimizer,
+                    cosine_with_warmup(self.step, 1.0, config.min_lr_ratio, config.warmup_steps, self.total_steps),
+                )
                 metrics = self.train_step(prompts)
                 self.step += 1
                 bar.update()
@@ -217,9 +231,10 @@ class RewardModelTrainer:
                 loss = ranking_loss(scores, mask).sum() / count
                 self.runtime.backward(loss)
             total += loss.detach()
-            better = (scores[:, :, None] > scores[:, None, :]).triu(1) & mask[:, :, None] & mask[:, None, :]
-            right += better.sum()
-            pairs += (mask[:, :, None] & mask[:, None, :]).triu(1).sum()
+            margins = scores.detach()[:, :, None] - scores.detach()[:, None, :]
+            ranked = preference_pairs(mask)
+            right += masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), ranked)
+            pairs += ranked.sum()
             tokens += batch.rows.length.sum()
         norms = self.runtime.step(self.optimizer, {"model": self.trainable}, self.config.max_grad_norm)
         return {
@@ -288,8 +303,12 @@ class RewardModelTrainer:
         raw = torch.cat(scores)
         gain, bias = reward_affine(raw)
         model.set_normalisation(float(gain), float(bias))
-        self.log.log(self.step, {"norm/raw_mean": raw.mean(), "norm/raw_sd": raw.std(), "norm/gain": gain, "norm/bias": bias})
-        tqdm.write(f"{when}: raw scores of {len(raw)} SFT samples have mean {raw.mean():.3f}, deviation {raw.std():.3f}; normalised to 0 and 1")
+        self.log.log(
+            self.step, {"norm/raw_mean": raw.mean(), "norm/raw_sd": raw.std(), "norm/gain": gain, "norm/bias": bias}
+        )
+        tqdm.write(
+            f"{when}: raw scores of {len(raw)} SFT samples have mean {raw.mean():.3f}, deviation {raw.std():.3f}; normalised to 0 and 1"
+        )
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; the data order follows from the step."""
@@ -336,12 +355,19 @@ class PPOTrainer:
             while self.step < self.total_steps:
                 update = self.step + 1
                 warm = min(1.0, update / config.warmup_iterations) if config.warmup_iterations else 1.0
-                set_lr(self.optimizer, warm * linear_to_zero(update, self.total_steps), frozen="actor" if update <= config.critic_warmup else None)
+                set_lr(
+                    self.optimizer,
+                    warm * linear_to_zero(update, self.total_steps),
+                    frozen="actor" if update <= config.critic_warmup else None,
+                )
                 metrics = self.iteration(update)
                 self.step = update
                 bar.update()
                 values = self.log.log(self.step, metrics)
-                bar.set_postfix({k: f"{values[f'objective/{k}']:.2f}" for k in ("score", "kl")} | {"len": f"{values['resp/len_mean']:.0f}"})
+                bar.set_postfix(
+                    {k: f"{values[f'objective/{k}']:.2f}" for k in ("score", "kl")}
+                    | {"len": f"{values['resp/len_mean']:.0f}"}
+                )
                 last = self.step == self.total_steps
                 if self.step % config.eval_every == 0 or last:
                     self.evaluate()
@@ -366,71 +392,108 @@ class PPOTrainer:
         if update == 1:
             check_reference(experience, self.runtime.dtype)
         penalised = penalise_missing_eos(experience.scores, experience.ended, config.missing_eos_penalty)
-        rewards = per_token_rewards(penalised, experience.logp, experience.logp_ref, experience.n.to(penalised.device), self.kl_coef)
+        rewards = per_token_rewards(
+            penalised, experience.logp, experience.logp_ref, experience.n.to(penalised.device), self.kl_coef
+        )
         if config.whiten_rewards:
-            rewards = masked_whiten(rewards, experience.rmask, shift_mean=False)
+            stats = self.moments_over_ranks(rewards, experience.rmask)
+            rewards = masked_whiten(rewards, experience.rmask, shift_mean=False, stats=stats)
         advantages, returns = gae(rewards, experience.values, experience.rmask, config.gamma, config.lam)
-        whitened = masked_whiten(advantages, experience.rmask, stats=self.moments_over_ranks(advantages, experience.rmask))
-        metrics = rollout_metrics(experience, penalised, self.kl_coef) | value_metrics(experience.values, returns, advantages, experience.rmask)
+        whitened = masked_whiten(
+            advantages, experience.rmask, stats=self.moments_over_ranks(advantages, experience.rmask)
+        )
+        metrics = rollout_metrics(experience, penalised, self.kl_coef) | value_metrics(
+            experience.values, returns, advantages, experience.rmask
+        )
         clock.append(time.perf_counter())
 
         metrics |= self.update(experience, whitened, returns, plans)
         metrics |= {f"{key}_lr": self.lr_of(key) for key in ("actor", "critic")}
         clock.append(time.perf_counter())
         if config.kl_target:
-            self.kl_coef = adaptive_kl_coef(self.kl_coef, float(metrics["objective/kl"]), config.kl_target, len(rows), config.kl_horizon)
+            episodes = len(rows) * self.runtime.world_size
+            kl = float(self.runtime.sum_over_ranks(metrics["objective/kl"])) / self.runtime.world_size
+            self.kl_coef = adaptive_kl_coef(self.kl_coef, kl, config.kl_target, episodes, config.kl_horizon)
         tokens = int(experience.n.sum())
         spent = dict(zip(("rollout", "score", "update"), np.diff(clock)))
         return metrics | {f"time/{k}_s": v for k, v in spent.items()} | {
             "time/rollout_tokens_s": tokens / spent["rollout"], "time/tokens_s": tokens / (clock[-1] - clock[0]),
         }  # fmt: skip
 
-    def update(self, experience: Experience, advantages: Tensor, returns: Tensor, plans: list) -> dict[str, float | Tensor]:
+    def update(
+        self, experience: Experience, advantages: Tensor, returns: Tensor, plans: list
+    ) -> dict[str, float | Tensor]:
         """ppo_epochs x minibatches optimizer steps; micro-batches only accumulate."""
         config = self.config
-        policy_stats, value_stats, norms, steps, kl_by_epoch = [], [], [], 0, []
-        for epoch, plan in enumerate(plans):
-            epoch_start = len(policy_stats)
+        epochs, norms = [], []  # epochs: one (PolicyStats, ValueStats) per pass
+        for plan in plans:
+            stats_of_pass = []
             for minibatch in plan:
-                tokens = sum(int(experience.n[part].sum()) for part in minibatch)
-                denom = self.runtime.sum_over_ranks(torch.tensor(tokens, device=self.runtime.device))
-                for i, part in enumerate(minibatch):
-                    batch = experience.micro_batch(part)
-                    rows, T = batch.rows, batch.rmask.shape[1]
-                    with self.runtime.micro_step(self.policy, last=i == len(minibatch) - 1):
-                        logp, values, _ = self.policy(batch, config.temperature)
-                        pi = policy_loss(logp, experience.logp[rows, :T], advantages[rows, :T], batch.rmask, config.clip_eps, denom)
-                        v = value_loss(
-                            values, experience.values[rows, :T], returns[rows, :T], batch.rmask, config.value_clip_eps or math.inf, denom
-                        )
-                        self.runtime.backward(pi.loss + config.vf_coef * v.loss)
-                    policy_stats.append(pi.stats)
-                    value_stats.append(v.stats)
-                if steps == 0:
-                    check_first_minibatch(add_all(policy_stats).means(), add_all(value_stats).means(), self.runtime.dtype)
-                norms.append(self.runtime.step(self.optimizer, self.parameters, config.max_grad_norm))
-                steps += 1
-            kl_by_epoch.append(float(add_all(policy_stats[epoch_start:]).means()["approx_kl"]))
-            if config.kl_stop and kl_stop_reached(kl_by_epoch[-1], config.kl_stop):
+                stats = self.optimizer_step(experience, advantages, returns, minibatch, norms)
+                stats_of_pass.append(stats)
+                if config.kl_stop and kl_stop_reached(float(stats[0].means()["approx_kl"]), config.kl_stop):
+                    break
+            epochs.append(add_all(stats_of_pass))
+            if len(stats_of_pass) < len(plan):
                 break
-        metrics = update_metrics(add_all(policy_stats).means(), add_all(value_stats).means())
-        metrics |= {f"policy/approxkl_epoch{e + 1}": kl for e, kl in enumerate(kl_by_epoch)}
+        policy, value = add_all(epochs)
+        metrics = update_metrics(policy.means(), value.means())
+        metrics |= {f"policy/approxkl_epoch{e + 1}": stats[0].means()["approx_kl"] for e, stats in enumerate(epochs)}
         metrics |= {f"grad_norm/{name}": torch.stack([n[name] for n in norms]).mean() for name in self.parameters}
-        return metrics | {"train/optimizer_steps": steps}
+        return metrics | {"train/optimizer_steps": len(norms)}
+
+    def optimizer_step(
+        self, experience: Experience, advantages: Tensor, returns: Tensor, minibatch: list[np.ndarray], norms: list
+    ) -> tuple[PolicyStats, ValueStats]:
+        """One step on a minibatch: each micro-batch adds its share of the minibatch's token mean. Appends the gradient norms to `norms`."""
+        config = self.config
+        tokens = sum(int(experience.n[part].sum()) for part in minibatch)
+        denom = self.runtime.sum_over_ranks(torch.tensor(tokens, device=self.runtime.device))
+        stats = []
+        for i, part in enumerate(minibatch):
+            batch = experience.micro_batch(part)
+            rows, T = batch.rows, batch.rmask.shape[1]
+            with self.runtime.micro_step(self.policy, last=i == len(minibatch) - 1):
+                logp, values, _ = self.policy(batch, config.temperature)
+                pi = policy_loss(
+                    logp, experience.logp[rows, :T], advantages[rows, :T], batch.rmask, config.clip_eps, denom
+                )
+                v = value_loss(
+                    values,
+                    experience.values[rows, :T],
+                    returns[rows, :T],
+                    batch.rmask,
+                    config.value_clip_eps or math.inf,
+                    denom,
+                )
+                self.runtime.backward(pi.loss + config.vf_coef * v.loss)
+            stats.append((pi.stats, v.stats))
+        policy, value = (
+            type(x)(self.runtime.sum_over_ranks(x.sums), self.runtime.max_over_ranks(x.maxima)) for x in add_all(stats)
+        )
+        if not norms:
+            check_first_minibatch(policy.means(), value.means(), self.runtime.dtype)
+        norms.append(self.runtime.step(self.optimizer, self.parameters, config.max_grad_norm))
+        return policy, value
 
     def plans(self, experience: Experience, update: int) -> list[list[list[np.ndarray]]]:
         """The minibatches of every pass, drawn before the old log-probabilities are taken so that these see the first pass's batches."""
         generator = np.random.default_rng([self.config.seed, 1, update])
         length = experience.prompt_len + experience.n
         config = self.config
-        return [minibatch_plan(length, config.minibatches, config.batch_size, generator) for _ in range(config.ppo_epochs)]
+        return [
+            minibatch_plan(length, config.minibatches, config.batch_size, generator) for _ in range(config.ppo_epochs)
+        ]
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Score, KL and length on fixed held-out prompts with fixed sampling seeds; keeps the best model."""
         config = self.config
         count = min(config.eval_examples, len(self.validation))
-        parts = [self.evaluate_part(range(i, min(i + config.global_batch_size, count))) for i in range(0, count, config.global_batch_size)]
+        parts = [
+            self.evaluate_part(range(i, min(i + config.global_batch_size, count)))
+            for i in range(0, count, config.global_batch_size)
+        ]
         rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "texts"}
         score, kl = rows["penalised"].mean(), rows["kl"].mean()
         reward = float(score - config.kl_coef * kl)
@@ -439,9 +502,19 @@ class PPOTrainer:
             "eval/eos_rate": rows["ended"].mean(), **({"eval/gold": rows["gold"].mean()} if "gold" in rows else {}),
         }  # fmt: skip
         values = self.log.log(self.step, metrics)
-        tqdm.write(f"iteration {self.step}: held-out " + ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items()))
+        tqdm.write(
+            f"iteration {self.step}: held-out "
+            + ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in values.items())
+        )
         shown = [
-            {"prompt": p, "response": r, "score": round(float(s), 3), "kl": round(float(k), 3), "tokens": int(n), "top_kl_tokens": top}
+            {
+                "prompt": p,
+                "response": r,
+                "score": round(float(s), 3),
+                "kl": round(float(k), 3),
+                "tokens": int(n),
+                "top_kl_tokens": top,
+            }
             for (p, r, top), s, k, n in zip(parts[0]["texts"][:8], rows["score"], rows["kl"], rows["n"])
         ]
         self.log.samples(self.step, shown)
@@ -451,14 +524,19 @@ class PPOTrainer:
 
     def evaluate_part(self, indices: range) -> dict[str, Any]:
         """Per-response figures of some held-out prompts."""
-        experience = self.rollouts.sample([self.validation[i] for i in indices], row_seeds(self.config.seed, -3, indices.stop)[indices.start :])
+        experience = self.rollouts.sample(
+            [self.validation[i] for i in indices], row_seeds(self.config.seed, -3, indices.stop)[indices.start :]
+        )
         length = experience.prompt_len + experience.n
         self.rollouts.look(experience, minibatch_plan(length, 1, self.config.batch_size, np.random.default_rng(0))[0])
         k1 = kl_k1(experience.logp, experience.logp_ref)
         prompts, responses = self.rollouts.texts(experience)
         decode = self.tokenizer.decode
         top = [
-            [f"{decode([ids[j]])!r} {float(row[j]):.2f}" for j in row[: len(ids)].topk(min(3, len(ids))).indices.tolist()]
+            [
+                f"{decode([ids[j]])!r} {float(row[j]):.2f}"
+                for j in row[: len(ids)].topk(min(3, len(ids))).indices.tolist()
+            ]
             for ids, row in zip(experience.responses()[:8], k1[:8].cpu())
         ]
         figures = {
@@ -488,9 +566,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def add_all(stats: list) -> Any:
-    """Sum of PolicyStats or ValueStats over micro-batches."""
-    total = stats[0]
-    for other in stats[1:]:
-        total = total + other
-    return total
+def add_all(stats: list[tuple[PolicyStats, ValueStats]]) -> tuple[PolicyStats, ValueStats]:
+    """Statistics of several micro-batches, minibatches or passes together."""
+    policy, value = zip(*stats)
+    return sum(policy[1:], policy[0]), sum(value[1:], value[0])

@@ -31,18 +31,26 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         raise UserError(f"{flag} {spec}: importing {file} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"{flag} {spec}: {file} has no function {name}; it must take (prompts, responses) and return one float each")
+        raise UserError(
+            f"{flag} {spec}: {file} has no function {name}; it must take (prompts, responses) and return one float each"
+        )
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         try:
             scores = [float(score) for score in function(list(prompts), list(responses))]
         except Exception as error:
-            raise UserError(f"{flag} {spec}: the function failed: {type(error).__name__}: {error}; it must return one float per response") from error
+            raise UserError(
+                f"{flag} {spec}: the function failed: {type(error).__name__}: {error}; it must return one float per response"
+            ) from error
         if len(scores) != len(responses):
-            raise UserError(f"{flag} {spec}: {len(scores)} scores for {len(responses)} responses; it must return one float per response")
+            raise UserError(
+                f"{flag} {spec}: {len(scores)} scores for {len(responses)} responses; it must return one float per response"
+            )
         bad = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
         if bad is not None:
-            raise UserError(f"{flag} {spec}: score {scores[bad]} for response {bad} ({responses[bad][:60]!r}); scores must be finite")
+            raise UserError(
+                f"{flag} {spec}: score {scores[bad]} for response {bad} ({responses[bad][:60]!r}); scores must be finite"
+            )
         return scores
 
     return checked

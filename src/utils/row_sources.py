@@ -289,8 +289,8 @@ class HubDataset(RowSource):
         except Exception as error:  # hub, network, file and value errors alike
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
-                f"{self.flag} {self.name}: {self.repository} could not be loaded ({reason}); go online, set HF_HOME to a "
-                "cache that has it, or give the path of a local .jsonl file"
+                f"{self.flag} {self.name}: {self.repository} could not be loaded ({reason}); go online, set HF_HOME to "
+                "a cache that has it, or give the path of a local .jsonl file"
             ) from None
 
     def fingerprint(self) -> str:

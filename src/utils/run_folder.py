@@ -41,10 +41,14 @@ def create_run(stage: str, name: str, runs_dir: str) -> Path:
                 raise UserError(f"--runs-dir {runs_dir}: is a file; give a folder") from None
             moment += 1
         except OSError as error:
-            raise UserError(f"--runs-dir {runs_dir}: cannot write there ({error.strerror}); give a folder that can be written") from None
+            raise UserError(
+                f"--runs-dir {runs_dir}: cannot write there ({error.strerror}); give a folder that can be written"
+            ) from None
 
 
-def write_hyperparams(folder: Path, stage: str, config: dict[str, Any], model: dict[str, Any], extra: dict[str, Any]) -> None:
+def write_hyperparams(
+    folder: Path, stage: str, config: dict[str, Any], model: dict[str, Any], extra: dict[str, Any]
+) -> None:
     """Record the resolved configuration and what it ran on in hyperparams.json."""
     record = {
         "stage": stage,
@@ -64,7 +68,9 @@ def _commit() -> str:
     """The code's commit, with "+changes" when the working tree differs; "unknown" outside git."""
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "src"], cwd=REPO, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "src"], cwd=REPO, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
@@ -101,7 +107,9 @@ def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
                 return inner
     root = runs_root(runs_dir)
     if any(folder.is_dir() for folder in candidates):
-        raise UserError(f"{flag} {argument}: no checkpoint in it; give a run that has saved one, or a folder with model.json")
+        raise UserError(
+            f"{flag} {argument}: no checkpoint in it; give a run that has saved one, or a folder with model.json"
+        )
     there = sorted({re.sub(r"_\d{14}$", "", p.name) for p in root.glob("*_*") if p.is_dir()}) if root.is_dir() else []
     raise UserError(f"{flag} {argument}: no such run or folder; runs in {root}: {', '.join(there) or 'none yet'}")
 

@@ -3,7 +3,7 @@
 One .npz file per table, named by a hash of everything that decides its content (data, tokenizer, options): an entry
 never goes stale, and the folder can be deleted at any time. A file appears under its name only when it is whole
 (written beside, synced, renamed), so two processes that build the same table at once do no harm, and whichever comes
-last leaves the same bytes. The arrays carry CRC-32 sums (zip) and the full key; a file that fails them is built again.
+last leaves the same bytes. The arrays carry CRC-32 sums (zip), their names and the full key; a file that fails them is built again.
 """
 
 import logging
@@ -34,8 +34,8 @@ def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        if bytes(arrays.pop("key")).decode() != key:
-            raise ValueError("it was stored under another key")
+        if bytes(arrays.pop("label")).decode() != _label(key, arrays):
+            raise ValueError("it has another key or other arrays than it should")
         return arrays
     except FileNotFoundError:
         return None
@@ -62,7 +62,7 @@ def write_arrays(folder: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
         _remove_abandoned(folder)
         with tempfile.NamedTemporaryFile(dir=folder, suffix=_TEMPORARY, delete=False) as file:
             temporary = Path(file.name)
-            np.savez(file, key=np.frombuffer(key.encode(), dtype=np.uint8), **arrays)
+            np.savez(file, label=np.frombuffer(_label(key, arrays).encode(), dtype=np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(_path(folder, key))
@@ -78,6 +78,10 @@ def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob("*" + _TEMPORARY):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             path.unlink(missing_ok=True)
+
+
+def _label(key: str, arrays: dict[str, np.ndarray]) -> str:
+    return " ".join([key, *sorted(arrays)])
 
 
 def _path(folder: Path, key: str) -> Path:

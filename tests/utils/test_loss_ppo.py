@@ -1,4 +1,4 @@
-"""GAE, the clipped losses and their statistics, explained variance, and what holds between them.
+"""GAE, the clipped losses and their statistics, and what holds between them.
 
 Shapes: B rows, T response, V vocabulary.
 """
@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, tensor
 
 from utils.loss import (
-    Moments,
     PolicyStats,
     ValueStats,
     explained_variance,
-    explained_variance_from_moments,
     gae,
     gather_logprobs,
     kl_k1,
     kl_k3,
     kl_stop_reached,
     masked_mean,
-    masked_moments,
     masked_sum,
     masked_var,
     masked_whiten,
@@ -467,7 +464,7 @@ def test_half_precision_input_is_computed_in_float32() -> None:
         assert x.dtype == torch.float32
 
 
-# --- early stop, explained variance ----------------------------------------------------------------------------------
+# --- early stop -------------------------------------------------------------------------------------------------------
 
 
 def test_a_spike_of_the_ratio_stops_the_epochs() -> None:
@@ -478,28 +475,3 @@ def test_a_spike_of_the_ratio_stops_the_epochs() -> None:
     assert [kl_stop_reached(kl, 0.02) for kl in kls] == [False, True]
     assert not kl_stop_reached(0.03, 0.02) and kl_stop_reached(0.0301, 0.02)  # the threshold is 1.5 * kl_stop
     assert not kl_stop_reached(1e9, None)
-
-
-def test_explained_variance_vector() -> None:
-    returns = tensor([[1.0, 2.0, 3.0, 4.0]])
-    close(torch.stack(explained_variance(tensor([[1.1, 1.9, 3.2, 3.8]]), returns, FULL)), [0.98, 0.98])
-    close(torch.stack(explained_variance(returns + 5, returns, FULL)), [1.0, -19.0])
-    close(torch.stack(explained_variance(torch.full((1, 4), 2.5), returns, FULL)), [0.0, 0.0])
-
-
-def test_explained_variance_is_masked_and_adds_up_over_processes() -> None:
-    rng, _, mask = random_case(9)
-    values, returns = gaussians(rng, mask), gaussians(rng, mask)
-    v, r = values[mask], returns[mask]
-    whole = explained_variance(values, returns, mask)
-    close(whole[0], 1 - (r - v).var(correction=0) / r.var(correction=0), 1e-12)
-    close(whole[1], 1 - (r - v).square().mean() / r.var(correction=0), 1e-12)
-    shards = [slice(0, 1), slice(1, None)]
-    residuals, targets = (
-        Moments(*sum(torch.stack(masked_moments(x[s], mask[s])) for s in shards)) for x in (returns - values, returns)
-    )
-    close(torch.stack(explained_variance_from_moments(residuals, targets)), torch.stack(whole), 1e-12)
-
-
-def test_explained_variance_of_constant_returns_is_undefined() -> None:
-    assert all(math.isnan(float(x)) for x in explained_variance(VALUES, torch.zeros(1, 4), FULL))

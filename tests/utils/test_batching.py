@@ -1,0 +1,114 @@
+"""Batches: masks from lengths, buckets that are a pure function, fair shares."""
+
+import numpy as np
+import pytest
+import torch
+
+from config.user_error import UserError
+from utils.batching import Batch, collate_ranked, collate_sft, epoch_batches, left_pad, shard
+from utils.dataset import RankedExample, SFTExample
+
+EOS = 50256
+
+
+def ids(*values):
+    return np.array(values, dtype=np.int32)
+
+
+@pytest.mark.parametrize("pad", [EOS, EOS + 1, 7])
+def test_collate_lays_rows_out_compactly_with_masks_from_lengths(pad):
+    batch = collate_sft([SFTExample(ids(1, 2), ids(3, 4, EOS)), SFTExample(ids(7), ids(EOS))], pad)
+    assert batch.ids.tolist() == [[1, 2, 3, 4, EOS], [7, EOS, pad, pad, pad]]
+    assert batch.att.tolist() == [[True] * 5, [True, True, False, False, False]]
+    assert batch.prompt_len.tolist() == [2, 1] and batch.length.tolist() == [5, 2]
+    assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
+    assert (batch.ids.dtype, batch.att.dtype, batch.length.dtype) == (torch.int64, torch.bool, torch.int64)
+
+
+def test_collate_of_plain_text_has_empty_prompts():
+    batch = collate_sft([SFTExample(ids(), ids(3, EOS))], 9)
+    assert batch.ids.tolist() == [[3, EOS]] and batch.prompt_len.tolist() == [0]
+    assert batch.response_mask.all()
+
+
+def test_collate_ranked_flattens_completions_and_marks_the_slots():
+    pair = RankedExample((ids(1), ids(1)), (ids(2, EOS), ids(3, 4, EOS)))
+    three = RankedExample((ids(5), ids(5), ids(6, 6)), (ids(EOS), ids(8, EOS), ids(9, EOS)))
+    batch = collate_ranked([pair, three], 99)
+    assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.rows.ids.tolist() == [[1, 2, EOS, 99], [1, 3, 4, EOS], [5, EOS, 99, 99], [5, 8, EOS, 99], [6, 6, 9, EOS]]
+    scores = torch.full(batch.mask.shape, float("nan"))
+    scores[batch.mask] = torch.arange(5.0)
+    assert scores[0, :2].tolist() == [0, 1] and scores[1].tolist() == [2, 3, 4] and scores[0, 2].isnan()
+
+
+def test_left_pad():
+    out, att = left_pad([ids(1, 2, 3), ids(4)], 9)
+    assert out.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert att.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_batches_move_to_a_device():
+    batch = collate_ranked([RankedExample((ids(1), ids(1)), (ids(2), ids(3)))], 9).to("meta")
+    assert isinstance(batch.rows, Batch) and {batch.mask.device.type, batch.rows.ids.device.type, batch.rows.att.device.type} == {"meta"}
+
+
+CASES = [(1000, 16, 4), (37, 8, 2), (8, 8, 16), (100, 1, 16), (129, 64, 1)]
+
+
+@pytest.mark.parametrize(("n", "size", "window"), CASES)
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_epoch_sees_each_row_at_most_once_in_sorted_batches(n, size, window, drop_last):
+    lengths = np.random.default_rng(0).integers(1, 50, n)
+    batches = epoch_batches(lengths, size, seed=1, epoch=2, window=window, drop_last=drop_last)
+    seen = np.concatenate(batches)
+    assert len(set(seen.tolist())) == len(seen) == (n - n % size if drop_last else n)
+    assert all(np.all(np.diff(lengths[batch]) >= 0) for batch in batches)
+    sizes = sorted(map(len, batches))
+    assert sizes[-1] == size and sizes[1:] == [size] * (len(sizes) - 1)
+    assert not drop_last or sizes[0] == size
+
+
+def test_epoch_is_a_pure_function_and_differs_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(1, 50, 200)
+
+    def order(seed, epoch):
+        np.random.seed(seed + epoch + 5)  # the global state has no say
+        return [batch.tolist() for batch in epoch_batches(lengths, 8, seed, epoch)]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_dropped_rows_change_from_epoch_to_epoch():
+    lengths = np.arange(1, 18)
+    dropped = {next(iter(set(range(17)) - set(np.concatenate(epoch_batches(lengths, 16, 0, e)).tolist()))) for e in range(40)}
+    assert len(dropped) > 8
+
+
+def test_buckets_save_padding_and_the_order_of_lengths_is_still_random():
+    lengths = np.random.default_rng(0).integers(1, 200, 4096)
+    padded = {w: sum(len(b) * lengths[b].max() for b in epoch_batches(lengths, 32, 0, 0, window=w)) for w in (1, 16)}
+    assert padded[16] < 1.15 * lengths.sum() < padded[1]
+    means = [lengths[batch].mean() for batch in epoch_batches(lengths, 32, 0, 0)]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.3
+
+
+def test_too_few_rows_for_a_batch():
+    with pytest.raises(UserError, match="--batch-size: one optimiser step takes 8 rows, but the data have only 7"):
+        epoch_batches(np.ones(7, int), 8, 0, 0)
+    assert [len(batch) for batch in epoch_batches(np.ones(7, int), 8, 0, 0, drop_last=False)] == [7]
+    assert epoch_batches(np.ones(0, int), 8, 0, 0, drop_last=False) == []
+    with pytest.raises(ValueError):
+        epoch_batches(np.ones(7, int), 0, 0, 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_shards_partition_a_batch_and_stay_sorted(world):
+    batch = np.arange(100, 112)
+    shares = [shard(batch, rank, world) for rank in range(world)]
+    assert sorted(np.concatenate(shares)) == batch.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(np.all(np.diff(share) > 0) for share in shares)
+    with pytest.raises(ValueError):
+        shard(batch, world, world)
