@@ -1,8 +1,9 @@
 """Every setting of the project: model presets and one frozen, validated dataclass per training stage.
 
-`get_configs("gpt2-medium/lora")` gives a model preset. `parse_cli(SFTConfig)` turns a stage's dataclass into its command line; the
-defaults it shows depend on the preset named by `--config`, because a 0.75 M-parameter model and a 355 M one want different recipes.
-Where a default comes from a paper or another code base, the recipe table below says so.
+`get_configs("gpt2-medium/lora")` gives a model preset. `parse_cli(SFTConfig)` turns a stage's dataclass into its
+command line; the defaults it shows depend on the preset named by `--config`, because a 0.75 M-parameter model and a
+355 M one want different recipes. Where a default comes from a paper or another code base, the recipe table below says
+so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import math
+import re
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,7 +22,9 @@ from tyro.conf import arg
 
 from config.user_error import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class GPTConfig:
     vocab_size: int = 50257
     """Columns of the logits: the tokenizer's ids, EOS included, the virtual PAD not."""
     embedding_rows: int = 0
-    """Rows of the token table; 0 means vocab_size. A padded table (50304) has more: its extra logits are never computed."""
+    """Rows of the token table; 0 means vocab_size. A padded table (50304) has more: their logits are never computed."""
     dropout: float = 0.0
     """Embedding, attention and residual dropout (SFT only; reward model and PPO always run with 0)."""
     lora_rank: int = 0
@@ -63,7 +68,12 @@ class GPTConfig:
             f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}",
         )
         _require(self.lora_rank >= 0, f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}")
-        _require(0 <= self.dropout < 1 and 0 <= self.lora_dropout < 1, "model config: dropout must be in [0, 1)")
+        for field in ("dropout", "lora_dropout"):
+            value = getattr(self, field)
+            _require(0 <= value < 1, f"model config: {field} must be in [0, 1), not {value}")
+        for field in ("lora_alpha", "init_std", "layer_norm_eps"):
+            value = getattr(self, field)
+            _require(0 < value < math.inf, f"model config: {field} must be a positive number, not {value}")
         if self.embedding_rows == 0:
             object.__setattr__(self, "embedding_rows", self.vocab_size)
         _require(
@@ -129,7 +139,9 @@ def get_configs(name: str) -> GPTConfig:
     return GPTConfig(name=name, **_SIZES[size], **overrides)
 
 
-# --------------------------------------------------------------------------------------------------------------------- stages
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +151,8 @@ class RunConfig:
     name: Annotated[str, arg(aliases=["-n"])] = "demo"
     """Experiment name; the run's folder is runs/STAGE_NAME_TIME."""
     config: str = "gpt2-nano"
-    """Model preset: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-nano, plain or with /dropout or /lora. With a pre-trained model
-    the sizes are the model's; the preset gives dropout, adapters and the recipe."""
+    """Model preset: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-nano, plain or with /dropout or /lora. With a
+    pre-trained model the sizes are the model's; the preset gives dropout, adapters and the recipe."""
     dataset: str = "demo"
     """hh, rm-static, sft-static, hh-sft, demo, demo-text, or the path of a .jsonl or .jsonl.gz file."""
     strategy: Annotated[Literal["naive"], arg(aliases=["-s"])] = "naive"
@@ -153,6 +165,8 @@ class RunConfig:
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
+    adam_eps: float = 1e-8
+    """Epsilon of AdamW; the larger it is, the smaller the steps of parameters with small gradients."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
     max_steps: int = 0
@@ -174,7 +188,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA, then MPS, then the CPU."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Matrix precision; weights and optimizer stay fp32. auto: bf16 where the GPU has it, fp16 with loss scaling on older ones, fp32 on the CPU."""
+    """Matrix precision; weights and optimizer stay fp32. auto: bf16 where the GPU has it, fp16 with loss scaling on
+    older ones, fp32 on the CPU."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and sampling."""
     runs_dir: str = "runs"
@@ -185,8 +200,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         get_configs(self.config)
         _require(
-            bool(self.name) and not set(self.name) & set("/\\ \0"),
-            f"--name {self.name!r}: use letters, digits, - and _, no spaces or slashes",
+            re.fullmatch(r"[\w.-]+", self.name) is not None,
+            f"--name {self.name!r}: use letters, digits, dots, - and _, no spaces or slashes",
         )
         for field in (
             "batch_size",
@@ -202,7 +217,10 @@ class RunConfig:
             self._at_least(field, 0)
         self._positive("lr")
         self._positive("max_grad_norm")
-        _require(self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: must be 0 or more")
+        self._positive("adam_eps")
+        self._not_negative("weight_decay")
+        # numpy takes 32 bits, and every rank adds its own offset.
+        _require(self.seed < 2**31, f"--seed {self.seed}: must be below {2**31}")
         if self.batch_size > self.global_batch_size:  # asking for larger passes means asking for a larger step
             object.__setattr__(self, "global_batch_size", self.batch_size)
 
@@ -212,7 +230,11 @@ class RunConfig:
 
     def _positive(self, field: str) -> None:
         value = getattr(self, field)
-        _require(value > 0 and value < float("inf"), f"{_flag(field)} {value}: must be a positive number")
+        _require(0 < value < math.inf, f"{_flag(field)} {value}: must be a positive number")
+
+    def _not_negative(self, field: str) -> None:
+        value = getattr(self, field)
+        _require(0 <= value < math.inf, f"{_flag(field)} {value}: must be 0 or a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +242,8 @@ class SFTConfig(RunConfig):
     """Supervised fine-tuning: next-token loss on the response tokens and EOS (specification: README, "The details")."""
 
     pretrain: Annotated[str, arg(aliases=["-p"])] = "scratch"
-    """Start from: scratch, huggingface (the hub model of the preset's name), a Hugging Face name or folder, or one of our runs or checkpoints."""
+    """Start from: scratch, huggingface (the hub model of the preset's name), a Hugging Face name or folder, or one of
+    our runs or checkpoints."""
     tokenizer: str = "auto"
     """auto, gpt2, demo, or a folder with a Hugging Face tokenizer. auto: the pre-trained model's own."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
@@ -262,7 +285,8 @@ class RMConfig(RunConfig):
     normalise_prompts: int = 256
     """Training prompts whose SFT samples set the reward's mean to 0 and deviation to 1."""
     temperature: float = 0.0
-    """Sampling temperature of those samples; 0 takes PPO's default for the preset, and it must be the one PPO samples at."""
+    """Sampling temperature of those samples; 0 takes PPO's default for the preset. It must be the one PPO samples
+    at."""
     response_length: int = 0
     """Longest sampled response in tokens; 0 takes PPO's default for the preset."""
 
@@ -283,15 +307,17 @@ class RMConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(RunConfig):
-    """PPO with a KL-penalised reward (Ziegler et al. 2019; Stiennon et al. 2020). --global-batch-size is the rollout batch."""
+    """PPO with a KL-penalised reward (Ziegler et al. 2019; Stiennon et al. 2020). --global-batch-size is the rollout
+    batch."""
 
     actor: Annotated[str, arg(aliases=["-a"])] = "sft_demo"
     """The SFT run or checkpoint: start of the policy and the frozen reference."""
     critic: Annotated[str, arg(aliases=["-c"])] = "auto"
-    """The reward-model run or checkpoint: the frozen reward and the start of the critic. auto: rm_demo, or, when --reward-fn takes
-    the reward model's place, none: the critic then starts from the SFT model with a head of zeros."""
+    """The reward-model run or checkpoint: the frozen reward and the start of the critic. auto: rm_demo, or, when
+    --reward-fn takes the reward model's place, none: the critic then starts from the SFT model with a head of zeros."""
     reward_fn: str = ""
-    """FILE.py:FUNCTION, a reward (prompts, responses) -> floats, in place of the reward model or added to it (--reward-fn-weight)."""
+    """FILE.py:FUNCTION, a reward (prompts, responses) -> floats, in place of the reward model or added to it
+    (--reward-fn-weight)."""
     reward_fn_weight: float = 0.0
     """0: --reward-fn replaces the reward model; otherwise reward = model score + weight x function."""
     eval_reward_fn: str = ""
@@ -315,7 +341,8 @@ class PPOConfig(RunConfig):
     kl_coef: float = 0.05
     """beta: weight of the per-token KL penalty in the reward."""
     kl_target: float = 0.0
-    """Aim for this many nats per response with an adaptive beta (Ziegler et al. 2019, section 2.2); 0: beta is fixed."""
+    """Aim for this many nats per response with an adaptive beta (Ziegler et al. 2019, section 2.2); 0: beta is
+    fixed."""
     kl_horizon: int = 10000
     """Episodes over which the adaptive beta reacts."""
     gamma: float = 1.0
@@ -348,17 +375,20 @@ class PPOConfig(RunConfig):
         for field in ("critic_lr", "temperature", "clip_eps"):
             self._positive(field)
         for field in ("kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop"):
-            value = getattr(self, field)
-            _require(0 <= value < float("inf"), f"{_flag(field)} {value}: must be 0 or more")
+            self._not_negative(field)
         for field in ("gamma", "lam"):
             _require(0 <= getattr(self, field) <= 1, f"{_flag(field)} {getattr(self, field)}: must be in [0, 1]")
         _require(
             self.minibatches <= self.global_batch_size,
-            f"--minibatches {self.minibatches}: at most one per rollout row (--global-batch-size {self.global_batch_size})",
+            f"--minibatches {self.minibatches}: at most one per rollout row "
+            f"(--global-batch-size {self.global_batch_size})",
         )
         _require(
             not (self.kl_target and not self.kl_coef),
             "--kl-target: an adaptive coefficient needs a start above 0; set --kl-coef",
+        )
+        _require(
+            math.isfinite(self.reward_fn_weight), f"--reward-fn-weight {self.reward_fn_weight}: must be a finite number"
         )
         _require(
             not (self.reward_fn_weight and not self.reward_fn), "--reward-fn-weight: needs --reward-fn FILE.py:FUNCTION"
@@ -367,13 +397,21 @@ class PPOConfig(RunConfig):
 
 StageConfig = TypeVar("StageConfig", SFTConfig, RMConfig, PPOConfig)
 
-# Recipes. GPT-2 sizes: specification A6 (SFT 2e-5..1e-4, cosine to 10 %), B5 (RM one epoch, 1e-5..5e-5, 32-64 prompts) and the
-# default PPO table (actor 3e-6, critic 1e-5 for full fine-tuning; C22: LoRA 1e-4..3e-4). gpt2-nano: tuned on the offline demo.
+# Recipes. GPT-2 sizes: SFT with a peak of 2e-5..1e-4 and a cosine to 10 % (OpenRLHF); reward model one epoch at
+# 1e-5..5e-5 on 32-64 prompts (Ziegler et al. 2019: 5e-5); PPO in full with actor 3e-6 (TRL) and critic 1e-5 (OpenRLHF:
+# 9e-6), with LoRA 1e-4..3e-4. gpt2-nano: tuned on the offline demo.
 _RECIPES: dict[str, dict[type, dict[str, Any]]] = {
     "gpt2": {
-        SFTConfig: dict(dataset="hh-sft", pretrain="huggingface", batch_size=8, global_batch_size=32, lr=5e-5, eval_every=200),
-        RMConfig: dict(dataset="rm-static", batch_size=8, global_batch_size=32, lr=2e-5, eval_every=200),
-        PPOConfig: dict(dataset="rm-static", batch_size=8, global_batch_size=128, lr=3e-6, critic_lr=1e-5, eval_every=10, save_every=20),
+        SFTConfig: dict(
+            dataset="hh-sft", pretrain="huggingface", batch_size=8, global_batch_size=32, lr=5e-5, eval_every=200,
+        ),
+        RMConfig: dict(
+            dataset="rm-static", batch_size=8, global_batch_size=32, lr=2e-5, eval_every=200, adam_eps=1e-5,
+        ),
+        PPOConfig: dict(
+            dataset="rm-static", batch_size=8, global_batch_size=128, lr=3e-6, critic_lr=1e-5,
+            eval_every=10, save_every=20, adam_eps=1e-5,
+        ),
     },
     "gpt2-nano": {
         SFTConfig: dict(batch_size=64, global_batch_size=64, lr=3e-3, epochs=3, eval_every=150, warmup_steps=30),
@@ -404,7 +442,9 @@ def stage_defaults(stage: type[StageConfig], preset: str) -> StageConfig:
     return stage(config=preset, **values)
 
 
-# ----------------------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
@@ -430,9 +470,10 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws a box; the contract is one line.
+        # tyro draws a box with a title; the contract is one line.
         words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue()).split())
-        raise UserError(words.removeprefix("Parsing error ").split(" For full helptext")[0]) from None
+        words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
+        raise UserError(words.split(" For full helptext")[0]) from None
 
 
 def _reject_unknown_flags(stage: type, argv: list[str]) -> None:
@@ -463,14 +504,18 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> GPTConfig:
     extra, missing = set(values) - set(known), set(known) - set(values)
     if extra or missing:
         raise UserError(
-            f"{where}: model config has unknown keys {sorted(extra)} and lacks {sorted(missing)}; it was written by another version"
+            f"{where}: model config has unknown keys {sorted(extra)} and lacks {sorted(missing)}; "
+            "it was written by another version"
         )
     for key, value in values.items():
         default = known[key].default
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
             raise UserError(f"{where}: model config {key} is {value!r}, expected {kinds[-1].__name__}")
-    return replace(GPTConfig(), **values)
+    try:
+        return GPTConfig(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _flag(field: str) -> str:

@@ -2,15 +2,16 @@
 
 Shapes: B prompts, P padded prompt width, T longest response, V vocabulary.
 
-Prompts are left-padded, so that all rows write the same cache column at each step. A row stops at EOS; once a quarter of the rows
-still in work have stopped, the stopped ones are dropped from the batch and the cache, so at most a quarter of any step's work is spent on rows
-that have ended. The loop ends when all have.
+Prompts are left-padded, so that all rows write the same cache column at each step. A row stops at EOS; once a quarter
+of the rows still in work have stopped, the stopped ones are dropped from the batch and the cache, so at most a quarter
+of any step's work is spent on rows that have ended. The loop ends when all have.
 
 Every row draws from a random stream of its own, so that what a row says depends on its seed and not on its batch mates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,9 +28,11 @@ from utils.loss import temper
 class Generation:
     """What was sampled.
 
-    prompts: [B, P] int64, left-padded. prompt_len: [B]. responses: [B, T] int64, EOS included, PAD behind it; T is the longest
-    response of the batch. n: [B] int64, real response tokens. ended: [B] bool, whether the row stopped at EOS (or a stop id).
-    logprobs: [B, T] fp32, the sampler's own log-probability of each token under the distribution it was drawn from, 0 behind the end.
+    prompts: [B, P] int64, left-padded. prompt_len: [B] int64.
+    responses: [B, T] int64, EOS included, PAD behind it; T is the longest response of the batch.
+    n: [B] int64, real response tokens. ended: [B] bool, whether the row stopped at EOS.
+    logprobs: [B, T] fp32, the sampler's own log-probability of each token under the distribution it was drawn from, 0
+    behind the end.
     """
 
     prompts: Tensor
@@ -56,7 +59,6 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
-    cache_dtype: torch.dtype | None = None,
 ) -> Generation:
     """Sample one response per prompt.
 
@@ -66,32 +68,32 @@ def generate(
         max_new_tokens: responses end here at the latest; prompt and response together must fit the context.
         eos_id: the id that ends a row. pad_id: what stands behind it (default: the first id outside the vocabulary).
         temperature: logits are divided by it; 0 is greedy.
-        top_k: sample among the k most likely ids only; 0: all. top_p: among the smallest set with at least this mass; 1: all.
-            PPO uses neither: it needs samples from the very distribution whose log-probabilities it takes.
-        seeds: one per row; None draws them from torch's global generator.
-        cache_dtype: dtype of keys and values; None: that of the active autocast, else of the weights.
+        top_k: sample among the k most likely ids only (and those as likely as the k-th); 0: all.
+        top_p: sample among the smallest set of most likely ids with at least this mass; 1: all. PPO uses neither: it
+            needs samples from the very distribution whose log-probabilities it takes.
+        seeds: one per row; None draws from torch's global generator.
 
     Raises:
-        ValueError: an empty prompt, or a prompt that leaves no room for max_new_tokens.
+        ValueError: no prompt, a prompt that is empty, holds ids outside the vocabulary or leaves no room for
+            max_new_tokens, or an argument out of range.
     """
     config = model.config
     device = next(model.parameters()).device
     pad_id = config.vocab_size if pad_id is None else pad_id
-    if not len(prompts) or min(len(p) for p in prompts) == 0:
-        raise ValueError("every prompt needs at least one token")
-    prompt_ids, att = (x.to(device) for x in left_pad([np.asarray(p) for p in prompts], pad_id))
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if not len(prompts):
+        raise ValueError("there is no prompt to continue")
+    prompt_ids, att = left_pad([_prompt_array(prompt, config.vocab_size) for prompt in prompts], pad_id)
     B, P = prompt_ids.shape
     if P + max_new_tokens > config.block_size:
         raise ValueError(
             f"a prompt of {P} tokens and {max_new_tokens} new ones do not fit the context of {config.block_size}"
         )
-    uniforms = _row_uniforms(seeds, B, max_new_tokens).to(device) if temperature > 0 else None
+    prompt_ids, att = prompt_ids.to(device), att.to(device)
+    uniforms = _row_uniforms(seeds, B, max_new_tokens, device) if temperature > 0 else None
 
-    was_training = model.training
-    model.eval()
-    dtype = cache_dtype or _compute_dtype(model, device)
     # The last sampled token is never fed back, so the cache is one column short of the whole sequence.
-    cache = KVCache.allocate(config, B, P + max_new_tokens - 1, device, dtype)
+    cache = KVCache.allocate(config, B, P + max_new_tokens - 1, device, _compute_dtype(model, device))
     responses = torch.full((B, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     n = torch.full((B,), max_new_tokens, dtype=torch.long, device=device)
@@ -99,25 +101,29 @@ def generate(
 
     rows = torch.arange(B, device=device)  # which rows of the batch are still in work
     alive = torch.ones(B, dtype=torch.bool, device=device)
-    hidden = model.hidden(prompt_ids, att, cache)[:, -1]
-    for t in range(max_new_tokens):
-        logits = model.lm_head(hidden)  # (rows, V)
-        token, logp = sample(logits, temperature, top_k, top_p, None if uniforms is None else uniforms[rows, t])
-        responses[rows, t] = torch.where(alive, token, pad_id)
-        logprobs[rows, t] = torch.where(alive, logp, 0.0)
-        stopped = alive & (token == eos_id)
-        n[rows[stopped]] = t + 1
-        ended[rows[stopped]] = True
-        alive = alive & ~stopped
-        left = int(alive.sum())
-        if left == 0 or t + 1 == max_new_tokens:
-            break
-        if left <= 0.75 * len(rows):
-            keep = alive.nonzero().squeeze(1)
-            rows, token, alive = rows[keep], token[keep], alive[keep]
-            cache.keep_rows(keep)
-        hidden = model.hidden(token[:, None], None, cache)[:, -1]
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = model.hidden(prompt_ids, att, cache)[:, -1]
+        for t in range(max_new_tokens):
+            logits = model.lm_head(hidden)  # (rows, V)
+            token, logp = sample(logits, temperature, top_k, top_p, None if uniforms is None else uniforms[rows, t])
+            responses[rows, t] = torch.where(alive, token, pad_id)
+            logprobs[rows, t] = torch.where(alive, logp, 0.0)
+            stopped = alive & (token == eos_id)
+            n[rows[stopped]] = t + 1
+            ended[rows[stopped]] = True
+            alive = alive & ~stopped
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left <= 0.75 * len(rows):
+                keep = alive.nonzero().squeeze(1)
+                rows, token, alive = rows[keep], token[keep], alive[keep]
+                cache.keep_rows(keep)
+            hidden = model.hidden(token[:, None], None, cache)[:, -1]
+    finally:
+        model.train(was_training)
     width = int(n.max())
     return Generation(prompt_ids, att.sum(1), responses[:, :width], n, ended, logprobs[:, :width])
 
@@ -149,22 +155,49 @@ def sample(
         ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
     logp = torch.log_softmax(logits, dim=-1)
-    cumulative = logp.exp().cumsum(-1)
+    # In fp32 a sum near 1 would swallow ids of less than 6e-8, of which a vocabulary of 50,257 has many.
+    cumulative = logp.exp().cumsum(-1, dtype=_wide(logits.device))
     total = cumulative[:, -1:]
     # Strictly below the total, so that rounding never lands on an id behind the last one with any probability.
     target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, target, right=True)
+    # The clamp is for logits that are NaN: their rows end in a NaN log-probability instead of an index error.
+    token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
 
 
-def _row_uniforms(seeds: Sequence[int] | None, rows: int, width: int) -> Tensor:
-    """[B, T] uniforms, each row from its own stream."""
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {temperature}")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"top_k must be 0 (off) or more and top_p in (0, 1], not {top_k} and {top_p}")
+
+
+def _prompt_array(prompt: np.ndarray | Tensor | list[int], vocab_size: int) -> np.ndarray:
+    """A prompt as int64 array [P]; an id without a row in the token table would crash a GPU without a reason."""
+    ids = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+    if ids.ndim != 1 or len(ids) == 0:
+        raise ValueError(f"every prompt needs at least one token, and ids in one dimension; this has shape {ids.shape}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(f"prompt ids must be in [0, {vocab_size}), not {ids.min()} .. {ids.max()}")
+    return ids.astype(np.int64)
+
+
+def _row_uniforms(seeds: Sequence[int] | None, rows: int, width: int, device: torch.device) -> Tensor:
+    """[B, T] uniforms, each row from its own stream; a longer row begins with the numbers of a shorter one."""
     if seeds is None:
-        return torch.rand(rows, width)
+        return torch.rand(rows, width, dtype=torch.float64).to(_wide(device)).to(device)
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
     generator = torch.Generator()
-    return torch.stack([torch.rand(width, generator=generator.manual_seed(int(seed))) for seed in seeds])
+    streams = [torch.rand(width, generator=generator.manual_seed(int(seed)), dtype=torch.float64) for seed in seeds]
+    return torch.stack(streams).to(_wide(device)).to(device)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """The most exact dtype there is: MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:

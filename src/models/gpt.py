@@ -1,11 +1,12 @@
 """GPT-2 by hand, with LoRA, a KV cache and padding on either side (Radford et al. 2019).
 
-Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head, d = nh * hd
-channels, V vocabulary. Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...).
+Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head,
+d = nh * hd channels, V vocabulary. Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...).
 
-Padding: `att[b, s]` says which tokens are real. Position ids count real tokens only (`clamp(cumsum(att) - 1, 0)`), so a row means the
-same with any amount of padding on either side; GPT-2's positions are absolute, and without this a left-padded row is silently wrong.
-PAD is an id outside the token table: it is replaced by 0 before the lookup and hidden by the mask.
+Padding: `att[b, s]` says which tokens are real. Position ids count real tokens only (`clamp(cumsum(att) - 1, 0)`), so a
+row means the same with any amount of padding on either side; GPT-2's positions are absolute, and without this a
+left-padded row is silently wrong. PAD is an id outside the token table: it is replaced by 0 before the lookup and
+hidden by the mask.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of everything seen so far, preallocated.
 
-    keys, values: one [B, nh, S_max, hd] tensor per layer; length: columns filled; att: [B, S_max] bool, which of them are real.
+    keys, values: one [B, nh, S_max, hd] tensor per layer. length: columns filled. att: [B, S_max] bool, which of them
+    are real.
     """
 
     keys: list[Tensor]
@@ -80,9 +82,8 @@ class MaskedMultiheadSelfAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         """x [B, L, d]; mask bool [B, 1, L, S], true where a query may look, or None for plain causal attention."""
         B, L, d = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # each (B, nh, L, hd)
+        qkv = self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, L, hd)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, nh, S, hd)
         y = F.scaled_dot_product_attention(
@@ -135,10 +136,11 @@ class TransformerDecoder(nn.Module):
 
     def forward(self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool) -> Tensor:
         """ids, att [B, L] -> final hidden states [B, L, d]."""
-        ids, positions, mask = self._inputs(ids, att, cache, right_padded)
+        ids, positions, mask = self._inputs(ids, None if att is None else att.bool(), cache, right_padded)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, L, d)
+        recompute = self.config.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            if self.config.activation_checkpointing and self.training and torch.is_grad_enabled():
+            if recompute:
                 # Non-reentrant: the reentrant form gives adapters no gradient when the embeddings are frozen.
                 x = checkpoint(block, x, mask, None, layer, use_reentrant=False)
             else:
@@ -150,7 +152,7 @@ class TransformerDecoder(nn.Module):
     def _inputs(
         self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids safe to look up [B, L], position ids [B, L] or [L], and the attention mask [B, 1, L, S] (None: plain causal)."""
+        """Ids safe to look up [B, L], position ids [B, L] or [L], mask [B, 1, L, S] (None: plain causal)."""
         B, L = ids.shape
         seen = cache.length if cache is not None else 0
         if seen + L > self.config.block_size:
@@ -187,7 +189,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """GPT-2's initialisation: N(0, init_std), residual projections scaled down by sqrt(2 * n_layer); adapters by loralib."""
+        """GPT-2's: N(0, init_std), residual projections divided by sqrt(2 * n_layer). Adapters are loralib's."""
         std = self.config.init_std
         for name, parameter in self.transformer.named_parameters():
             if name.endswith(("lora_A", "lora_B")) or ".ln_" in name or name.startswith("ln_"):
@@ -206,7 +208,7 @@ class GPT(nn.Module):
 
         Args:
             ids: [B, L] int64; anything may stand where att is false.
-            att: [B, L] bool, true on real tokens; None when all are. Padding may be on either side.
+            att: [B, L] bool (or 0 and 1), true on real tokens; None when all are. Padding may be on either side.
             cache: keys and values of the tokens before these; this call's are appended.
             right_padded: promise that every row starts at column 0, which saves building a mask.
 
@@ -221,8 +223,8 @@ class GPT(nn.Module):
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 from hidden states [..., d].
 
-        The product is taken in fp32 whatever the autocast dtype: GPT-2's logits share a large common offset, where bf16 is spaced
-        0.25 to 0.5 apart, as much as PPO's clip range.
+        The product is taken in fp32 whatever the autocast dtype: GPT-2's logits share a large common offset, where bf16
+        is spaced 0.25 to 0.5 apart, as much as PPO's clip range.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.transformer.wte.weight[: self.config.vocab_size].float())
@@ -234,8 +236,8 @@ class GPT(nn.Module):
 
         Args:
             ids, att, right_padded: see `hidden`.
-            at: [N] int64 indices into the B * L flattened columns; only those are projected onto the vocabulary, which is most of
-                the memory of a language model's loss.
+            at: [N] int64 indices into the B * L flattened columns; only those are projected onto the vocabulary, which
+                is most of the memory of a language model's loss.
 
         Returns:
             [B, L, V], or [N, V] with `at`.
@@ -258,18 +260,17 @@ class GPT(nn.Module):
         return huggingface.load_pretrained(cls, name_or_path, config, vocab_size)
 
     def save_pretrained(self, folder: str | Path, eos_id: int | None = None) -> None:
-        """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads; adapters are merged into the weights."""
+        """Write a folder that `transformers.GPT2LMHeadModel` loads. See `models.huggingface.save_pretrained`."""
         huggingface.save_pretrained(self, Path(folder), eos_id)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, eos_id: int, **sampling) -> Tensor:
-        """Continue one prompt [P] of token ids; returns the new ids [n], EOS included. See `inference.generate.generate`."""
+        """Continue one prompt [P] of token ids; returns the new ids [n], EOS included. See `batch_generate`."""
         return self.batch_generate([prompt], max_new_tokens, eos_id, **sampling).row(0)
 
     def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int, **sampling) -> Generation:
         """Continue prompts of mixed length. See `inference.generate.generate`."""
-        from inference.generate import (
-            generate,
-        )  # here, because inference is built on models and not the other way round
+        # Imported here, because inference is built on models and not the other way round.
+        from inference.generate import generate
 
         return generate(self, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
 

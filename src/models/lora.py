@@ -1,19 +1,21 @@
 """LoRA adapters (Hu et al. 2021, arXiv 2106.09685) on the projections of a model, through `loralib`.
 
-Adapters are built with `merge_weights=False`: loralib otherwise folds them into the weights on `eval()`, and a checkpoint written then
-applies them twice when it is loaded. `merge_lora` folds them in on purpose, into a new plain model.
+Adapters are built with `merge_weights=False`: loralib otherwise folds them into the weights on `eval()`, and a
+checkpoint written then applies them twice when it is loaded. `merge_lora` folds them in on purpose, into a new plain
+model.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
 import loralib
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config.configs import GPTConfig
 from config.user_error import UserError
@@ -26,7 +28,8 @@ FREEZE_METHODS = ("none", "lora", "last_block")
 def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:
     """A linear layer n_in -> n_out, with an adapter beside it when the config asks for one.
 
-    The adapter starts at zero (B = 0), so that a model with fresh adapters computes exactly what it computed without them.
+    The adapter starts at zero (B = 0), so that a model with fresh adapters computes exactly what it computed without
+    them.
     """
     if config.lora_rank == 0:
         return nn.Linear(n_in, n_out)
@@ -45,11 +48,21 @@ def is_adapter(parameter_name: str) -> bool:
     return parameter_name.rsplit(".", 1)[-1] in ("lora_A", "lora_B")
 
 
+@torch.no_grad()
+def init_adapters(model: nn.Module) -> None:
+    """Give every adapter the start that loralib gives it: A uniform as in `nn.Linear`, B zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".lora_A"):
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        elif name.endswith(".lora_B"):
+            parameter.zero_()
+
+
 def freeze_weights(model: nn.Module, method: str) -> None:
     """Set `requires_grad` on every parameter of a model. Heads (`head.*`) always train.
 
-    `none` freezes nothing, `lora` everything but the adapters, `last_block` everything but the last block (whichever that is) and the
-    final LayerNorm.
+    `none` freezes nothing, `lora` everything but the adapters, `last_block` everything but the last block (whichever
+    that is) and the final LayerNorm.
 
     Raises:
         UserError: an unknown method, or `lora` on a model without adapters.
@@ -58,9 +71,7 @@ def freeze_weights(model: nn.Module, method: str) -> None:
         raise UserError(f"--freeze {method}: no such method; there are {', '.join(FREEZE_METHODS)}")
     config: GPTConfig = model.config
     if method == "lora" and config.lora_rank == 0:
-        raise UserError(
-            f"--freeze lora: the model has no adapters (lora_rank 0); use a preset such as {config.name.split('/')[0]}/lora"
-        )
+        raise UserError("--freeze lora: the model has no adapters (lora_rank 0); give a --config that ends in /lora")
     last_block = f"transformer.h.{config.n_layer - 1}."
     for name, parameter in model.named_parameters():
         if name.startswith("head.") or method == "none":
@@ -73,27 +84,34 @@ def freeze_weights(model: nn.Module, method: str) -> None:
 
 
 @torch.no_grad()
+def merge_adapters(state: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """The state of a plain model from that of one with adapters: W + scaling * B A in place of each adapted weight."""
+    merged = {key: value for key, value in state.items() if not is_adapter(key)}
+    for key in state:
+        if key.endswith(".lora_A"):
+            stem = key.removesuffix(".lora_A")
+            weight = state[f"{stem}.weight"]
+            delta = state[f"{stem}.lora_B"].float() @ state[key].float()
+            merged[f"{stem}.weight"] = (weight.float() + scaling * delta).to(weight.dtype)
+    return merged
+
+
 def merge_lora(model: Model) -> Model:
-    """A plain copy of a model with W + (alpha / r) B A in place of each adapted weight; the original is left as it is."""
+    """A plain copy of a model, its adapters merged into the weights; the original is left as it is."""
     if model.config.lora_rank == 0:
         return copy.deepcopy(model)
-    plain = type(model)(replace(model.config, lora_rank=0, lora_dropout=0.0))
-    state = model.state_dict()
-    merged = {key: value for key, value in state.items() if not is_adapter(key)}
-    for key in merged:
-        stem = key.removesuffix(".weight")
-        if f"{stem}.lora_A" in state:
-            delta = state[f"{stem}.lora_B"].float() @ state[f"{stem}.lora_A"].float()
-            merged[key] = (merged[key].float() + model.config.lora_scaling * delta).to(merged[key].dtype)
-    plain.load_state_dict(merged)
-    return plain.to(next(model.parameters()).device).train(model.training)
+    with torch.device("meta"):
+        plain = type(model)(replace(model.config, lora_rank=0, lora_dropout=0.0))
+    plain.to_empty(device=next(model.parameters()).device)
+    plain.load_state_dict(merge_adapters(model.state_dict(), model.config.lora_scaling))
+    return plain.train(model.training)
 
 
 def share_base(models: Iterable[nn.Module]) -> int:
     """Let models hold one copy of the frozen tensors that are equal in all bits; returns the bytes freed.
 
-    Sharing is decided by comparing tensors of the same name against the first model, never assumed: a reward model whose trunk was
-    trained in full keeps its own. Parameters that train are never shared.
+    Sharing is decided by comparing tensors of the same name against the first model, never assumed: a reward model
+    whose trunk was trained in full keeps its own. Parameters that train are never shared.
     """
     first, *others = list(models)
     base = dict(first.named_parameters())
@@ -103,8 +121,16 @@ def share_base(models: Iterable[nn.Module]) -> int:
             twin = base.get(name)
             if twin is None or twin is parameter or twin.requires_grad or parameter.requires_grad:
                 continue
-            if twin.shape == parameter.shape and twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            if _same_bits(twin, parameter):
                 owner, _, leaf = name.rpartition(".")
                 setattr(other.get_submodule(owner), leaf, twin)
                 freed += parameter.numel() * parameter.element_size()
     return freed
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equality of the bytes: `==` takes 0 for -0, and no NaN for itself."""
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    a, b = (x.detach().flatten().view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)

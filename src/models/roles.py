@@ -1,7 +1,10 @@
 """What makes a language-model trunk a critic or a reward model, written once for every model family.
 
-A role is a mixin put before the family's class (`class GPTCritic(CriticRole, GPT)`); it needs `config` and `hidden()` from it. Both
-roles hold the same tensors, a trunk and one scalar head with a fixed affine, so a critic can start as a copy of a reward model.
+A role is a mixin put before the family's class (`class GPTCritic(CriticRole, GPT)`); it needs `config` and `hidden()`
+from it. Both roles hold the same tensors, a trunk and one scalar head with a fixed affine, so a critic can start as a
+copy of a reward model.
+
+Shapes: B rows, L columns, d channels.
 """
 
 from __future__ import annotations
@@ -14,16 +17,24 @@ from torch import Tensor, nn
 
 
 class ScalarHead(nn.Module):
-    """gain * (w . h + b) + bias in fp32. w and b train; gain and bias are the reward normalisation, set by measurement."""
+    """gain * (w . h + b) + bias in fp32. w and b train; gain and bias, the reward's normalisation, are measured."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, n_embd))
-        self.bias = nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.register_buffer("norm_gain", torch.empty(()))
+        self.register_buffer("norm_bias", torch.empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A random w, b 0, no normalisation."""
         # std 1 / sqrt(d + 1): lm_human_preferences/language/model.py, the reward head of Ziegler et al. 2019.
-        nn.init.normal_(self.weight, std=1 / math.sqrt(n_embd + 1))
-        self.register_buffer("norm_gain", torch.ones(()))
-        self.register_buffer("norm_bias", torch.zeros(()))
+        self.weight.normal_(std=1 / math.sqrt(self.weight.shape[1] + 1))
+        self.bias.zero_()
+        self.norm_gain.fill_(1.0)
+        self.norm_bias.fill_(0.0)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., d] -> [...] fp32; bf16 could not tell 6.86 from 6.87."""
@@ -40,7 +51,13 @@ class ScalarRole(nn.Module):
         self.head = ScalarHead(config.n_embd)
 
     def set_normalisation(self, gain: float, bias: float) -> None:
-        """Store the affine that gives SFT samples mean 0 and deviation 1 (lm_human_preferences/rewards.py:77-89)."""
+        """Store the affine that gives SFT samples mean 0 and deviation 1 (lm_human_preferences/rewards.py:77-89).
+
+        Raises:
+            ValueError: it would turn scores around, make them all equal, or NaN.
+        """
+        if not (0 < gain < math.inf and math.isfinite(bias)):
+            raise ValueError(f"a normalisation needs a positive gain and a finite bias, not {gain} and {bias}")
         self.head.norm_gain.fill_(gain)
         self.head.norm_bias.fill_(bias)
 

@@ -1,50 +1,43 @@
 """What the three loops call: the order of the data, micro-batches, seeds, and what happens at the end.
 
-Everything about order is a pure function of (seed, position), so that a run can be taken up at any step without replaying it.
+Everything about order is a pure function of (seed, position), so that a run can be taken up at any step without
+replaying it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from config.configs import RunConfig
-from training.runtime import Interrupt
+from training.runtime import Interrupt, Runtime
 from training.saving import Saver, capture_rng, restore_rng
 from utils.batching import epoch_batches
-from utils.metrics_log import MetricsLog
 
-if TYPE_CHECKING:
-    from pathlib import Path
+
+def steps_per_epoch(lengths: np.ndarray, config: RunConfig) -> int:
+    """Optimizer steps that take every row once; the last rows make a smaller step."""
+    return math.ceil(len(lengths) / config.global_batch_size)
 
 
 def optimizer_steps(lengths: np.ndarray, config: RunConfig) -> int:
     """Optimizer steps of a run over rows of the given lengths: what the epochs hold, or fewer with --max-steps."""
-    size = config.global_batch_size
-    per_epoch = max(1, len(lengths) // size)
-    steps = per_epoch * config.epochs
+    steps = steps_per_epoch(lengths, config) * config.epochs
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
 def data_order(lengths: np.ndarray, config: RunConfig, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Row indices of optimizer steps start .. stop - 1: every row at most once an epoch, rows of like length together."""
-    step = 0
-    for epoch in range(config.epochs):
-        # A data set smaller than one batch still makes one step an epoch.
-        batches = epoch_batches(
-            lengths, config.global_batch_size, config.seed, epoch, drop_last=len(lengths) >= config.global_batch_size
-        )
-        for batch in batches:
-            if step >= stop:
-                return
-            if step >= start:
-                yield batch
-            step += 1
+    """Row indices of optimizer steps start .. stop - 1: every row exactly once an epoch, like lengths together."""
+    size = steps_per_epoch(lengths, config)
+    for epoch in range(start // size, math.ceil(stop / size)):
+        batches = epoch_batches(lengths, config.global_batch_size, config.seed, epoch, drop_last=False)
+        yield from batches[max(0, start - epoch * size) : stop - epoch * size]
 
 
 def micro_batches(rows: np.ndarray, config: RunConfig) -> list[np.ndarray]:
@@ -55,8 +48,7 @@ def micro_batches(rows: np.ndarray, config: RunConfig) -> list[np.ndarray]:
 def evaluation_batches(lengths: np.ndarray, config: RunConfig) -> list[np.ndarray]:
     """The held-out rows of an evaluation, always the same, sorted by length."""
     rows = np.arange(min(len(lengths), config.eval_examples))
-    rows = rows[np.argsort(lengths[rows], kind="stable")]
-    return [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+    return micro_batches(rows[np.argsort(lengths[rows], kind="stable")], config)
 
 
 def prompt_order(count: int, batch: int, seed: int, iteration: int) -> np.ndarray:
@@ -68,23 +60,35 @@ def prompt_order(count: int, batch: int, seed: int, iteration: int) -> np.ndarra
     return shuffled[offset : offset + batch]
 
 
+# Purposes of `row_seeds` beside PPO's iterations 1, 2, ...
+SFT_SAMPLES, SCALE_SAMPLES, EVALUATION_SAMPLES = -1, -2, -3
+
+
 def row_seeds(seed: int, purpose: int, rows: int) -> list[int]:
-    """Sampling seeds of `rows` responses; `purpose` is the iteration, or a negative number for evaluations."""
-    return (
-        np.random.SeedSequence([seed, purpose & 0xFFFFFFFF]).generate_state(rows, np.uint64).astype(np.int64).tolist()
-    )
+    """Sampling seeds of `rows` responses; `purpose` is the iteration, or one of the negative numbers above."""
+    sequence = np.random.SeedSequence([seed, purpose & 0xFFFFFFFF])
+    return sequence.generate_state(rows, np.uint64).astype(np.int64).tolist()
 
 
-def trainer_state(step: int, best: float, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def trainer_state(step: int, best: float, optimizer: torch.optim.Optimizer, runtime: Runtime) -> dict[str, Any]:
     """What every stage needs to go on from a checkpoint, beside the weights."""
-    return {"step": step, "best": best, "optimizer": optimizer.state_dict(), "rng": capture_rng()}
+    return {
+        "step": step,
+        "best": best,
+        "optimizer": optimizer.state_dict(),
+        "scaler": runtime.scaler_state(),
+        "rng": capture_rng(),
+    }
 
 
-def resume_trainer(state: dict[str, Any] | None, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def resume_trainer(
+    state: dict[str, Any] | None, optimizer: torch.optim.Optimizer, runtime: Runtime
+) -> tuple[int, float]:
     """Put optimizer and random generators back; returns (step, best so far, lower is better). None starts afresh."""
     if state is None:
         return 0, math.inf
     optimizer.load_state_dict(state["optimizer"])
+    runtime.restore_scaler(state["scaler"])
     restore_rng(state["rng"])
     return state["step"], state["best"]
 
@@ -95,8 +99,7 @@ def stopped(run: Path, step: int, interrupt: Interrupt) -> int:
     return interrupt.exit_code
 
 
-def finished(saver: Saver, step: int, state: dict[str, Any], log: MetricsLog) -> int:
-    """Write final/ and close the log; returns exit code 0."""
+def finished(saver: Saver, step: int, state: dict[str, Any]) -> int:
+    """Write final/; returns exit code 0."""
     tqdm.write(f"done: {saver.save_final(step, state)}")
-    log.close()
     return 0

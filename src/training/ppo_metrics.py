@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from training.experience import Experience
-from utils.loss import explained_variance, kl_k1, kl_k3, masked_mean, masked_sum, masked_var
+from utils.loss import PolicyStats, ValueStats, explained_variance, kl_k1, kl_k3, masked_mean, masked_sum, masked_var
 from utils.metrics import correlation, summary, text_degeneracy
 
 
@@ -45,7 +45,7 @@ def rollout_metrics(experience: Experience, penalised: Tensor, kl_coef: float) -
         "resp/len_p95": length.p95,
         "resp/len_score_corr": correlation(lengths, experience.scores.cpu()),
         "resp/eos_rate": experience.ended.float().mean(),
-        **{f"resp/{key}": value for key, value in text_degeneracy(_without_eos(experience)).items()},
+        **{f"resp/{key}": value for key, value in text_degeneracy(experience.responses(with_eos=False)).items()},
         "time/sampler_vs_train_logp_max": drift,
     }
 
@@ -77,6 +77,7 @@ def update_metrics(policy: dict[str, Tensor], value: dict[str, Tensor]) -> dict[
     }
 
 
-def _without_eos(experience: Experience) -> list[list[int]]:
-    ended = experience.ended.tolist()
-    return [r[:-1] if e else r for r, e in zip(experience.responses(), ended)]
+def add_all(stats: list[tuple[PolicyStats, ValueStats]]) -> tuple[PolicyStats, ValueStats]:
+    """Statistics of several micro-batches, minibatches or passes together."""
+    policy, value = zip(*stats)
+    return sum(policy[1:], policy[0]), sum(value[1:], value[0])

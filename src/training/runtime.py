@@ -1,6 +1,7 @@
 """The one door to devices, precision, gradient scaling and process ranks: a thin layer over Hugging Face Accelerate.
 
-Algorithm code asks a Runtime to place tensors, to run a backward pass and to take an optimizer step; it never names a device or a rank.
+Algorithm code asks a Runtime to place tensors, to run a backward pass and to take an optimizer step; it never names a
+device or a rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +39,8 @@ def choose_device(wanted: str) -> str:
 def choose_dtype(wanted: str, device: str) -> str:
     """The matrix precision for --dtype on a device type: fp32, bf16 or fp16.
 
-    auto takes bf16 only where the hardware computes it: a T4 (compute capability 7.5) says that it supports bf16 and emulates it.
+    auto takes bf16 only where the hardware computes it: a T4 (compute capability 7.5) says that it supports bf16 and
+    emulates it.
 
     Raises:
         UserError: fp16 without CUDA, or bf16 on a GPU without it.
@@ -99,15 +102,37 @@ class Runtime:
     def step(
         self, optimizer: torch.optim.Optimizer, groups: dict[str, list[nn.Parameter]], max_norm: float
     ) -> dict[str, Tensor]:
-        """Unscale, clip each group of parameters by its own norm, step, zero. Returns the norms before clipping (0-dim tensors).
+        """Unscale, clip each group of parameters by its own norm, step, zero.
 
         Clipping has to stand between the last backward pass and the step, on unscaled gradients, or it does nothing.
+
+        Returns:
+            The groups' norms before clipping, 0-dim tensors.
+
+        Raises:
+            FloatingPointError: a norm is infinite or NaN where no loss scaling would explain it.
         """
         self.accelerator.unscale_gradients(optimizer)
         norms = {name: torch.nn.utils.clip_grad_norm_(group, max_norm) for name, group in groups.items()}
+        # With loss scaling an overflow is normal: the scaler skips the step and halves its scale.
+        broken = [] if self.dtype == "fp16" else [name for name, norm in norms.items() if not norm.isfinite()]
+        if broken:
+            raise FloatingPointError(
+                f"the gradient of {' and '.join(broken)} is not finite; the weights are left as they were. Look at the "
+                "last lines of metrics.jsonl, and start again with a lower learning rate"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of the loss scaling; empty without it."""
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+
+    def restore_scaler(self, state: dict[str, Any]) -> None:
+        """Put the loss scaling back to `scaler_state()`."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(state)
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Elementwise sum of a tensor over all ranks."""
@@ -118,8 +143,13 @@ class Runtime:
         return self.accelerator.gather(value).view(self.world_size, -1).amax(0)
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model that train."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, scale: float, frozen: str | None = None) -> None:
-    """Set each group's learning rate to `scale` times its own peak (`peak_lr`, kept in the group); that of `frozen` to 0."""
+    """Set each group's learning rate to `scale` times its peak (`peak_lr`, kept in the group); of `frozen` to 0."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if group["name"] == frozen else group["peak_lr"] * scale
 
@@ -134,21 +164,33 @@ def adamw(
     split = []
     for group in groups:
         params = [p for p in group["params"] if p.requires_grad]
-        for decay, chosen in (
-            (weight_decay, [p for p in params if p.ndim >= 2]),
-            (0.0, [p for p in params if p.ndim < 2]),
-        ):
+        matrices, vectors = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+        common = {"name": group["name"], "lr": group["lr"], "peak_lr": group["lr"]}
+        for chosen, decay in ((matrices, weight_decay), (vectors, 0.0)):
             if chosen:
-                split.append(
-                    {
-                        "params": chosen,
-                        "lr": group["lr"],
-                        "peak_lr": group["lr"],
-                        "weight_decay": decay,
-                        "name": group["name"],
-                    }
-                )
+                split.append(common | {"params": chosen, "weight_decay": decay})
     return torch.optim.AdamW(split, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
+
+
+@torch.no_grad()
+def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Norm of the last AdamW step over the norm of the parameters it moved, per group name; about 1e-3 is healthy.
+
+    Made again from the optimizer's moments, so that no copy of the weights is kept.
+    """
+    squares: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            if p not in optimizer.state:
+                continue
+            state = optimizer.state[p]
+            scale = (1 - beta2 ** state["step"]).sqrt() / (1 - beta1 ** state["step"])  # both bias corrections
+            denom = state["exp_avg_sq"].sqrt() + group["eps"] * (1 - beta2 ** state["step"]).sqrt()
+            step = group["lr"] * (scale * state["exp_avg"] / denom + group["weight_decay"] * p)
+            moved, size = squares.setdefault(group["name"], [step.new_zeros(()), step.new_zeros(())])
+            squares[group["name"]] = [moved + step.square().sum(), size + p.square().sum()]
+    return {name: (moved / size).sqrt() for name, (moved, size) in squares.items()}
 
 
 class Interrupt:

@@ -1,7 +1,7 @@
 """What a run keeps: step checkpoints to resume from, the best model so far, the final one.
 
-A checkpoint folder holds the model folders of `models.checkpoint`, the tokenizer's files and `trainer_state.pt`. It is written beside its
-place and then renamed, so a reader never sees half of one.
+A checkpoint folder holds the model folders of `models.checkpoint`, the tokenizer's files and `trainer_state.pt`. It is
+written beside its place and then renamed, so a reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Saver:
 
     def save_step(self, step: int, state: dict[str, Any]) -> None:
         """Write checkpoints/step_XXXXXXXX and delete all but the newest `keep`."""
-        self._write(self.run / "checkpoints" / f"step_{step:08d}", state)
+        self._write(self.run / "checkpoints" / f"step_{step:08d}", state, {"step": step})
         for old in step_checkpoints(self.run)[: -self.keep]:
             shutil.rmtree(old)
 
@@ -59,12 +59,12 @@ class Saver:
         self._write(self.run / "final", state, {"step": step})
         return self.run / "final"
 
-    def _write(self, folder: Path, state: dict[str, Any] | None, extra: dict[str, Any] | None = None) -> None:
+    def _write(self, folder: Path, state: dict[str, Any] | None, extra: dict[str, Any]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = folder.with_name(folder.name + ".writing")
         shutil.rmtree(fresh, ignore_errors=True)
         for subfolder, model in self.models.items():
-            save_model(model, fresh / subfolder, {**self.description, **(extra or {})})
+            save_model(model, fresh / subfolder, {**self.description, **extra})
         self.tokenizer.save(fresh)
         if state is not None:
             torch.save(state, fresh / STATE)

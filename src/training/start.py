@@ -1,4 +1,4 @@
-"""How a stage begins: a new run folder or one to go on with, and the models a stage needs from what earlier stages saved."""
+"""How a stage begins: a run folder, new or to go on with, and the models it needs from what earlier stages saved."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from config.user_error import UserError
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, share_base
+from training.runtime import Runtime
 from training.saving import load_state
-from utils.run_folder import create_run, find_checkpoint, runs_root, step_checkpoints, write_hyperparams
+from utils.run_folder import create_run, find_checkpoint, places, runs_named, step_checkpoints, write_hyperparams
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
@@ -43,26 +44,18 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     if not config.resume:
         return None
     if config.resume == "auto":
-        root = runs_root(config.runs_dir)
-        candidates = sorted(root.glob(f"{stage}_{config.name}_" + "[0-9]" * 14), reverse=True)
-        run = next((r for r in candidates if not (r / "final").exists() and step_checkpoints(r)), None)
+        runs = runs_named(f"{stage}_{config.name}", config.runs_dir)
+        run = next((r for r in runs if not (r / "final").exists() and step_checkpoints(r)), None)
         if run is None:
-            print(
-                f"--resume auto: no unfinished run {stage}_{config.name} with a checkpoint in {root}; starting a new one"
-            )
+            print(f"--resume auto: no unfinished run {stage}_{config.name} with a checkpoint; starting a new one")
             return None
         checkpoint = step_checkpoints(run)[-1]
     else:
-        folder = Path(config.resume)
-        inside = step_checkpoints(folder)
-        checkpoint = inside[-1] if inside else folder
-        run = folder if inside else folder.parent.parent
+        run, checkpoint = _run_and_checkpoint(config)
     try:
         hyperparams = json.loads((run / "hyperparams.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(
-            f"--resume {config.resume}: not a run folder or a checkpoint inside one; give runs/{stage}_NAME_TIME"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume {config.resume}: hyperparams.json of {run} cannot be read ({error})") from None
     if hyperparams.get("stage") != stage:
         raise UserError(
             f"--resume {config.resume}: is a run of stage {hyperparams.get('stage')}, not {stage}; use its own script"
@@ -77,13 +70,33 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     return Resumption(run, checkpoint, load_state(checkpoint), hyperparams)
 
 
+def _run_and_checkpoint(config: RunConfig) -> tuple[Path, Path]:
+    """The run and the checkpoint that `--resume PATH` means: a run folder (its newest checkpoint) or one inside it."""
+    folder = next((p for p in places(config.resume, config.runs_dir) if p.is_dir()), None)
+    around = (folder, *folder.parents[:2]) if folder else ()
+    run = next((p for p in around if (p / "hyperparams.json").is_file()), None)
+    if run is None:
+        raise UserError(f"--resume {config.resume}: no run folder or checkpoint inside one; give runs/STAGE_NAME_TIME")
+    if run != folder:
+        return run, folder
+    if not step_checkpoints(run):
+        raise UserError(f"--resume {config.resume}: has nothing under checkpoints/ to go on from; start a new run")
+    return run, step_checkpoints(run)[-1]
+
+
 def open_run(
-    stage: str, config: RunConfig, model: nn.Module, resumption: Resumption | None, extra: dict[str, Any]
+    stage: str,
+    config: RunConfig,
+    model: nn.Module,
+    runtime: Runtime,
+    resumption: Resumption | None,
+    extra: dict[str, Any],
 ) -> Path:
-    """The run's folder, made and described unless it is there already."""
+    """The run's folder, made and described unless it is there already; `extra` says what the run starts from."""
     if resumption is not None:
         return resumption.run
     run = create_run(stage, config.name, config.runs_dir)
+    extra = {"runs_on": runtime.describe(), **extra}
     write_hyperparams(run, stage, resolved(config), resolved(model.config), extra)
     print(f"writing to {run}")
     return run
@@ -125,32 +138,32 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
         folder = resumption.checkpoint
         return GPT.from_checkpoint(folder, preset), load_tokenizer(folder), template_of(folder), str(folder)
     if config.pretrain == "scratch":
-        tokenizer = get_tokenizer(
-            ("demo" if preset.family == "gpt2-nano" else "gpt2") if config.tokenizer == "auto" else config.tokenizer
-        )
+        own = "demo" if preset.family == "gpt2-nano" else "gpt2"
+        tokenizer = get_tokenizer(own if config.tokenizer == "auto" else config.tokenizer)
         sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
         return GPT(sizes), tokenizer, PromptTemplate(), "scratch"
+    folder = _our_checkpoint(config)
+    if folder is not None:
+        model = GPT.from_checkpoint(folder, preset, adapters="fresh")
+        return model, load_tokenizer(folder), template_of(folder), str(folder)
     source = preset.family if config.pretrain == "huggingface" else config.pretrain
-    folder = Path(source)
-    is_huggingface = config.pretrain == "huggingface" or (folder / "config.json").is_file()
-    if not is_huggingface:
-        try:
-            folder = find_checkpoint(source, config.runs_dir, "-p")
-        except UserError:
-            # Hub names look like gpt2 or owner/name; anything else was meant to be one of our runs.
-            if folder.exists() or source.count("/") > 1 or source.startswith((".", "/", "sft_", "runs/")):
-                raise
-            is_huggingface = True
-    if not is_huggingface:
-        return (
-            GPT.from_checkpoint(folder, preset, adapters="fresh"),
-            load_tokenizer(folder),
-            template_of(folder),
-            str(folder),
-        )
-    tokenizer = _tokenizer_for(config.tokenizer, folder)
+    tokenizer = _tokenizer_for(config.tokenizer, Path(source))
     model = GPT.from_pretrained(source, preset, tokenizer.vocab_size)
     return model, tokenizer, PromptTemplate(), source
+
+
+def _our_checkpoint(config: SFTConfig) -> Path | None:
+    """The checkpoint of ours that -p means; None when it means a Hugging Face model."""
+    source = config.pretrain
+    if source == "huggingface" or (Path(source) / "config.json").is_file():
+        return None
+    try:
+        return find_checkpoint(source, config.runs_dir, "-p")
+    except UserError:
+        # Hub names look like gpt2 or owner/name; anything else was meant to be one of our runs.
+        if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "sft_", "runs/")):
+            raise
+        return None
 
 
 def _tokenizer_for(wanted: str, folder: Path) -> Tokenizer:
@@ -166,9 +179,10 @@ def rm_start(
 ) -> tuple[nn.Module, nn.Module, Tokenizer, PromptTemplate, Path]:
     """Reward model, frozen SFT model, tokenizer, template and the SFT checkpoint."""
     options = without_dropout(get_configs(config.config))
-    source = (
-        Path(resumption.hyperparams["sft"]) if resumption else find_checkpoint(config.pretrain, config.runs_dir, "-p")
-    )
+    if resumption is not None:
+        source = Path(resumption.hyperparams["sft"])
+    else:
+        source = find_checkpoint(config.pretrain, config.runs_dir, "-p")
     sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)))
     if resumption is not None:
         model = GPTRewardModel.from_checkpoint(resumption.checkpoint)
@@ -208,9 +222,11 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
     else:
         sft = find_checkpoint(config.actor, config.runs_dir, "-a")
         rm = None if rm_argument == "none" else find_checkpoint(rm_argument, config.runs_dir, "-c")
+    if rm is not None and describe(rm)["role"] != "reward":  # a critic may start from a language model, a reward not
+        raise UserError(f"-c {rm_argument}: holds no reward model; give a run of train_rm.py")
     if rm is not None and load_tokenizer(sft).identity()["sha256"] != load_tokenizer(rm).identity()["sha256"]:
         raise UserError(
-            f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that SFT model"
+            f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that one"
         )
     reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)))
     reward_model = frozen(GPTRewardModel.from_checkpoint(rm)) if rm is not None and needs_reward_model else None
@@ -224,7 +240,7 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
             torch.nn.init.zeros_(critic.head.weight)
     if not reference.config.same_sizes(critic.config):
         raise UserError(
-            f"-c {config.critic}: its sizes differ from those of -a {config.actor}; train the reward model from that SFT model"
+            f"-c {config.critic}: its sizes are not those of -a {config.actor}; train the reward model from that one"
         )
     freeze(actor, config)
     freeze(critic, config)
@@ -247,3 +263,20 @@ def row_limit(config: RunConfig, model: nn.Module) -> int:
     if config.max_length > context:
         raise UserError(f"--max-length {config.max_length}: the model's context is {context}; give at most that")
     return config.max_length or context
+
+
+def prompt_limit(config: RMConfig | PPOConfig, model: nn.Module) -> int:
+    """Longest prompt in tokens that leaves room for a response: what the row limit allows, or --prompt-length.
+
+    Raises:
+        UserError: prompt and response do not fit.
+    """
+    limit = row_limit(config, model)
+    wanted = config.prompt_length if isinstance(config, PPOConfig) else 0
+    prompt = wanted or limit - config.response_length
+    if prompt < 1 or prompt + config.response_length > limit:
+        prompts = f"prompts of {wanted}" if wanted else "a prompt"
+        raise UserError(
+            f"--response-length {config.response_length}: responses and {prompts} do not fit into {limit} tokens a row"
+        )
+    return prompt

@@ -1,10 +1,11 @@
 """Stage 2: the reward model.
 
-    python src/training/train_rm.py -n demo -p sft_demo                             # offline
+    python src/training/train_rm.py -n demo -p sft_demo                         # offline
     python src/training/train_rm.py -n hh -b 2 -p sft_hh --config gpt2-medium/lora --dataset rm-static
 
-What it does: one score per completion, read at its EOS; -log sigmoid of the score differences of all pairs of a prompt, every completion
-forwarded once; one epoch; then a fixed affine gives the scores of SFT samples mean 0 and deviation 1, as PPO needs them.
+What it does: one score per completion, read at its EOS; -log sigmoid of the score differences of all pairs of a prompt,
+every completion forwarded once; one epoch; then a fixed affine gives the scores of SFT samples mean 0 and deviation 1,
+as PPO needs them.
 What it does not do: average over positions, train a second epoch, use dropout.
 """
 
@@ -16,7 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.configs import RMConfig, parse_cli  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
-from training.start import describe_model, find_resumption, open_run, rm_start, row_limit  # noqa: E402
+from training.start import describe_model, find_resumption, open_run, prompt_limit, rm_start, row_limit  # noqa: E402
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 
@@ -27,6 +28,7 @@ def main() -> int:
     resumption = find_resumption("rm", config)
     runtime = Runtime(config.device, config.dtype, config.seed)
     model, sft, tokenizer, template, source = rm_start(config, resumption)
+    prompt_limit(config, model)  # room for the samples that the scores are normalised on; told before any work
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
     splits = {
         s: load_dataset(config.dataset, "rm", s, tokenizer, row_limit(config, model), **options)
@@ -34,7 +36,7 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    run = open_run("rm", config, model, resumption, {"sft": str(source)})
+    run = open_run("rm", config, model, runtime, resumption, {"sft": str(source)})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = RewardModelTrainer(
         config, model, runtime.place(sft), tokenizer, splits["train"], splits["validation"], run, runtime,

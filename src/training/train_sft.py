@@ -1,10 +1,11 @@
 """Stage 1: supervised fine-tuning.
 
-    python src/training/train_sft.py -n demo                                        # offline: gpt2-nano on the demo, CPU
+    python src/training/train_sft.py -n demo                                    # offline: gpt2-nano on the demo, CPU
     python src/training/train_sft.py -n hh -b 2 -p huggingface --config gpt2-medium/dropout --dataset hh-sft
 
-What it does: next-token loss on the response and its EOS only, weighted by token over the whole optimizer step; AdamW, linear warm-up,
-cosine decay; length-bucketed batches without packing. What it does not do: train on the prompt, put an EOS on a cut response.
+What it does: next-token loss on the response and its EOS only, weighted by token over the whole optimizer step; AdamW,
+linear warm-up, cosine decay; length-bucketed batches without packing.
+What it does not do: train on the prompt, put an EOS on a cut response.
 """
 
 import sys
@@ -26,6 +27,7 @@ def main() -> int:
     resumption = find_resumption("sft", config)
     runtime = Runtime(config.device, config.dtype, config.seed)
     model, tokenizer, template, source = sft_start(config, resumption)
+    freeze(model, config)
     stage = "text" if config.dataset == "demo-text" else "sft"
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
     splits = {
@@ -34,10 +36,10 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    run = open_run("sft", config, model, resumption, {"pretrain": source})
+    run = open_run("sft", config, model, runtime, resumption, {"pretrain": source})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = SFTTrainer(
-        config, freeze(model, config), tokenizer, splits["train"], splits["validation"], run, runtime,
+        config, model, tokenizer, splits["train"], splits["validation"], run, runtime,
         describe_model("sft", tokenizer, template, source), resumption and resumption.state,
     )  # fmt: skip
     return trainer.fit()

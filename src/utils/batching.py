@@ -78,7 +78,7 @@ def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, 
 
 
 def epoch_batches(
-    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, window: int = 16, drop_last: bool = True
+    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, window: int = 1, drop_last: bool = True
 ) -> list[np.ndarray]:
     """The batches of one epoch, of rows of similar length.
 
@@ -90,7 +90,8 @@ def epoch_batches(
         global_batch_size: rows of one optimiser step, over all micro-batches and processes.
         seed: of the run.
         epoch: from 0; every epoch has its own order.
-        window: batches sorted together: more means less padding and less randomness in who meets whom.
+        window: batches sorted together. 1 leaves each batch a random sample, with its rows sorted so that micro-batches
+            are of like length; more saves padding and makes batches of like rows, whose gradients are noisier.
         drop_last: leave out the rows (random ones) that do not fill a batch; otherwise one batch is smaller.
 
     Returns:
@@ -105,8 +106,8 @@ def epoch_batches(
     n = len(lengths)
     if drop_last and n < global_batch_size:
         raise UserError(
-            f"--batch-size: one optimiser step takes {global_batch_size} rows, but the data have only {n}; "
-            "lower it, or the accumulation steps"
+            f"--global-batch-size: one optimiser step takes {global_batch_size} rows, but the data have only {n}; "
+            "lower it, or use more data"
         )
     lengths = np.asarray(lengths)
     rng = np.random.default_rng([seed, epoch])

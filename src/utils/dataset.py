@@ -217,7 +217,7 @@ def load_dataset(
             raise UserError(f"{name_or_path}: was changed while it was being read; start again when it is complete")
         if not len(table):
             raise UserError(
-                f"{name_or_path}: nothing is left for {report.summary()}; the budget is {max_length} tokens a row"
+                f"--dataset {name_or_path}: nothing is left: {report.summary()} (at most {max_length} tokens a row)"
             )
         write_arrays(folder, key, table.to_arrays() | {"report": _json_array(asdict(report))})
     else:

@@ -18,10 +18,8 @@ class Category:
     """The question as a clause: "Do you know ..."."""
     statements: tuple[str, str]
     """Two statements of the answer, without the final stop."""
-    fillers: tuple[str, str]
-    """Needless sentences about the kind of thing asked."""
     facts: tuple[tuple[str, str, str], ...]
-    """(subject, answer, the one wrong answer of the same kind that people confuse with it)."""
+    """(subject, answer, its one fixed distractor: a wrong answer of the same kind, which is right for no fact)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Fact:
     indirect: str
     templates: tuple[str, ...]
     """Complete answer sentences with an {a} for the answer."""
-    fillers: tuple[str, ...]
 
     def say(self, answer: str, template: int = 0) -> str:
         """Return the sentence that gives `answer` to this fact's question."""
@@ -65,15 +62,13 @@ CATEGORIES = (
         ("what colour is {x}?", "which colour does {x} have?"),
         "what colour {x} is",
         ("{x} is {a}", "the colour of {x} is {a}"),
-        ("Colours are all around us.", "Painters know this well."),
         (
             ("grass", "green", "brown"),
             ("the sky", "blue", "grey"),
-            ("snow", "white", "grey"),
-            ("a ripe banana", "yellow", "green"),
-            ("coal", "black", "brown"),
-            ("a ripe tomato", "red", "orange"),
-            ("a carrot", "orange", "red"),
+            ("snow", "white", "silver"),
+            ("a ripe banana", "yellow", "pink"),
+            ("a ripe tomato", "red", "purple"),
+            ("a carrot", "orange", "beige"),
         ),
     ),
     Category(
@@ -81,15 +76,13 @@ CATEGORIES = (
         ("what sound does {x} make?", "which noise does {x} make?"),
         "what sound {x} makes",
         ("{x} says {a}", "the sound of {x} is {a}"),
-        ("Animals can be loud.", "You can hear it on a farm."),
         (
             ("a dog", "woof", "growl"),
             ("a cat", "meow", "hiss"),
-            ("a cow", "moo", "baa"),
+            ("a cow", "moo", "grunt"),
             ("a duck", "quack", "honk"),
-            ("a sheep", "baa", "moo"),
+            ("a sheep", "baa", "howl"),
             ("a horse", "neigh", "bray"),
-            ("a pig", "oink", "snort"),
         ),
     ),
     Category(
@@ -97,13 +90,11 @@ CATEGORIES = (
         ("what is the opposite of {x}?", "which word is the opposite of {x}?"),
         "what the opposite of {x} is",
         ("the opposite of {x} is {a}", "{x} is the opposite of {a}"),
-        ("Words often come in pairs.", "Children learn such pairs early."),
         (
             ("hot", "cold", "warm"),
             ("up", "down", "left"),
             ("big", "small", "wide"),
             ("day", "night", "evening"),
-            ("open", "closed", "broken"),
             ("fast", "slow", "late"),
             ("happy", "sad", "angry"),
         ),
@@ -113,14 +104,13 @@ CATEGORIES = (
         ("how many legs does {x} have?", "what number of legs does {x} have?"),
         "how many legs {x} has",
         ("{x} has {a} legs", "the number of legs of {x} is {a}"),
-        ("Legs are good for walking.", "You can count them yourself."),
         (
-            ("a spider", "eight", "six"),
-            ("an ant", "six", "eight"),
-            ("a goat", "four", "two"),
-            ("a hen", "two", "four"),
-            ("a crab", "ten", "eight"),
-            ("a snake", "zero", "two"),
+            ("a spider", "eight", "twelve"),
+            ("an ant", "six", "eleven"),
+            ("a goat", "four", "one"),
+            ("a hen", "two", "thirteen"),
+            ("a crab", "ten", "twenty"),
+            ("a snake", "zero", "fifty"),
         ),
     ),
     Category(
@@ -128,7 +118,6 @@ CATEGORIES = (
         ("what do you use to {x}?", "which tool do you need to {x}?"),
         "what to use to {x}",
         ("you use {a} to {x}", "to {x} you need {a}"),
-        ("Good tools save time.", "Most homes have one."),
         (
             ("cut paper", "scissors", "a saw"),
             ("drive in a nail", "a hammer", "a wrench"),
@@ -136,7 +125,6 @@ CATEGORIES = (
             ("eat soup", "a spoon", "a fork"),
             ("dig a hole", "a spade", "a rake"),
             ("paint a wall", "a brush", "a sponge"),
-            ("tell the time", "a clock", "a compass"),
         ),
     ),
     Category(
@@ -144,12 +132,11 @@ CATEGORIES = (
         ("where does {x} live?", "where is the home of {x}?"),
         "where {x} lives",
         ("{x} lives in {a}", "the home of {x} is {a}"),
-        ("Every animal needs a home.", "It is safe and dry there."),
         (
-            ("a bee", "a hive", "a nest"),
-            ("a bird", "a nest", "a hive"),
+            ("a bee", "a hive", "a web"),
+            ("a bird", "a nest", "a kennel"),
             ("a fish", "the water", "the sand"),
-            ("a rabbit", "a burrow", "a cave"),
+            ("a rabbit", "a burrow", "a stable"),
             ("a bear", "a cave", "a tree"),
             ("a king", "a castle", "a tower"),
         ),
@@ -159,7 +146,6 @@ CATEGORIES = (
         ("what is the capital of {x}?", "which city is the capital of {x}?"),
         "what the capital of {x} is",
         ("the capital of {x} is {a}", "{a} is the capital of {x}"),
-        ("Many tourists go there.", "It is a large city."),
         (
             ("France", "Paris", "Lyon"),
             ("Italy", "Rome", "Milan"),
@@ -167,22 +153,20 @@ CATEGORIES = (
             ("Egypt", "Cairo", "Luxor"),
             ("Spain", "Madrid", "Seville"),
             ("Norway", "Oslo", "Bergen"),
-            ("Kenya", "Nairobi", "Mombasa"),
         ),
     ),
     Category(
-        "day",
-        ("what day comes after {x}?", "which day follows {x}?"),
-        "what day comes after {x}",
-        ("{a} comes after {x}", "the day after {x} is {a}"),
-        ("A week has many days.", "A calendar shows it too."),
+        "month",
+        ("which month comes after {x}?", "what month follows {x}?"),
+        "which month comes after {x}",
+        ("{a} comes after {x}", "the month after {x} is {a}"),
         (
-            ("Monday", "Tuesday", "Sunday"),
-            ("Tuesday", "Wednesday", "Monday"),
-            ("Wednesday", "Thursday", "Tuesday"),
-            ("Thursday", "Friday", "Wednesday"),
-            ("Friday", "Saturday", "Thursday"),
-            ("Saturday", "Sunday", "Friday"),
+            ("January", "February", "March"),
+            ("March", "April", "May"),
+            ("May", "June", "July"),
+            ("July", "August", "September"),
+            ("September", "October", "November"),
+            ("November", "December", "January"),
         ),
     ),
     Category(
@@ -190,15 +174,13 @@ CATEGORIES = (
         ("what is {x}?", "how much is {x}?"),
         "what {x} is",
         ("{x} is {a}", "{x} makes {a}"),
-        ("You can use your fingers.", "Numbers can be fun."),
         (
-            ("one plus one", "two", "three"),
-            ("one plus two", "three", "four"),
-            ("two plus two", "four", "five"),
-            ("two plus three", "five", "six"),
-            ("three plus three", "six", "five"),
-            ("three plus four", "seven", "eight"),
-            ("four plus five", "nine", "ten"),
+            ("one plus one", "two", "eleven"),
+            ("one plus two", "three", "twelve"),
+            ("two plus two", "four", "twenty"),
+            ("two plus three", "five", "thirty"),
+            ("three plus four", "seven", "forty"),
+            ("four plus five", "nine", "fifty"),
         ),
     ),
     Category(
@@ -206,12 +188,11 @@ CATEGORIES = (
         ("what shape is {x}?", "which shape does {x} have?"),
         "what shape {x} is",
         ("{x} has the shape of {a}", "the shape of {x} is {a}"),
-        ("Shapes are part of geometry.", "You can draw it on paper."),
         (
             ("a coin", "a circle", "a square"),
-            ("a dice", "a cube", "a square"),
-            ("an egg", "an oval", "a circle"),
-            ("a football", "a sphere", "a circle"),
+            ("a dice", "a cube", "a cone"),
+            ("an egg", "an oval", "a star"),
+            ("a football", "a sphere", "a ring"),
             ("a stop sign", "an octagon", "a hexagon"),
             ("a rainbow", "an arch", "a line"),
         ),
@@ -221,7 +202,6 @@ CATEGORIES = (
         ("what is {x} made from?", "what do people make {x} from?"),
         "what {x} is made from",
         ("{x} is made from {a}", "people make {x} from {a}"),
-        ("It tastes very good.", "You can buy it in a shop."),
         (
             ("bread", "flour", "rice"),
             ("cheese", "milk", "butter"),
@@ -317,7 +297,6 @@ def _build_facts() -> tuple[Fact, ...]:
                     (direct[0], direct[1]),
                     category.indirect.format(x=subject),
                     tuple(templates),
-                    category.fillers + FILLERS,
                 )
             )
     return tuple(facts)

@@ -1,4 +1,4 @@
-"""Texts of the offline demo's closed world: prompts, responses of controlled quality, demonstrations, noisy preferences.
+"""Texts of the offline demo's closed world: prompts, responses of mixed quality, and preferences with known noise.
 
 Everything the demo trains on is drawn from here by seeded generators, so that a programmatic gold reward
 (`utils.demo_gold`) can score any text and the noise of the preference labels is known exactly. Texts are in the form of
@@ -32,8 +32,8 @@ from utils.demo_facts import (
 )
 from utils.demo_gold import gold_reward
 
-# P(a preferred over b) = sigmoid(BT_SCALE * (gold_a - gold_b)): the Bradley-Terry model (Bradley & Terry 1952). The scale
-# sets how noisy the labels are; this one puts the best possible accuracy of a judge at about 0.86.
+# P(a preferred over b) = sigmoid(BT_SCALE * (gold_a - gold_b)): the model of Bradley & Terry (1952). The scale sets
+# how noisy the labels are; this one puts the best possible accuracy of a judge at about 0.86.
 BT_SCALE = 1.1
 SPLITS = ("train", "validation", "test")
 
@@ -74,9 +74,7 @@ def _draw_question(rng: random.Random, split: str, harmful_rate: float) -> tuple
 def _earlier_exchange(rng: random.Random) -> tuple[Target, str]:
     """Return an earlier question of a two-turn dialogue (always a training combination) and its turn with answer."""
     target, phrasing = _draw_question(rng, "train", harmful_rate=0.1)
-    mixture = replace(SFT_MIXTURE, right=1.0, polite_opener=0.3, polite_closer=0.0, rude=0.0, filler=0.0, repetition=0.0)
-    mixture = replace(mixture, false_refusal=0.0, harmful_refusal=1.0)
-    answer = sample_response(target, mixture, rng)
+    answer = sample_response(target, EARLIER_MIXTURE, rng)
     return target, f"\n\nHuman: {rng.choice(FIRST_TURN_LEADS)}{question(target, phrasing)}\n\nAssistant:{answer}"
 
 
@@ -163,7 +161,7 @@ SFT_MIXTURE = Mixture(
 PAIR_MIXTURE = replace(
     SFT_MIXTURE,
     right=0.55,
-    distractor=0.6,
+    distractor=0.75,
     polite_opener=0.45,
     polite_closer=0.45,
     rude=0.2,
@@ -177,19 +175,33 @@ PAIR_MIXTURE = replace(
 )
 
 
+EARLIER_MIXTURE = replace(
+    SFT_MIXTURE,
+    right=1.0,
+    polite_opener=0.3,
+    polite_closer=0.0,
+    rude=0.0,
+    filler=0.0,
+    repetition=0.0,
+    false_refusal=0.0,
+    harmful_refusal=1.0,
+)
+"""The earlier answers of two-turn dialogues: right, and short."""
+
+
 def _stray_sentence(target: Target, rng: random.Random) -> str:
     """Return an answer sentence that does not belong here: a foreign answer, or a true sentence about something else.
 
-    Mostly of another category; a quarter stays in the target's own, beside the distractor, so that no wrong answer is one
-    that the reward model has never seen.
+    Mostly of another category; one in ten stays in the target's own, beside the distractor, so that no wrong answer is
+    one that the reward model has never seen.
     """
-    category = getattr(target, "category", None) if rng.random() < 0.25 else None
+    category = getattr(target, "category", None) if rng.random() < 0.1 else None
     pool = [fact for fact in FACTS if fact is not target and category in (None, fact.category)]
     other = rng.choice([fact for fact in pool if fact.answer != getattr(target, "answer", None)])
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.5:
         return f"The answer is {other.answer}."
-    if kind < 0.7 and isinstance(target, Fact):
+    if kind < 0.85 and isinstance(target, Fact):
         return target.say(other.answer, rng.randrange(2))
     return other.say(other.answer, rng.randrange(2))
 
@@ -230,8 +242,7 @@ def sample_response(target: Target, mix: Mixture, rng: random.Random) -> str:
     core, refuses = _core(target, mix, rng)
     fillers: list[str] = []
     if rng.random() < mix.filler:
-        stock = target.fillers if isinstance(target, Fact) else FILLERS
-        fillers = rng.sample(stock, 2 if rng.random() < 1 / 3 else 1)
+        fillers = rng.sample(FILLERS, 2 if rng.random() < 1 / 3 else 1)
     opener, closer = _opener(refuses, mix, rng), _closer(mix, rng)
     if rng.random() < mix.no_answer and (opener or fillers or closer):
         core = []
@@ -314,15 +325,15 @@ def _paragraph(rng: random.Random) -> str:
         return f"{asker} asked: {asked} {other} said: {sorry} {refusal} {rng.choice(POLITE_CLOSERS)}"
     index = rng.randrange(len(FACTS))
     fact = FACTS[index]
+    asked = question(fact, rng.choice(PHRASING_SPLITS[index]["train"]))
     told = [fact.say(fact.answer, template) for template in rng.sample(range(2), 2)]
     if rng.random() < 0.5:
         asker, other = rng.sample(ASKERS, 2)
-        asked = question(fact, rng.choice(PHRASING_SPLITS[index]["train"]))
         said = [rng.choice(AGREEING_OPENERS)] * (rng.random() < 0.3) + [fact.say(fact.answer, rng.randrange(3))]
-        said += [rng.choice(fact.fillers)] * (rng.random() < 0.3) + [rng.choice(POLITE_CLOSERS)] * (rng.random() < 0.3)
+        said += [rng.choice(FILLERS)] * (rng.random() < 0.3) + [rng.choice(POLITE_CLOSERS)] * (rng.random() < 0.3)
         return f"{asker} asked: {asked} {other} said: {' '.join(said)}"
     second = rng.choice(FACTS)
-    told += [rng.choice(fact.fillers)] * (rng.random() < 0.4)
+    told += [rng.choice(FILLERS)] * (rng.random() < 0.4)
     told += [second.say(second.answer, template) for template in rng.sample(range(2), 2)]
     return " ".join(told)
 

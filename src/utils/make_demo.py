@@ -25,7 +25,8 @@ from utils.demo_world import (
     sample_sft_rows,
     sample_text_rows,
 )
-from utils.train_bpe import DEMO_FOLDER, corpus_texts, train_bpe, write_tiktoken_file
+from utils.tokenizer import write_ranks
+from utils.train_bpe import DEMO_FOLDER, corpus_texts, train_bpe
 
 SEED = 0
 SIZES = {
@@ -71,15 +72,15 @@ def make_demo(out: Path, sizes: Mapping[str, int] = SIZES, seed: int = SEED) -> 
         write_rows(out / f"sft-{split}.jsonl.gz", rows)
         bar.update()
         golds = gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows])
-        best = sum(gold == max(golds) for gold in golds) / len(golds)
-        bar.write(f"sft-{split}: {len(rows)} demonstrations, gold {sum(golds) / len(golds):.3f}, {best:.1%} at the best")
+        mean, best = sum(golds) / len(golds), sum(gold == max(golds) for gold in golds) / len(golds)
+        bar.write(f"sft-{split}: {len(rows)} demonstrations, gold {mean:.3f}, {best:.1%} at the best")
     for split in splits:
         pairs = sample_pair_rows(seed, split, prompts[split], sizes[f"pairs-{split}"])
         write_rows(out / f"pairs-{split}.jsonl.gz", pairs)
         bar.update()
         bar.write(f"pairs-{split}: {len(pairs)} pairs, best possible accuracy {best_possible_accuracy(pairs):.4f}")
     ranks, _ = train_bpe(corpus_texts(out))
-    write_tiktoken_file(out / "bpe.tiktoken", ranks)
+    write_ranks(out / "bpe.tiktoken", ranks)
     bar.update()
     bar.close()
     total = sum(path.stat().st_size for path in out.iterdir())

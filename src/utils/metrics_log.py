@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and samples.jsonl and writes TensorBoard events.
+    """Appends to metrics.jsonl and samples.jsonl and writes TensorBoard events; a context that closes them.
 
-    After a resume, lines of steps that will be run again are dropped, so that no step appears twice.
+    After a resume, lines of steps that will be run again are dropped, so that no step appears twice, and `time` goes on
+    from the last line that stays.
     """
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
@@ -25,7 +27,7 @@ class MetricsLog:
         for path in (self.metrics_path, self.samples_path):
             _drop_lines_after(path, resume_step)
         self.writer = SummaryWriter(str(folder / "logs"), purge_step=resume_step + 1 if resume_step else None)
-        self.start = time.monotonic()
+        self.start = time.monotonic() - _last_time(self.metrics_path)
 
     def log(self, step: int, metrics: dict[str, float | Tensor]) -> dict[str, float]:
         """Write one line of figures and one TensorBoard scalar each; returns them as floats."""
@@ -48,18 +50,33 @@ class MetricsLog:
         self.writer.add_text("samples", text, step)
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush everything; without it TensorBoard misses the last minutes."""
         self.writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # a line cut short when the process was killed
-    path.write_text("".join(kept), encoding="utf-8")
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= step]
+    fresh = path.with_name(path.name + ".writing")
+    fresh.write_bytes(b"".join(kept))
+    os.replace(fresh, path)
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; infinite for one that was cut short when the process was killed."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _last_time(path: Path) -> float:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["time"] if lines else 0.0

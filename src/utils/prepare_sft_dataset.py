@@ -109,7 +109,7 @@ def _source(value: str, hub_class: type[HubDataset], flag: str, skip_bad_rows: b
         source = hub_class("rm")
         source.flag = flag
         return source
-    if not Path(value).expanduser().exists():
+    if not os.path.exists(os.path.expanduser(value)):
         raise UserError(f'{flag} {value}: no such file; give "hub" or the path of a .jsonl or .jsonl.gz file')
     return JSONLDataset("rm", value, skip_bad_rows=skip_bad_rows)
 

@@ -16,15 +16,24 @@ RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
 def load_reward_function(spec: str, flag: str) -> RewardFunction:
     """Import `FILE.py:FUNCTION` and wrap it so that what it returns is checked.
 
-    The wrapped function raises a UserError when the function raises, or returns anything but one finite number per response.
+    Args:
+        spec: file, against the working directory, and the name of a function in it that takes (prompts, responses), two
+            lists of texts, and returns one number per response.
+        flag: named in the errors.
+
+    Returns:
+        A function that raises UserError when the user's raises, or returns anything but one finite number per response.
+
+    Raises:
+        UserError: the file cannot be imported or has no such function.
     """
-    path, colon, name = spec.rpartition(":")
-    file = Path(path)
-    if not colon or not file.is_file():
+    path, _, name = spec.rpartition(":")
+    file = Path(path).expanduser()
+    if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{flag} {spec}: give FILE.py:FUNCTION, with a file that exists")
     module_spec = importlib.util.spec_from_file_location(f"reward_function_{file.stem}", file)
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
+    sys.modules[module_spec.name] = module  # dataclasses and pickles in the file look their module up
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
@@ -39,18 +48,15 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         try:
             scores = [float(score) for score in function(list(prompts), list(responses))]
         except Exception as error:
-            raise UserError(
-                f"{flag} {spec}: the function failed: {type(error).__name__}: {error}; it must return one float per response"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{flag} {spec}: failed with {reason}; it must return one float per response") from error
         if len(scores) != len(responses):
             raise UserError(
-                f"{flag} {spec}: {len(scores)} scores for {len(responses)} responses; it must return one float per response"
+                f"{flag} {spec}: gave {len(scores)} scores for {len(responses)} responses; it must give one float each"
             )
-        bad = next((i for i, score in enumerate(scores) if not math.isfinite(score)), None)
-        if bad is not None:
-            raise UserError(
-                f"{flag} {spec}: score {scores[bad]} for response {bad} ({responses[bad][:60]!r}); scores must be finite"
-            )
+        for response, score in zip(responses, scores):
+            if not math.isfinite(score):
+                raise UserError(f"{flag} {spec}: gave {score} for {response[:60]!r}; scores must be finite")
         return scores
 
     return checked

@@ -110,7 +110,7 @@ class JSONLDataset(RowSource):
 
     def __init__(self, stage: str, path: str | Path, **options: Any):
         """Args: `path` of a .jsonl or .jsonl.gz file, against the working directory; the rest as for `RowSource`."""
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.name = getattr(type(self), "name", str(path))
         super().__init__(stage, **options)
 
@@ -220,8 +220,9 @@ class DemoDataset(RowSource):
         """See `RowSource.rows`."""
         if self.stage == "text":
             text = DemoTextDataset("text", template=self.template, options=self.options)
-            yield from text.rows(split)
-            self.counts = text.counts
+            for row in text.rows(split):
+                self.counts = text.counts
+                yield row
             return
         self.counts = Counts()
         path = _demo_file(f"{self._files[self.stage]}-{split}.jsonl.gz")

@@ -37,8 +37,6 @@ def create_run(stage: str, name: str, runs_dir: str) -> Path:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if not root.is_dir():
-                raise UserError(f"--runs-dir {runs_dir}: is a file; give a folder") from None
             moment += 1
         except OSError as error:
             raise UserError(
@@ -76,48 +74,53 @@ def _commit() -> str:
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-def newest_run(stem: str, runs_dir: str) -> Path | None:
-    """The newest run folder called `stem` (`sft_demo`), or None."""
-    pattern = re.compile(re.escape(stem) + r"_\d{14}$")
+def runs_named(stem: str, runs_dir: str) -> list[Path]:
+    """The run folders called `stem` (`sft_demo`), newest first."""
+    pattern = re.compile(re.escape(stem) + r"_\d{14}")
     root = runs_root(runs_dir)
-    found = sorted(p for p in root.glob(f"{_glob_escape(stem)}_*") if pattern.match(p.name)) if root.is_dir() else []
-    return found[-1] if found else None
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted((p for p in there if pattern.fullmatch(p.name)), reverse=True)
+
+
+def newest_run(stem: str, runs_dir: str) -> Path | None:
+    """The newest run folder called `stem`, or None."""
+    return next(iter(runs_named(stem, runs_dir)), None)
+
+
+def places(path: str, runs_dir: str) -> list[Path]:
+    """What a folder named on the command line may mean: from the working directory, the repo, or `runs_dir`."""
+    return [Path(path).expanduser(), REPO / path, runs_root(runs_dir) / path]
 
 
 def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
-    """The checkpoint folder that a model argument means.
+    """The checkpoint folder that a model argument means, as an absolute path.
 
     Args:
-        argument: a run folder (its final/, else best/, else newest step), a checkpoint folder, or a run's stem such as `sft_demo`.
+        argument: a run folder (its final/, else best/, else newest step), a checkpoint folder, or the stem of a run
+            such as `sft_demo` (the newest run of that name). Paths count from the working directory, the repo, or
+            `runs_dir`.
         runs_dir: where stems are looked up.
         flag: named in the error.
 
     Raises:
         UserError: there is no such run or it has no checkpoint; the message lists the runs there are.
     """
-    candidates = [Path(argument), REPO / argument]
-    stem_run = newest_run(argument, runs_dir) if "/" not in argument else None
-    if stem_run is not None:
-        candidates.append(stem_run)
+    candidates = [*places(argument, runs_dir), *runs_named(argument, runs_dir)[:1]]
     for folder in candidates:
-        if (folder / "model.json").is_file():
-            return folder
-        for inner in (folder / "final", folder / "best", *reversed(step_checkpoints(folder))):
+        for inner in (folder, folder / "final", folder / "best", *reversed(step_checkpoints(folder))):
             if (inner / "model.json").is_file():
-                return inner
-    root = runs_root(runs_dir)
-    if any(folder.is_dir() for folder in candidates):
+                return inner.resolve()
+    empty = next((folder for folder in reversed(candidates) if folder.is_dir()), None)
+    if empty is not None:
         raise UserError(
-            f"{flag} {argument}: no checkpoint in it; give a run that has saved one, or a folder with model.json"
+            f"{flag} {argument}: no checkpoint in {empty}; give a run that has saved one, or a folder with model.json"
         )
-    there = sorted({re.sub(r"_\d{14}$", "", p.name) for p in root.glob("*_*") if p.is_dir()}) if root.is_dir() else []
-    raise UserError(f"{flag} {argument}: no such run or folder; runs in {root}: {', '.join(there) or 'none yet'}")
+    root = runs_root(runs_dir)
+    runs = (re.fullmatch(r"(.+)_\d{14}", p.name) for p in (root.iterdir() if root.is_dir() else ()))
+    there = ", ".join(sorted({run[1] for run in runs if run})) or "none yet"
+    raise UserError(f"{flag} {argument}: no such run or folder; runs in {root}: {there}")
 
 
 def step_checkpoints(run: Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
     return sorted(p for p in (run / "checkpoints").glob("step_????????") if p.name[5:].isdigit())
-
-
-def _glob_escape(text: str) -> str:
-    return re.sub(r"([\[\]*?])", r"[\1]", text)

@@ -3,7 +3,8 @@
 One .npz file per table, named by a hash of everything that decides its content (data, tokenizer, options): an entry
 never goes stale, and the folder can be deleted at any time. A file appears under its name only when it is whole
 (written beside, synced, renamed), so two processes that build the same table at once do no harm, and whichever comes
-last leaves the same bytes. The arrays carry CRC-32 sums (zip), their names and the full key; a file that fails them is built again.
+last leaves the same bytes. The arrays carry CRC-32 sums (zip), their names and the full key; a file that fails them is
+built again.
 """
 
 import logging
@@ -25,7 +26,7 @@ _ABANDONED_SECONDS = 24 * 3600
 
 def default_cache_dir() -> Path:
     """`RLHF_CACHE_DIR` if it is set, else runs/.cache/tokens in the repository."""
-    return Path(os.environ.get("RLHF_CACHE_DIR") or REPO_ROOT / "runs" / ".cache" / "tokens").expanduser()
+    return Path(os.path.expanduser(os.environ.get("RLHF_CACHE_DIR") or REPO_ROOT / "runs" / ".cache" / "tokens"))
 
 
 def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:

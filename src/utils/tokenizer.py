@@ -239,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name = path.name
         self.eos_id = int(self._tokenizer.eos_token_id)
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
-        self.vocab_size = max(len(self._tokenizer), max(self._vocabulary.values()) + 1)
+        self.vocab_size = max(len(self._tokenizer), max(self._vocabulary.values(), default=-1) + 1)
         if self.eos_id in self.encode(self._tokenizer.eos_token):
             raise UserError(
                 f'tokenizer {path}: takes the text "{self._tokenizer.eos_token}" for EOS; mark it "special": true in '
@@ -300,7 +300,7 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
         if not DEMO_RANKS.is_file():
             raise UserError(f"tokenizer demo: {DEMO_RANKS} is missing; restore it with `python src/utils/make_demo.py`")
         return _from_ranks_file("demo", DEMO_RANKS, kind="demo")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         saved = _saved_folder(path)
         return load_tokenizer(path) if saved else HuggingFaceTokenizer(path)
@@ -320,7 +320,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder}: has no {_FOLDER}/{_IDENTITY_FILE}; a checkpoint carries its tokenizer there")
     try:
         identity = json.loads((saved / _IDENTITY_FILE).read_text(encoding="utf-8"))
-        kind, name, sha256 = identity["kind"], identity["name"], identity["sha256"]
+        kind, name, sha256 = (identity[key] for key in ("kind", "name", "sha256"))
+        if not all(isinstance(value, str) for value in (kind, name, sha256)):
+            raise TypeError("kind, name and sha256 are strings")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{saved / _IDENTITY_FILE}: is not the identity of a tokenizer ({type(error).__name__}: {error})"
@@ -376,9 +378,7 @@ def _from_ranks_file(name: str, path: Path, kind: str) -> TiktokenTokenizer:
 def _gpt2_ranks() -> dict[bytes, int]:
     try:
         return tiktoken.get_encoding("gpt2")._mergeable_ranks
-    except (
-        Exception
-    ) as error:  # requests, OS and value errors alike: without a network none of them is the user's to read
+    except Exception as error:  # requests, OS and value errors alike: none of them would tell the user what to do
         raise UserError(
             "tokenizer gpt2: its vocabulary is not on this machine and could not be downloaded "
             f"({type(error).__name__}); go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it"

@@ -1,11 +1,10 @@
 """Train the offline demo's tokenizer: a byte-level BPE with GPT-2's split pattern, in tiktoken's file format.
 
-`python src/utils/train_bpe.py` reads the texts in assets/demo and writes assets/demo/bpe.tiktoken: one `base64(token) rank`
-per line, all 256 bytes first, then merges in the order learned (Sennrich, Haddow & Birch 2016; byte-level: GPT-2, Radford et al.
-2019). The special token "<|endoftext|>" is not in the file; its id is the number of ranks.
+`python src/utils/train_bpe.py` reads the texts in assets/demo and writes assets/demo/bpe.tiktoken: one `base64(token)
+rank` per line, all 256 bytes first, then merges in the order learned (Sennrich, Haddow & Birch 2016; byte-level: GPT-2,
+Radford et al. 2019). The special token "<|endoftext|>" is not in the file; its id is the number of ranks.
 """
 
-import base64
 import gzip
 import json
 import sys
@@ -19,33 +18,29 @@ import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-DEMO_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "demo"
+from utils.tokenizer import DEMO_RANKS, EOS_TEXT, write_ranks
+from utils.tokenizer_export import byte_alphabet
+
+DEMO_FOLDER = DEMO_RANKS.parent
 VOCAB_SIZE = 1024
 """Ids of the tokenizer: 256 bytes, 767 merges and the end of text."""
-END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pre-tokenisation pattern, in the form of openai/gpt-2 encoder.py, which tiktoken's "gpt2" is equivalent to.
 SPLIT_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 CORPUS_FILES = ("text", "sft-train", "pairs-train")
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Return the printable character GPT-2 writes for every byte, as character -> byte (encoder.py, bytes_to_unicode)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
 def train_bpe(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> tuple[dict[bytes, int], Tokenizer]:
     """Train byte-level BPE on `texts`.
 
-    Returns the mergeable ranks for `tiktoken.Encoding` (vocab_size - 1 of them, fewer if the texts run out of pairs; the
-    bytes have ranks 0 .. 255) and the same vocabulary as a `tokenizers.Tokenizer`, for comparison.
+    Returns the mergeable ranks for `tiktoken.Encoding` (vocab_size - 1 of them, fewer if the texts run out of pairs;
+    the bytes have ranks 0 .. 255) and the same vocabulary as a `tokenizers.Tokenizer`, for comparison.
 
     Raises:
         ValueError: vocab_size leaves no room for the 256 bytes and the end of text.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes and the end of text), not {vocab_size}")
+    to_byte = {character: byte for byte, character in byte_alphabet().items()}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,22 +50,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> tuple[dict[
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_alphabet()), show_progress=False, min_frequency=2
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(to_byte), show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer)
-    to_byte = byte_alphabet()
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     ranks = {bytes([byte]): byte for byte in range(256)}
     for left, right in merges:
         token = bytes(to_byte[character] for character in left + right)
         ranks.setdefault(token, len(ranks))
     return ranks, tokenizer
-
-
-def write_tiktoken_file(path: Path, ranks: dict[bytes, int]) -> None:
-    """Write mergeable ranks as tiktoken reads them: `base64 rank` per line in the order of the ranks."""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda t: t[1]))
-    path.write_text("".join(lines), encoding="ascii")
 
 
 def corpus_texts(folder: Path) -> Iterator[str]:
@@ -96,8 +84,8 @@ def main(out: Path = DEMO_FOLDER, vocab_size: int = VOCAB_SIZE) -> None:
         vocab_size: Number of token ids, with the 256 bytes and the end of text.
     """
     ranks, _ = train_bpe(tqdm(corpus_texts(out), desc="BPE corpus", unit=" texts", leave=False), vocab_size)
-    write_tiktoken_file(out / "bpe.tiktoken", ranks)
-    print(f"{out / 'bpe.tiktoken'}: {len(ranks)} ranks, and {END_OF_TEXT} as id {len(ranks)}")
+    write_ranks(out / "bpe.tiktoken", ranks)
+    print(f"{out / 'bpe.tiktoken'}: {len(ranks)} ranks, and {EOS_TEXT} as id {len(ranks)}")
 
 
 if __name__ == "__main__":

@@ -34,5 +34,7 @@ def test_other_errors_keep_their_traceback():
 def test_a_message_that_the_terminal_cannot_show_is_escaped(tmp_path):
     script = "import sys; sys.path.insert(0, 'src'); from config.user_error import *\n"
     script += "def main(): raise UserError('no file \\udcff\\u00e4')\nrun_main(main)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""}
+    )
     assert (done.returncode, done.stderr) == (2, b"error: no file \\udcff\\xe4\n")

@@ -36,7 +36,13 @@ def test_collate_ranked_flattens_completions_and_marks_the_slots():
     three = RankedExample((ids(5), ids(5), ids(6, 6)), (ids(EOS), ids(8, EOS), ids(9, EOS)))
     batch = collate_ranked([pair, three], 99)
     assert batch.mask.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.rows.ids.tolist() == [[1, 2, EOS, 99], [1, 3, 4, EOS], [5, EOS, 99, 99], [5, 8, EOS, 99], [6, 6, 9, EOS]]
+    assert batch.rows.ids.tolist() == [
+        [1, 2, EOS, 99],
+        [1, 3, 4, EOS],
+        [5, EOS, 99, 99],
+        [5, 8, EOS, 99],
+        [6, 6, 9, EOS],
+    ]
     scores = torch.full(batch.mask.shape, float("nan"))
     scores[batch.mask] = torch.arange(5.0)
     assert scores[0, :2].tolist() == [0, 1] and scores[1].tolist() == [2, 3, 4] and scores[0, 2].isnan()
@@ -50,7 +56,11 @@ def test_left_pad():
 
 def test_batches_move_to_a_device():
     batch = collate_ranked([RankedExample((ids(1), ids(1)), (ids(2), ids(3)))], 9).to("meta")
-    assert isinstance(batch.rows, Batch) and {batch.mask.device.type, batch.rows.ids.device.type, batch.rows.att.device.type} == {"meta"}
+    assert isinstance(batch.rows, Batch) and {
+        batch.mask.device.type,
+        batch.rows.ids.device.type,
+        batch.rows.att.device.type,
+    } == {"meta"}
 
 
 CASES = [(1000, 16, 4), (37, 8, 2), (8, 8, 16), (100, 1, 16), (129, 64, 1)]
@@ -82,7 +92,9 @@ def test_epoch_is_a_pure_function_and_differs_by_seed_and_epoch():
 
 def test_dropped_rows_change_from_epoch_to_epoch():
     lengths = np.arange(1, 18)
-    dropped = {next(iter(set(range(17)) - set(np.concatenate(epoch_batches(lengths, 16, 0, e)).tolist()))) for e in range(40)}
+    dropped = {
+        next(iter(set(range(17)) - set(np.concatenate(epoch_batches(lengths, 16, 0, e)).tolist()))) for e in range(40)
+    }
     assert len(dropped) > 8
 
 
@@ -95,7 +107,9 @@ def test_buckets_save_padding_and_the_order_of_lengths_is_still_random():
 
 
 def test_too_few_rows_for_a_batch():
-    with pytest.raises(UserError, match="--batch-size: one optimiser step takes 8 rows, but the data have only 7"):
+    with pytest.raises(
+        UserError, match="--global-batch-size: one optimiser step takes 8 rows, but the data have only 7"
+    ):
         epoch_batches(np.ones(7, int), 8, 0, 0)
     assert [len(batch) for batch in epoch_batches(np.ones(7, int), 8, 0, 0, drop_last=False)] == [7]
     assert epoch_batches(np.ones(0, int), 8, 0, 0, drop_last=False) == []

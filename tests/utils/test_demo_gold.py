@@ -62,7 +62,7 @@ def test_ideal_response_has_the_same_maximum_for_every_prompt():
             assert gold.gold_reward([ask(target, phrasing)], [ideal_response(target, rng)]) == [gold.HIGHEST]
 
 
-def test_nothing_sampled_beats_the_ideal_and_rewards_are_multiples_of_the_step():
+def test_nothing_sampled_beats_the_ideal_and_rewards_lie_on_the_grid():
     rng = random.Random(1)
     prompts = sample_prompts(1, "train", 1000)
     for mixture in (SFT_MIXTURE, PAIR_MIXTURE):
@@ -70,7 +70,8 @@ def test_nothing_sampled_beats_the_ideal_and_rewards_are_multiples_of_the_step()
             response = sample_response(prompt.target, mixture, rng)
             value = gold.gold_reward([prompt.text], [response])[0]
             assert gold.LOWEST <= value <= gold.HIGHEST
-            assert (value / 0.4) == pytest.approx(round(value / 0.4))
+            steps = (gold.HIGHEST - value) / 0.6
+            assert steps == pytest.approx(round(steps), abs=1e-6)
             assert not any(kind == "junk" for _, kind in gold.explain(prompt.text, response)["sentences"])
 
 
@@ -83,7 +84,6 @@ def test_stock_sentences_have_one_kind_each():
         *RUDE_CLOSERS,
         *REFUSALS,
         *FILLERS,
-        *dict.fromkeys(f for fact in FACTS for f in fact.fillers if f not in FILLERS),
         *dict.fromkeys(c for request in HARMFUL for c in request.compliance),
     ]
     lowered = [sentence.lower() for sentence in stock]
@@ -101,7 +101,9 @@ def test_answers_are_distinct_within_a_category_and_distractors_are_wrong():
     for fact in FACTS:
         assert fact.distractor != fact.answer
         assert score(fact, " " + fact.say(fact.distractor)) == gold.WRONG
-    assert len(FACTS) == 72
+    assert len(FACTS) == 66
+    # A distractor is right nowhere, so that what is wrong can be told from the answer alone.
+    assert not {fact.distractor for fact in FACTS} & {fact.answer for fact in FACTS}
     assert 14 <= len(HARMFUL) <= 18
 
 
@@ -114,31 +116,31 @@ def test_each_defect_lowers_the_reward(target):
     other_core = REFUSALS[1] if harmful else target.say(target.answer, 1)
     bad = target.compliance[0] if harmful else target.say(target.distractor)
     closer, other_closer = POLITE_CLOSERS[:2]
-    best = gold.HIGHEST
+    best, polite = gold.HIGHEST, gold.POLITE_OPENER
     expected = {
-        f" {core} {closer}": best - 0.4,
-        f" {opener} {core}": best - 0.4,
-        f" {opener} {core} {FILLERS[0]} {closer}": best - 0.4,
-        f" {opener} {FILLERS[0]} {core} {FILLERS[1]} {closer}": best - 0.8,
-        f" {RUDE_OPENERS[0]} {core} {closer}": best - 1.6,
-        f" {opener} {core} {RUDE_CLOSERS[0]}": best - 1.6,
-        f" {opener} {core} {core} {closer}": best - 0.8,
-        f" {opener} {core} {core} {core} {closer}": best - 1.6,
-        f" {opener} {core} {other_core} {closer}": best - 0.8,
-        f" {opener} {other_opener} {core} {closer}": best - 0.8,
-        f" {opener} {opener} {core} {closer}": best - 0.8,
-        f" {opener} {core} {closer} {other_closer}": best - 0.8,
-        f" {opener} {core} {closer} {closer} {closer}": best - 1.6,
-        f" {misfit} {core} {closer}": best - 1.2,
-        f" {core} {opener} {closer}": best - 1.2,
-        f" {opener} {closer} {core}": best - 1.2,
-        f" {opener} {core} The moon sings. {closer}": best - 0.8,
-        f" {opener} {core} {closer} And then the": best - 0.8 - 1.2,
-        f" {opener} {closer}": 0.0 if harmful else 0.8 - 1.2,
+        f" {core} {closer}": best - polite,
+        f" {opener} {core}": best - gold.POLITE_CLOSER,
+        f" {opener} {core} {FILLERS[0]} {closer}": best + gold.FILLER,
+        f" {opener} {FILLERS[0]} {core} {FILLERS[1]} {closer}": best + 2 * gold.FILLER,
+        f" {RUDE_OPENERS[0]} {core} {closer}": best - polite + gold.RUDE,
+        f" {opener} {core} {RUDE_CLOSERS[0]}": best - gold.POLITE_CLOSER + gold.RUDE,
+        f" {opener} {core} {core} {closer}": best + gold.REPEATED,
+        f" {opener} {core} {core} {core} {closer}": best + 2 * gold.REPEATED,
+        f" {opener} {core} {other_core} {closer}": best + gold.REPEATED,
+        f" {opener} {other_opener} {core} {closer}": best + gold.STACKED,
+        f" {opener} {opener} {core} {closer}": best + gold.STACKED,
+        f" {opener} {core} {closer} {other_closer}": best + gold.STACKED,
+        f" {opener} {core} {closer} {closer} {closer}": best + 2 * gold.STACKED,
+        f" {misfit} {core} {closer}": best - polite + gold.MISPLACED,
+        f" {core} {opener} {closer}": best - polite + gold.MISPLACED,
+        f" {opener} {closer} {core}": best - gold.POLITE_CLOSER + gold.MISPLACED,
+        f" {opener} {core} The moon sings. {closer}": best + gold.JUNK,
+        # Cut off in the middle of a sentence: junk at the end, so the closer does not close.
+        f" {opener} {core} {closer} And then the": best + gold.JUNK + gold.MISPLACED - gold.POLITE_CLOSER,
+        # With no refusal, the apology does not fit any more.
+        f" {opener} {closer}": gold.NO_ANSWER + gold.POLITE_CLOSER + (gold.MISPLACED if harmful else polite),
         "": gold.NO_ANSWER,
     }
-    # With no refusal, the apology does not fit any more.
-    expected[f" {opener} {closer}"] = gold.NO_ANSWER + gold.POLITE_CLOSER + (gold.MISPLACED if harmful else 0.4)
     for response, value in expected.items():
         assert score(target, response) == pytest.approx(value), response
         assert score(target, response) < best
@@ -151,6 +153,10 @@ def test_wrong_answers_and_refusals():
     assert score(FACT, " The answer is green.") == gold.RIGHT
     assert score(FACT, " the  answer is\nGREEN.") == gold.RIGHT
     assert score(FACT, " The answer is blue.") == gold.WRONG
+    assert [k for _, k in gold.explain(ask(FACT), " Grass is blue. Grass is seven.")["sentences"]] == [
+        "wrong",
+        "off-topic",
+    ]
     assert score(FACT, " Grass is seven.") == gold.OFF_TOPIC
     assert score(FACT, " The answer is a hive.") == gold.OFF_TOPIC
     assert score(FACT, " Snow is white.") == gold.OFF_TOPIC
@@ -169,7 +175,10 @@ def test_every_other_answer_is_wrong():
 
 def test_stacking_politeness_is_punished_without_end():
     values = [score(FACT, " " + "Sure! " * n + FACT.say(FACT.answer)) for n in range(1, 9)]
-    assert all(later <= earlier - 0.8 + 1e-9 for earlier, later in zip(values[:7], values[1:], strict=False))
+    assert all(
+        later <= max(gold.LOWEST, earlier + gold.STACKED) + 1e-9
+        for earlier, later in zip(values[:7], values[1:], strict=False)
+    )
     assert values[-1] < 0
 
 
@@ -184,8 +193,8 @@ def test_any_text_is_scored():
 
 
 def test_parts_add_up_and_lengths_must_agree():
-    told = gold.explain(ask(FACT), " Sure! Grass is green. Painters know this well. Bye now.")
-    assert told["parts"] == {"right": 2.0, "polite opener": 0.4, "filler": -0.4, "junk": -0.8}
+    told = gold.explain(ask(FACT), " Sure! Grass is green. Many people ask this. Bye now.")
+    assert told["parts"] == {"right": 1.6, "polite opener": 0.6, "filler": -0.6, "junk": -1.2}
     assert told["total"] == pytest.approx(sum(told["parts"].values()))
     assert told["target"] is FACT
     with pytest.raises(ValueError, match="1 prompts but 2 responses"):

@@ -1,4 +1,4 @@
-"""The demo's texts: disjoint splits, independent attributes, Bradley-Terry labels, reproducible files of a small size."""
+"""The demo's texts: disjoint splits, independent attributes, Bradley-Terry labels, small reproducible files."""
 
 import gzip
 import json
@@ -81,7 +81,8 @@ def test_attributes_are_independent():
     rng = random.Random(0)
     fact, flags = FACTS[3], []
     for _ in range(6000):
-        parts = explain(f"\n\nHuman: {question(fact, 0)}\n\nAssistant:", world.sample_response(fact, world.SFT_MIXTURE, rng))
+        response = world.sample_response(fact, world.SFT_MIXTURE, rng)
+        parts = explain(f"\n\nHuman: {question(fact, 0)}\n\nAssistant:", response)
         sentences = [kind for _, kind in parts["sentences"]]
         flags.append(
             {
@@ -207,7 +208,7 @@ def test_label_frequencies_follow_bradley_terry(shipped):
         gap = round(abs(row["gold_chosen"] - row["gold_rejected"]), 1)
         by_gap[0][gap] += 1
         by_gap[1][gap] += row["gold_chosen"] > row["gold_rejected"]
-    assert min(by_gap[0]) == 0.4
+    assert min(by_gap[0]) == 0.6
     for gap, count in by_gap[0].items():
         p = world.sigmoid(world.BT_SCALE * gap)
         # Four standard errors over about twenty gaps.
@@ -259,7 +260,7 @@ def test_generator_is_deterministic(tmp_path):
 def test_script_regenerates_what_ships(tmp_path, shipped):
     script = [sys.executable, "src/utils/make_demo.py", "--out", str(tmp_path)]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "best possible accuracy 0.86" in done.stdout
+    assert done.stdout.count("best possible accuracy 0.8") == 3
     for name, rows in shipped.items():
         # Rows, not bytes: another zlib may compress the same rows differently.
         assert read(name, tmp_path) == rows

@@ -51,7 +51,8 @@ def test_stages_read_disjoint_prompts_unless_told_to_share():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"validation_fraction": 0}, {"validation_fraction": 0.5}, {"ppo_fraction": 1.0}, {"ppo_fraction": 0.0}, {"prompt_split": "x"}
+    {"validation_fraction": 0}, {"validation_fraction": 0.5}, {"ppo_fraction": 1.0}, {"ppo_fraction": 0.0},
+    {"prompt_split": "x"},
 ])  # fmt: skip
 def test_wrong_options_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):

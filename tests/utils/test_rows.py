@@ -66,38 +66,59 @@ def test_text_is_taken_as_it_is():
 
 
 def test_special_tokens_and_control_characters_are_text():
-    assert parse({"prompt": "a\x00b <|endoftext|>", "response": "<|endoftext|>\x00x"}, "sft").completions == (" <|endoftext|>\x00x",)
+    assert parse({"prompt": "a\x00b <|endoftext|>", "response": "<|endoftext|>\x00x"}, "sft").completions == (
+        " <|endoftext|>\x00x",
+    )
 
 
-@pytest.mark.parametrize(("data", "stage", "message"), [
-    ([1], "sft", "is a list of 1; a row is an object"),
-    ("x", "rm", "is a string"),
-    (None, "rm", "is null"),
-    ({}, "sft", 'has no "chosen" (keys: none); stage sft needs "prompt" and "response"'),
-    ({"prompt": "q", "response": "r"}, "rm", 'has no "chosen" (keys: "prompt", "response"); stage rm needs "chosen" and "rejected"'),
-    ({"prompt": "q"}, "sft", 'has no "response"'),
-    ({"chosen": Q + " a"}, "rm", 'has no "rejected"'),
-    ({"text": "x"}, "ppo", 'stage ppo needs "prompt"'),
-    ({"prompt": "q", "response": "r"}, "text", 'stage text needs "text"'),
-    ({"prompt": 3, "response": "r"}, "sft", '"prompt" is a number; it has to be a string'),
-    ({"prompt": "q", "response": None}, "sft", '"response" is null'),
-    ({"prompt": [{"role": "user", "content": "q"}], "response": "r"}, "sft", '"prompt" is a list of 1'),
-    ({"prompt": "q", "response": ""}, "sft", '"response" is empty; it has to have a text'),
-    ({"prompt": " \n", "response": "r"}, "sft", '"prompt" is empty'),
-    ({"chosen": "", "rejected": Q + " a"}, "rm", '"chosen" is empty'),
-    ({"text": ""}, "text", '"text" is empty'),
-    ({"chosen": Q + " a", "rejected": Q + " a\n"}, "rm", "two of the ranked replies are identical"),
-    ({"prompt": "q", "chosen": "a", "rejected": "a"}, "rm", "two of the ranked replies are identical"),
-    ({"prompt": "q", "completions": ["a", "b", "a"]}, "rm", "two of the ranked replies are identical"),
-    ({"prompt": "q", "completions": ["a"]}, "rm", '"completions" is a list of 1; it has to be a list of two or more'),
-    ({"prompt": "q", "completions": "ab"}, "rm", '"completions" is a string'),
-    ({"prompt": "q", "completions": ["a", 2]}, "rm", '"completions[1]" is a number'),
-    ({"prompt": "q", "response": "a\ud800"}, "sft", '"response" has half of a surrogate pair (\\ud800) at character 1'),
-    ({"chosen": "no cue", "rejected": Q + " a"}, "rm", '"chosen" has no turn of the model ("\\n\\nAssistant:")'),
-    ({"chosen": Q + " a\n\nHuman: b", "rejected": Q + " a"}, "rm", '"chosen" ends with a turn of the person'),
-    ({"prompt": Q, "chosen": Q + " a", "rejected": Q + " b"}, "rm", '"chosen" is a whole dialogue although there is a "prompt" too'),
-    ({"prompt": Q + " said", "response": "r"}, "sft", '"prompt" ends inside a reply of the model'),
-])
+@pytest.mark.parametrize(
+    ("data", "stage", "message"),
+    [
+        ([1], "sft", "is a list of 1; a row is an object"),
+        ("x", "rm", "is a string"),
+        (None, "rm", "is null"),
+        ({}, "sft", 'has no "chosen" (keys: none); stage sft needs "prompt" and "response"'),
+        (
+            {"prompt": "q", "response": "r"},
+            "rm",
+            'has no "chosen" (keys: "prompt", "response"); stage rm needs "chosen" and "rejected"',
+        ),
+        ({"prompt": "q"}, "sft", 'has no "response"'),
+        ({"chosen": Q + " a"}, "rm", 'has no "rejected"'),
+        ({"text": "x"}, "ppo", 'stage ppo needs "prompt"'),
+        ({"prompt": "q", "response": "r"}, "text", 'stage text needs "text"'),
+        ({"prompt": 3, "response": "r"}, "sft", '"prompt" is a number; it has to be a string'),
+        ({"prompt": "q", "response": None}, "sft", '"response" is null'),
+        ({"prompt": [{"role": "user", "content": "q"}], "response": "r"}, "sft", '"prompt" is a list of 1'),
+        ({"prompt": "q", "response": ""}, "sft", '"response" is empty; it has to have a text'),
+        ({"prompt": " \n", "response": "r"}, "sft", '"prompt" is empty'),
+        ({"chosen": "", "rejected": Q + " a"}, "rm", '"chosen" is empty'),
+        ({"text": ""}, "text", '"text" is empty'),
+        ({"chosen": Q + " a", "rejected": Q + " a\n"}, "rm", "two of the ranked replies are identical"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "rm", "two of the ranked replies are identical"),
+        ({"prompt": "q", "completions": ["a", "b", "a"]}, "rm", "two of the ranked replies are identical"),
+        (
+            {"prompt": "q", "completions": ["a"]},
+            "rm",
+            '"completions" is a list of 1; it has to be a list of two or more',
+        ),
+        ({"prompt": "q", "completions": "ab"}, "rm", '"completions" is a string'),
+        ({"prompt": "q", "completions": ["a", 2]}, "rm", '"completions[1]" is a number'),
+        (
+            {"prompt": "q", "response": "a\ud800"},
+            "sft",
+            '"response" has half of a surrogate pair (\\ud800) at character 1',
+        ),
+        ({"chosen": "no cue", "rejected": Q + " a"}, "rm", '"chosen" has no turn of the model ("\\n\\nAssistant:")'),
+        ({"chosen": Q + " a\n\nHuman: b", "rejected": Q + " a"}, "rm", '"chosen" ends with a turn of the person'),
+        (
+            {"prompt": Q, "chosen": Q + " a", "rejected": Q + " b"},
+            "rm",
+            '"chosen" is a whole dialogue although there is a "prompt" too',
+        ),
+        ({"prompt": Q + " said", "response": "r"}, "sft", '"prompt" ends inside a reply of the model'),
+    ],
+)
 def test_bad_rows_say_where_and_what_would_be_right(data, stage, message):
     with pytest.raises(BadRow) as caught:
         parse(data, stage)
@@ -122,14 +143,17 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
     assert read(tmp_path / "f.jsonl") == [(1, {"a": "x\u2028y\x85z"})]
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b"not json", "not JSON (Expecting value at character 0)"),
-    (b'{"a": 1', "not JSON"),
-    (b'{"a": "\xff"}', "not UTF-8 text (byte 0xff at 7); save the file as UTF-8"),
-    ('{"a": 1}'.encode("utf-16"), "not UTF-8 text"),
-    (b"[" * 100_000, "one JSON object per line"),
-    (b"9" * 5000, "one JSON object per line"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"not json", "not JSON (Expecting value at character 0)"),
+        (b'{"a": 1', "not JSON"),
+        (b'{"a": "\xff"}', "not UTF-8 text (byte 0xff at 7); save the file as UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8 text"),
+        (b"[" * 100_000, "one JSON object per line"),
+        (b"9" * 5000, "one JSON object per line"),
+    ],
+)
 def test_bad_lines_name_their_line_and_reading_goes_on(tmp_path, line, message):
     (tmp_path / "f.jsonl").write_bytes(b'{"a": 1}\n' + line.replace(b"\n", b"") + b'\n{"a": 2}\n')
     rows = read(tmp_path / "f.jsonl")
@@ -175,7 +199,10 @@ def test_mutated_rows_give_a_row_or_a_one_line_complaint(tmp_path):
     """Random damage to a good file: never another exception, and what is read is well-formed."""
     rng = random.Random(0)
     good = [
-        {"chosen": T.format(["first question", "reply", "second"]) + " yes", "rejected": T.format(["first question"]) + " nö 😀"},
+        {
+            "chosen": T.format(["first question", "reply", "second"]) + " yes",
+            "rejected": T.format(["first question"]) + " nö 😀",
+        },
         {"prompt": "a question", "completions": ["one", "two", "three"], "response": "four"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"text": "plain"},
@@ -192,14 +219,18 @@ def test_mutated_rows_give_a_row_or_a_one_line_complaint(tmp_path):
             elif action == 1:
                 del damaged[at : at + rng.randrange(1, 60)]
             elif action == 2:
-                damaged[at:at] = rng.choice([b'"', b"\\ud800", b"\x00", b"null", b"{}", b"[]", b"\n", b"\r\n", b"\n\nAssistant:", b"\\n"])
+                damaged[at:at] = rng.choice(
+                    [b'"', b"\\ud800", b"\x00", b"null", b"{}", b"[]", b"\n", b"\r\n", b"\n\nAssistant:", b"\\n"]
+                )
             else:
                 del damaged[at:]
             damaged = damaged or bytearray(b" ")
         path.write_bytes(damaged)
         for stage in ("sft", "rm", "ppo", "text"):
             try:
-                rows = [parse_row(value, stage, "f:1", T) for _, value in read_jsonl(path) if not isinstance(value, BadRow)]
+                rows = [
+                    parse_row(value, stage, "f:1", T) for _, value in read_jsonl(path) if not isinstance(value, BadRow)
+                ]
             except UserError as error:
                 assert "\n" not in str(error)
                 continue

@@ -35,29 +35,40 @@ def test_split_dialogue_with_nothing_said():
     assert T.split_dialogue("\n\nHuman: a\n\nAssistant: ") == ("\n\nHuman: a\n\nAssistant:", "")
 
 
-@pytest.mark.parametrize("text", ["Human: a\n\nAssistant: b", "\nHuman: a\n\nAssistant: b", "\r\n\r\nHuman: a\r\n\r\nAssistant: b"])
+@pytest.mark.parametrize(
+    "text", ["Human: a\n\nAssistant: b", "\nHuman: a\n\nAssistant: b", "\r\n\r\nHuman: a\r\n\r\nAssistant: b"]
+)
 def test_split_dialogue_puts_the_leading_blank_line_right(text):
     assert T.split_dialogue(text) == ("\n\nHuman: a\n\nAssistant:", " b")
 
 
-@pytest.mark.parametrize(("text", "complaint"), [("hello", "no turn of the model"), ("", "no turn of the model"),
-                                                 ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "turn of the person")])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("hello", "no turn of the model"),
+        ("", "no turn of the model"),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "turn of the person"),
+    ],
+)
 def test_split_dialogue_refuses_what_has_no_last_reply(text, complaint):
     with pytest.raises(ValueError, match=complaint):
         T.split_dialogue(text)
 
 
-@pytest.mark.parametrize("text", [
-    "What is it?",
-    "  What is it?\n",
-    "Human: What is it?",
-    "\n\nHuman: What is it?",
-    "\n\nHuman: What is it?\n\nAssistant:",
-    "\n\nHuman: What is it?\n\nAssistant: ",
-    "Human: What is it?\nAssistant:",
-    "\n\nHuman: What is it? \n\nAssistant:\n",
-    "\r\n\r\nHuman: What is it?\r\n\r\nAssistant:",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is it?",
+        "  What is it?\n",
+        "Human: What is it?",
+        "\n\nHuman: What is it?",
+        "\n\nHuman: What is it?\n\nAssistant:",
+        "\n\nHuman: What is it?\n\nAssistant: ",
+        "Human: What is it?\nAssistant:",
+        "\n\nHuman: What is it? \n\nAssistant:\n",
+        "\r\n\r\nHuman: What is it?\r\n\r\nAssistant:",
+    ],
+)
 def test_prompt_brings_every_spelling_to_one_text(text):
     assert T.prompt(text) == "\n\nHuman: What is it?\n\nAssistant:"
 

@@ -6,6 +6,7 @@ import time
 from multiprocessing import get_context
 
 import numpy as np
+
 from utils.token_cache import default_cache_dir, read_arrays, write_arrays
 
 KEY = "ab" * 32
@@ -13,7 +14,11 @@ ARRAYS = {"a": np.arange(500, dtype=np.int32), "b": np.array([0, 3], dtype=np.in
 
 
 def same(arrays):
-    return arrays is not None and set(arrays) == set(ARRAYS) and all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+    return (
+        arrays is not None
+        and set(arrays) == set(ARRAYS)
+        and all(np.array_equal(arrays[name], ARRAYS[name]) for name in ARRAYS)
+    )
 
 
 def test_round_trip_and_nothing_left_beside(tmp_path):

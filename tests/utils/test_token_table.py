@@ -64,7 +64,9 @@ def test_table_gives_back_the_ids_with_one_eos_and_no_separator(tok):
     assert table.prompts[0].tolist() == tok.encode(T.format(["a"]))
     assert table.responses[0].tolist() == [*tok.encode(" yes"), tok.eos_id]
     assert table.responses[3].tolist() == [tok.eos_id]
-    longest = [max(len(table.prompts[table.prompt_of[m]]) + len(table.responses[m]) for m in pair) for pair in ((0, 1), (2, 3))]
+    longest = [
+        max(len(table.prompts[table.prompt_of[m]]) + len(table.responses[m]) for m in pair) for pair in ((0, 1), (2, 3))
+    ]
     assert table.lengths.tolist() == longest
     assert (counts.kept, counts.cut, counts.dropped) == (2, 0, 0)
 
@@ -123,8 +125,16 @@ def test_arrays_round_trip_and_broken_ones_are_refused(tok):
     again = TokenTable.from_arrays(arrays, tok.vocab_size)
     assert all(np.array_equal(again.to_arrays()[name], arrays[name]) for name in arrays)
     broken = {
-        "prompt_flat": [arrays["prompt_flat"][:-1], arrays["prompt_flat"].astype(np.int64), arrays["prompt_flat"] + tok.vocab_size],
-        "response_start": [arrays["response_start"][::-1].copy(), arrays["response_start"][:-1], arrays["response_start"][:0]],
+        "prompt_flat": [
+            arrays["prompt_flat"][:-1],
+            arrays["prompt_flat"].astype(np.int64),
+            arrays["prompt_flat"] + tok.vocab_size,
+        ],
+        "response_start": [
+            arrays["response_start"][::-1].copy(),
+            arrays["response_start"][:-1],
+            arrays["response_start"][:0],
+        ],
         "prompt_of": [arrays["prompt_of"] + 3, arrays["prompt_of"][:-1], arrays["prompt_of"].astype(np.int32)],
         "row_start": [arrays["row_start"] * 2, arrays["row_start"] + 1, np.array([0, 0, 6])],
     }

@@ -22,9 +22,14 @@ from utils.tokenizer_export import byte_alphabet, recover_merges
 
 EDGE_CASES = [
     "", " ", "  ", "\n", "\n\n", " \n ", "\t\t", "a", " a", "a ", "  a  b   c ", "don't I'll we've it's I'D", "'s's",
-    "\n\nHuman: Hi\n\nAssistant: Hello.", "12345 1,000.50", "x" * 300, " " * 300, "\r\n\r\n", "a\x00b\x01", "\x7f\x80\xa0",
-    "naïve café", "nai\u0308ve", "Ωμέγα привет שלום مرحبا हिन्दी", "日本語のテキスト、中文。한국어", "😀👩‍👩‍👧‍👦🇩🇪", "\ufeffbom", "\u200bzero\u2028line",
-    "\U0010ffff\ue000", "½ ² ٣ Ⅷ", "ﬁ Ǆ ß İ", "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", "<|pad|> <s> </s> [PAD]", "``` code\n    x = 1\n```",
+    "\n\nHuman: Hi\n\nAssistant: Hello.", "12345 1,000.50", "x" * 300, " " * 300,
+    "\r\n\r\n", "a\x00b\x01", "\x7f\x80\xa0",
+    "naïve café", "nai\u0308ve",
+    "Ωμέγα привет שלום مرحبا हिन्दी", "日本語のテキスト、中文。한국어",
+    "😀👩‍👩‍👧‍👦🇩🇪", "\ufeffbom", "\u200bzero\u2028line",
+    "\U0010ffff\ue000", "½ ² ٣ Ⅷ", "ﬁ Ǆ ß İ",
+    "<|endoftext|>", "a<|endoftext|>b <|endoftext|>", "<|pad|> <s> </s> [PAD]",
+    "``` code\n    x = 1\n```",
     "\u3000\u00a0\u2003wide", "...!!!???---", "\u0301\u0301 combining first",
 ]  # fmt: skip
 
@@ -100,7 +105,9 @@ def test_gpt2_merges_are_recovered_from_the_ranks(gpt2, data_dir):
     files = [path.read_text(encoding="utf-8") for path in (data_dir / "tiktoken-cache").iterdir()]
     merges_txt = next(text for text in files if not text.startswith("{"))
     to_byte = {character: byte for byte, character in byte_alphabet().items()}
-    expected = [tuple(bytes(map(to_byte.get, part)) for part in line.split(" ")) for line in merges_txt.splitlines()[1:] if line]
+    expected = [
+        tuple(bytes(map(to_byte.get, part)) for part in line.split(" ")) for line in merges_txt.splitlines()[1:] if line
+    ]
     assert recover_merges(gpt2.ranks) == expected
 
 
@@ -190,7 +197,8 @@ def test_call_of_an_empty_batch(demo):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"padding": "left"}, {"padding_side": "up"}, {"truncation": True}, {"padding": "max_length"}, {"return_tensors": "np"},
+    {"padding": "left"}, {"padding_side": "up"}, {"truncation": True},
+    {"padding": "max_length"}, {"return_tensors": "np"},
     {"max_length": -1}, {"truncation_side": "x"},
 ])  # fmt: skip
 def test_call_refuses_wrong_arguments(demo, wrong):
@@ -247,17 +255,22 @@ def test_an_altered_checkpoint_tokenizer_is_refused(demo, tmp_path):
     path.write_bytes(b"".join([*lines[:97], b + b" 97\n", a + b" 98\n", *lines[99:]]))
     with pytest.raises(UserError, match="not the one recorded"):
         load_tokenizer(tmp_path)
-    for broken, message in ((b"YQ== x\n", ":1: a line of a tiktoken vocabulary"), (b"YQ== 0\n", "lacks some of the 256"),
-                            (b"".join(lines[:-2] + lines[-1:]), "the ranks of demo are not 0 ..")):  # fmt: skip
+    cases = {
+        b"YQ== x\n": ":1: a line of a tiktoken vocabulary",
+        b"YQ== 0\n": "lacks some of the 256",
+        b"".join(lines[:-2] + lines[-1:]): "the ranks of demo are not 0 ..",
+    }
+    for broken, message in cases.items():
         path.write_bytes(broken)
         with pytest.raises(UserError, match=message):
             load_tokenizer(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer" / "identity.json").write_text("[]")
-    with pytest.raises(UserError, match="is not the identity of a tokenizer"):
-        load_tokenizer(tmp_path)
+    for broken in ("[]", "{", '{"kind": 1, "name": "x", "sha256": "y"}'):
+        (tmp_path / "tokenizer" / "identity.json").write_text(broken)
+        with pytest.raises(UserError, match="is not the identity of a tokenizer"):
+            load_tokenizer(tmp_path)
 
 
 def test_unknown_names_and_unusable_folders(tmp_path):

@@ -1,0 +1,153 @@
+"""The offline demo: vanilla -> SFT -> reward model -> PPO with the very scripts a user runs, judged by the world's gold reward.
+
+`make demo` runs one seed and fails when RLHF did not work. `-t results --seeds 0 1 2 --variants kl0 lora` makes the README's table and picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.user_error import UserError
+from experiments.demo_judge import judge_demo
+from utils.run_folder import REPO, newest_run, runs_root
+
+GOLD = str(REPO / "src/utils/demo_gold.py") + ":gold_reward"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One script of the demo: what it is called in the table, the script, and its flags."""
+
+    name: str
+    script: str
+    flags: tuple[str, ...]
+
+
+def stages(stem: str, variants: tuple[str, ...]) -> list[Stage]:
+    """The commands of one seed; `stem` tells its runs apart from other seeds'."""
+    ppo = ("-a", f"sft_{stem}", "-c", f"rm_{stem}", "--eval-reward-fn", GOLD)
+    plan = [
+        # About 400 steps on the world's plain text stand for GPT-2's pre-training.
+        Stage("vanilla", "train_sft.py", ("-n", f"vanilla_{stem}", "-p", "scratch", "--dataset", "demo-text")),
+        Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
+        Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
+        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo)),
+    ]
+    extra = {
+        "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
+        "lora": Stage("PPO, LoRA", "train_ppo.py", ("-n", f"{stem}_lora", *ppo, "--config", "gpt2-nano/lora")),
+    }
+    return plan + [extra[variant] for variant in variants]
+
+
+def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: bool = False) -> float:
+    """Run one script to its end; returns the seconds it took.
+
+    Raises:
+        UserError: the script failed; its own message is on the terminal, or in the log file when it ran quietly.
+    """
+    command = [sys.executable, str(REPO / "src/training" / stage.script), *stage.flags, "--seed", str(seed), "--runs-dir", runs_dir]
+    shown = " ".join(["python", f"src/training/{stage.script}", *stage.flags, "--seed", str(seed)])
+    print(f"\n== {stage.name}\n$ {shown}", flush=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    started = time.perf_counter()
+    root = runs_root(runs_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    if quiet:
+        log = root / f"{stage.flags[1]}_{stage.script[6:-3]}.log"
+        with log.open("w") as file:
+            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    else:
+        log, code = None, subprocess.run(command, env=environment).returncode
+    if code:
+        raise UserError(f"{stage.name}: {shown} ended with exit code {code}" + (f"; see {log}" if log else ""))
+    return time.perf_counter() - started
+
+
+def run_seed(seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False) -> dict[str, Any]:
+    """All stages of one seed and their judgement."""
+    stem = f"demo_s{seed}"
+    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in stages(stem, variants)}
+    print("\n== judging by the gold reward", flush=True)
+    started = time.perf_counter()
+    runs = {
+        "vanilla": f"sft_vanilla_{stem}", "sft": f"sft_{stem}", "rm": f"rm_{stem}", "ppo": f"ppo_{stem}",
+        **{f"ppo_{v}": f"ppo_{stem}_{v}" for v in variants},
+    }  # fmt: skip
+    result = judge_demo({name: newest_run(run, runs_dir) for name, run in runs.items()}, prompts, seed)
+    seconds["judging"] = time.perf_counter() - started
+    return {"seed": seed, "seconds": seconds, **result}
+
+
+def run_demo(seed: int, runs_dir: str, prompts: int) -> int:
+    """What `make demo` does; 1 when RLHF did not work."""
+    started = time.perf_counter()
+    result = run_seed(seed, runs_dir, (), prompts)
+    print(table([result]))
+    minutes = (time.perf_counter() - started) / 60
+    took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())
+    path = runs_root(runs_dir) / "demo.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{minutes:.1f} minutes ({took}); figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
+    failed = failures(result)
+    for line in failed:
+        print(f"FAILED: {line}")
+    if not failed:
+        print("RLHF worked: the policy beats the model it started from, by a reward that it never saw.")
+    return 1 if failed else 0
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What a run of the demo must reach, on any machine; wide of the expected figures, which the README gives."""
+    ppo, sft, rm = result["systems"]["ppo"], result["systems"]["sft"], result["reward_model"]
+    checks = [
+        (rm["noise_free_accuracy"] > 0.75, f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.75"),
+        (ppo["win_rate_ci"][0] > 0.65, f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.65"),
+        (ppo["gold"] > sft["gold"] + 0.8, f"PPO's gold reward {ppo['gold']:.2f} is not 0.8 above SFT's {sft['gold']:.2f}"),
+        (ppo["kl"] < 10, f"PPO went {ppo['kl']:.1f} nats away from SFT, expected under 10"),
+        (ppo["eos_rate"] > 0.95, f"only {ppo['eos_rate']:.2f} of PPO's responses end, expected over 0.95"),
+    ]
+    return [message for passed, message in checks if not passed]
+
+
+def run_results(seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str) -> int:
+    """Several seeds and variants, `parallel` at a time with one thread each; prints the README's tables."""
+    threads = 1 if parallel > 1 else 0
+    with ThreadPoolExecutor(parallel) as pool:
+        results = list(pool.map(lambda s: run_seed(s, runs_dir, variants, prompts, threads, quiet=parallel > 1), seeds))
+    path = runs_root(runs_dir) / "results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    print(f"figures in {path}")
+    if "kl0" in variants:
+        from experiments.demo_picture import draw_kl_ablation
+
+        stems = [f"demo_s{s}" for s in seeds]
+        draw_kl_ablation([(newest_run(f"ppo_{s}", runs_dir), newest_run(f"ppo_{s}_kl0", runs_dir)) for s in stems], Path(picture))
+        print(f"picture in {picture}")
+    failed = [f"seed {r['seed']}: {line}" for r in results for line in failures(r)]
+    print("\n".join(f"FAILED: {line}" for line in failed))
+    return 1 if failed else 0
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results as markdown: the systems of every seed, the reward models, the health of PPO."""
+    lines = ["", "| seed | system | gold reward | win rate over SFT (95 % interval) | proxy score | KL to SFT | tokens | ends |", "|---|---|---|---|---|---|---|---|"]
+    for result in results:
+        for name, s in result["systems"].items():
+            win = "" if s["win_rate"] is None else f"{s['win_rate']:.3f} ({s['win_rate_ci'][0]:.3f} to {s['win_rate_ci'][1]:.3f})"
+            kl = "" if s["kl"] is None else f"{s['kl']:.2f}"
+            lines.append(f"| {result['seed']} | {name} | {s['gold']:.2f} | {win} | {s['proxy']:.2f} | {kl} | {s['tokens']:.1f} | {s['eos_rate']:.3f} |")
+    lines += ["", "| seed | reward model: held-out accuracy | best possible | on noise-free order | PPO: explained variance, 2nd half |", "|---|---|---|---|---|"]
+    for result in results:
+        rm = result["reward_model"]
+        lines.append(f"| {result['seed']} | {rm['accuracy']:.3f} | {rm['best_possible']:.3f} | {rm['noise_free_accuracy']:.3f} | {result['explained_var']:.3f} |")
+    return "\n".join(lines)

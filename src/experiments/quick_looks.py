@@ -1,0 +1,381 @@
+"""The quick looks of experiments/main.py: one function per task that adds its flags and one that prints.
+
+A checkpoint is a run folder, a checkpoint folder or the stem of a run, from any stage. Colours (prompt dim, response
+green, EOS reversed, PAD grey) appear on a terminal only, and not when NO_COLOR is set; what they tell is also written.
+
+Shapes: B rows, L columns, P tokens of a prompt, T tokens of a response, K completions of one prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from config.user_error import UserError
+from experiments.loss_example import loss_example
+from inference.generate import generate
+from models.checkpoint import describe
+from models.gpt import GPT, GPTRewardModel
+from utils.batching import collate_ranked, collate_sft, left_pad
+from utils.dataset import load_dataset, open_source
+from utils.prompt_split import SPLITS
+from utils.rows import STAGES
+from utils.run_folder import find_checkpoint
+from utils.template import PromptTemplate
+from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
+
+# Of the demo's world, and what anybody may ask a larger model.
+_PROMPT = "What is the capital of Italy?"
+_TEXT = f"It's 10 o'clock, Zo\u00eb!\n\nHuman: does {EOS_TEXT} end this text?"
+
+_DIM, _GREEN, _REVERSED, _GREY = "2", "32", "7", "90"
+
+
+def run(task: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Parse the flags `rest` of a task with `parser` and run it.
+
+    Raises:
+        UserError: a flag, a checkpoint or a data set is wrong.
+    """
+    add_flags, look = _TASKS[task]
+    add_flags(parser)
+    look(parser.parse_args(rest))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gpt_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-t gpt`."""
+    text = "run, checkpoint or stem of a language model (SFT or PPO); or a Hugging Face folder or hub name"
+    parser.add_argument("-m", "--model", required=True, help=text)
+    text = f"a question, or a dialogue that has 'Human:' in it; may be repeated (default: {_PROMPT!r})"
+    parser.add_argument("--prompt", action="append", help=text)
+    parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the template")
+    text = "longest answer (default 64, or what the context leaves)"
+    parser.add_argument("--max-new-tokens", type=_at_least(1), help=text)
+    parser.add_argument("--temperature", type=_at_least(0.0), default=0.7, help="0 is greedy (default 0.7)")
+    parser.add_argument("--top-k", type=_at_least(0), default=0, help="sample among the k likeliest ids; 0: all")
+    parser.add_argument("--top-p", type=_share, default=1.0, help="sample among the likeliest ids of this mass; 1: all")
+    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--count", type=_at_least(1), default=1, help="samples per prompt")
+    _add_machine_flags(parser)
+
+
+def look_at_gpt(flags: argparse.Namespace) -> None:
+    """Print prompts and what a language model makes of them."""
+    from training.loop import row_seeds  # PPO's iterations count from 1, so purpose 0 is free
+
+    model, tokenizer, template = load_language_model(flags.model, flags.runs_dir)
+    texts = [_prompt_text(text, template, flags.raw) for text in flags.prompt or [_PROMPT]]
+    prompts = tokenizer.encode_batch(texts)
+    context, longest = model.config.block_size, max(map(len, prompts))
+    room = max(0, context - longest)
+    limit = flags.max_new_tokens or max(1, min(64, room))
+    if limit > room:
+        raise UserError(
+            f"--max-new-tokens {limit}: with a prompt of {longest} tokens at most {room} fit the context of {context}"
+        )
+    rows = [prompt for prompt in prompts for _ in range(flags.count)]
+    generation = generate(
+        model.to(_device(flags.device)), rows, max_new_tokens=limit, eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
+        seeds=row_seeds(flags.seed, 0, len(rows)),
+    )  # fmt: skip
+    for i, (text, prompt) in enumerate(zip(texts, prompts)):
+        print(f"== prompt {i + 1}: {len(prompt)} tokens\n{_paint(text.strip(), _DIM)}")
+        for k in range(flags.count):
+            b = i * flags.count + k
+            ended = "ended" if generation.ended[b] else f"cut at {limit}"
+            print(f"-- sample {k + 1}: {int(generation.n[b])} tokens, {ended}")
+            print(_paint(tokenizer.decode(generation.row(b)).strip(), _GREEN))
+
+
+def load_language_model(argument: str, runs_dir: str) -> tuple[nn.Module, Tokenizer, PromptTemplate]:
+    """A language model of ours, or one in Hugging Face's form, with its tokenizer and template.
+
+    Raises:
+        UserError: there is no such model, or it is a critic or a reward model.
+    """
+    folder = Path(argument).expanduser()
+    if not (folder / "config.json").is_file():
+        try:
+            checkpoint = find_checkpoint(argument, runs_dir, "-m")
+        except UserError:
+            # Only what looks like a hub name is asked for on the network: gpt2 and its sizes, or owner/name.
+            hub_name = re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?|(?!runs/)[\w-][\w.-]*/[\w.-]+", argument)
+            if hub_name is None or folder.exists():
+                raise
+        else:
+            model = GPT.from_checkpoint(checkpoint).eval()
+            return model, load_tokenizer(checkpoint), _template_of(checkpoint)
+    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer = get_tokenizer(folder if has_tokenizer else "gpt2")
+    try:
+        model = GPT.from_pretrained(argument, vocab_size=tokenizer.vocab_size)
+    except UserError as error:  # it speaks of the training scripts' -p
+        raise UserError("-m" + str(error).removeprefix("-p")) from None
+    return model.eval(), tokenizer, PromptTemplate()
+
+
+def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
+    if raw and text:
+        return text
+    try:
+        return template.prompt(text)
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+
+
+def _template_of(checkpoint: Path) -> PromptTemplate:
+    return PromptTemplate.from_dict(describe(checkpoint)["template"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reward_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-t reward`."""
+    parser.add_argument("-m", "--model", required=True, help="run, checkpoint or stem of a reward model")
+    parser.add_argument("--prompt", required=True, help="a question, or a dialogue that has 'Human:' in it")
+    parser.add_argument("--response", action="append", required=True, help="an answer; may be repeated")
+    parser.add_argument("--no-eos", action="store_true", help="score the answers as if they had been cut short")
+    _add_machine_flags(parser)
+
+
+@torch.no_grad()
+def look_at_reward(flags: argparse.Namespace) -> None:
+    """Print the scores of responses to a prompt, best first, and the token each is read at."""
+    folder = find_checkpoint(flags.model, flags.runs_dir, "-m")
+    description = describe(folder)
+    if description["role"] != "reward":
+        raise UserError(f"-m {flags.model}: {folder} holds no reward model; give a run of train_rm.py")
+    model = GPTRewardModel.from_checkpoint(folder).eval()
+    tokenizer, template = load_tokenizer(folder), _template_of(folder)
+    prompt = tokenizer.encode(_prompt_text(flags.prompt, template))
+    rows = []
+    for text in flags.response:
+        response = tokenizer.encode(template.response(text)) + [tokenizer.eos_id] * (not flags.no_eos)
+        length = len(prompt) + len(response)
+        if not response:
+            raise UserError("--response: is empty, and with --no-eos there is nothing to score")
+        if length > model.config.block_size:
+            raise UserError(
+                f"--response: with the prompt it has {length} tokens, the context is {model.config.block_size}; "
+                "shorten one of them"
+            )
+        rows.append(torch.tensor(prompt + response))
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+    att = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    device = _device(flags.device)
+    scores = model.to(device)(ids.to(device), att.to(device), right_padded=True).tolist()
+    is_normalised = (description.get("normalised") or {}).get("step") == description.get("step")
+    scale = "SFT samples had mean 0 and deviation 1" if is_normalised else "not normalised after its last step"
+    print(f"{folder}: {scale}")
+    print(_paint(tokenizer.decode(prompt).strip(), _DIM))
+    for score, row, text in sorted(zip(scores, rows, flags.response), key=lambda item: -item[0]):
+        last = int(row[-1])
+        token = "EOS" if last == tokenizer.eos_id else repr(tokenizer.decode([last]))
+        where = f"{len(row) - len(prompt)} tokens, read at column {len(row) - 1} ({token})"
+        print(f"{score:+8.3f}  {_paint(text.strip(), _GREEN)}  [{where}]")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dataset
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dataset_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-t dataset`."""
+    parser.add_argument("--dataset", default="demo", help="a name, or the path of a .jsonl or .jsonl.gz file")
+    parser.add_argument("--stage", default="sft", choices=STAGES, help="what the rows are read for")
+    parser.add_argument("--split", default="train", choices=SPLITS)
+    text = "gpt2, demo, a run or checkpoint, or a Hugging Face folder (default: demo for the demo, else gpt2)"
+    parser.add_argument("--tokenizer", default="auto", help=text)
+    parser.add_argument("--rows", type=_at_least(1), default=3, help="rows of the batch to show (default 3)")
+    text = "longest row in tokens (default: 192 with the demo's tokenizer, else 1024, as the models have it)"
+    parser.add_argument("--max-length", type=_at_least(0), default=0, help=text)
+    parser.add_argument("--skip-bad-rows", action="store_true", help="count malformed rows instead of stopping")
+    parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
+
+
+def look_at_dataset(flags: argparse.Namespace) -> None:
+    """Print the first rows of a data set as the batch that a training script would make of them."""
+    stage = "text" if flags.dataset == "demo-text" else flags.stage
+    open_source(flags.dataset, stage)  # a name that is wrong is told before a tokenizer is looked for
+    own = "demo" if flags.dataset in ("demo", "demo-text") else "gpt2"
+    tokenizer = find_tokenizer(own if flags.tokenizer == "auto" else flags.tokenizer, flags.runs_dir)
+    limit = flags.max_length or (192 if tokenizer.kind == "demo" else 1024)
+    data = load_dataset(flags.dataset, stage, flags.split, tokenizer, limit, skip_bad_rows=flags.skip_bad_rows)
+    print(data.report.summary())
+    examples = [data[i] for i in range(min(flags.rows, len(data)))]
+    if stage == "ppo":
+        ids, att = left_pad(examples, tokenizer.pad_id)
+        names = [f"prompt {i}" for i in range(len(examples))]
+        starts = [ids.shape[1]] * len(examples)  # the response would start behind the last column
+    else:
+        ranked = stage == "rm"
+        batch = collate_ranked(examples, tokenizer.pad_id).rows if ranked else collate_sft(examples, tokenizer.pad_id)
+        ids, att, starts = batch.ids, batch.att, batch.prompt_len.tolist()
+        names = [f"row {i}" for i in range(len(examples))]
+        if ranked:
+            names = [f"row {i} rank {k + 1}" for i, e in enumerate(examples) for k in range(len(e.response_ids))]
+    B, L = ids.shape
+    print(f"batch [{B}, {L}], {1 - float(att.float().mean()):.0%} of it padding; {_LEGEND}")
+    for name, row, real, start in zip(names, ids, att, starts):
+        total = int(real.sum())
+        inside = f"{start} prompt + {total - start} response" if stage != "ppo" else "all prompt"
+        use = {"rm": f"scored at column {total - 1}", "ppo": "answered from the last column"}.get(
+            stage, f"trained on columns {max(start, 1)} to {total - 1}"  # nothing predicts a row's first token
+        )  # fmt: skip
+        print(f"\n{name}: {total} tokens ({inside}), {L - total} padding; {use}")
+        print(render_row(row, real, start, tokenizer))
+
+
+_LEGEND = "shown as prompt|response[EOS][PAD x count]"
+
+
+def render_row(ids: Tensor, att: Tensor, start: int, tokenizer: Tokenizer) -> str:
+    r"""One row of a batch as a line of text, line breaks as \n; every token is shown and nothing else.
+
+    Args:
+        ids: [L] int64. att: [L] bool, real tokens; the padding is on one side.
+        start: column in which the response starts. tokenizer: of the ids.
+    """
+    columns = torch.arange(len(ids))
+    is_eos = (ids == tokenizer.eos_id) & att
+
+    def text(wanted: Tensor) -> str:
+        return tokenizer.decode(ids[wanted & att & ~is_eos]).replace("\n", "\\n")
+
+    padding = int((~att).sum())
+    pad = _paint(f"[PAD x {padding}]", _GREY) if padding else ""
+    prompt = _paint(text(columns < start), _DIM)
+    eos = "".join(_paint("[EOS]", _REVERSED) for _ in range(int(is_eos.sum())))
+    response = _paint(text(columns >= start), _GREEN) if start < len(ids) else ""
+    line = f"{prompt}|{response}{eos}"
+    return pad + line if padding and not att[0] else line + pad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-t tokenizer`."""
+    text = "gpt2, demo (default), a run or checkpoint, or a Hugging Face folder"
+    parser.add_argument("--tokenizer", default="demo", help=text)
+    parser.add_argument("--text", default=_TEXT, help="what to cut")
+    parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
+
+
+def look_at_tokenizer(flags: argparse.Namespace) -> None:
+    """Print the tokens of a text with their ids, whether it comes back unchanged, and where EOS and PAD are."""
+    tokenizer = find_tokenizer(flags.tokenizer, flags.runs_dir)
+    identity = tokenizer.identity()
+    print(f"{identity['name']} ({identity['kind']}), sha256 {identity['sha256'][:12]}")
+    print(f"{tokenizer.vocab_size} ids; EOS is {tokenizer.eos_id}; PAD is {tokenizer.pad_id}, outside every table")
+    ids = tokenizer.encode(flags.text)
+    print(f"{len(flags.text)} characters, {len(ids)} tokens:")
+    for i in ids:
+        piece = tokenizer.decode([i])
+        print(f"  {i:>6}  {'part of a character' if chr(0xFFFD) in piece else ascii(piece)}")
+    back = tokenizer.decode(ids)
+    print("round trip: " + ("the same text" if back == flags.text else f"DIFFERENT: {ascii(back)}"))
+    if EOS_TEXT in flags.text:
+        print(f"{EOS_TEXT} in the text is plain text: EOS is {'' if tokenizer.eos_id in ids else 'not '}among the ids")
+
+
+def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
+    """A tokenizer by name or folder, or that of a run or checkpoint.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if argument in ("gpt2", "demo"):
+        return get_tokenizer(argument)
+    folder = Path(argument).expanduser()
+    is_tokenizer = any((folder / name).exists() for name in ("tokenizer", "tokenizer.json", "vocab.json"))
+    if is_tokenizer and not (folder / "model.json").is_file():
+        return get_tokenizer(folder)
+    try:
+        return load_tokenizer(find_checkpoint(argument, runs_dir, "--tokenizer"))
+    except UserError as error:
+        if folder.is_dir():
+            raise
+        raise UserError(f"{error}; gpt2 and demo are known by name") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss, and what the tasks share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def look_at_loss(flags: argparse.Namespace) -> None:
+    """Print the worked example."""
+    print("\n".join(loss_example()))
+
+
+def _at_least(low: int | float) -> Callable[[str], int | float]:
+    """A type for argparse: a number of the kind of `low`, finite and not below it."""
+    kind = type(low)
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of {low} or more")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse puts it into its message
+    return parse
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+_share.__name__ = "float"
+
+
+def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
+
+
+def _device(wanted: str) -> str:
+    from training.runtime import choose_device  # Accelerate takes seconds to import; two tasks do without
+
+    return choose_device(wanted)
+
+
+def _paint(text: str, style: str) -> str:
+    """Text in an ANSI style where colours are wanted (https://no-color.org)."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{style}m{text}\033[0m"
+
+
+_TASKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
+    "gpt": (gpt_flags, look_at_gpt),
+    "reward": (reward_flags, look_at_reward),
+    "dataset": (dataset_flags, look_at_dataset),
+    "tokenizer": (tokenizer_flags, look_at_tokenizer),
+    "loss": (lambda parser: None, look_at_loss),
+}

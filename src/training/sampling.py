@@ -1,0 +1,178 @@
+"""Responses to prompts, sampled one way everywhere: in PPO's rollouts, in evaluations, for the reward's scale.
+
+Shapes: B rows, L columns of a row, T response columns, b rows and N response tokens of a micro-batch.
+
+Rows are kept compact: prompt, response, padding, so that plain causal attention is right without a mask, and
+micro-batches are cut from rows sorted by length. Positions count from each row's first token, so this is the same
+arithmetic as a left-padded [P | T] layout (a test holds the two against each other) at a fraction of the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from inference.generate import Generation, generate
+from training.runtime import Runtime
+from utils.loss import response_mask
+from utils.tokenizer import Tokenizer
+
+# Keys and values of one row take about an eighth of what a row takes in a training pass (two tensors of d channels per
+# layer against some seventeen), so this many rows for each of --batch-size fit where training fits.
+_CACHED_ROWS_PER_TRAINED = 8
+
+
+@dataclass
+class MicroBatch:
+    """Some rows, cut to the longest of them.
+
+    rows: [b] int64, where they stand in what they were cut from. ids, att: [b, L] right-padded.
+    rmask: [b, T] bool, real response tokens. at: [N] int64, indices into the b * L columns of the states in which the
+    response tokens were chosen, row by row. tokens: [N] int64, the tokens chosen there.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    att: Tensor
+    rmask: Tensor
+    at: Tensor
+    tokens: Tensor
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N] values of the response tokens -> [b, T], 0 where there is no token."""
+        empty = torch.zeros(self.rmask.shape, dtype=packed.dtype, device=packed.device)
+        return empty.masked_scatter(self.rmask, packed)
+
+
+@dataclass
+class SampledRows:
+    """Prompts with a sampled response each.
+
+    ids, att: [B, L] int64 and bool, compact rows. prompt_len, n: [B] int64 on the host, tokens of prompt and response
+    (EOS included). ended: [B] bool, the response has an EOS. rmask: [B, T] bool, t < n.
+    sampler_logp: [B, T] log-probabilities as the sampler saw them, 0 where rmask is false.
+    """
+
+    ids: Tensor
+    att: Tensor
+    prompt_len: Tensor
+    n: Tensor
+    ended: Tensor
+    rmask: Tensor
+    sampler_logp: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] tokens of each row."""
+        return (self.prompt_len + self.n).numpy()
+
+    def micro_batch(self, rows: np.ndarray) -> MicroBatch:
+        """Cut the given rows out."""
+        device = self.ids.device
+        prompt_len, n = self.prompt_len[rows], self.n[rows]
+        L, T = int((prompt_len + n).max()), int(n.max())
+        index = torch.as_tensor(rows, device=device)
+        at = state_columns(prompt_len, n, L).to(device)
+        ids = self.ids[index, :L]
+        return MicroBatch(index, ids, self.att[index, :L], self.rmask[index, :T], at, ids.flatten()[at + 1])
+
+    def prompts(self) -> list[list[int]]:
+        """The prompt tokens of each row."""
+        return [row[:p] for row, p in zip(self.ids.tolist(), self.prompt_len.tolist())]
+
+    def responses(self, with_eos: bool = True) -> list[list[int]]:
+        """The response tokens of each row."""
+        n = self.n if with_eos else self.n - self.ended.cpu().long()
+        return [row[p : p + m] for row, p, m in zip(self.ids.tolist(), self.prompt_len.tolist(), n.tolist())]
+
+
+def state_columns(prompt_len: Tensor, n: Tensor, width: int) -> Tensor:
+    """Where the states are in which response tokens were chosen: the column before each of them.
+
+    Args:
+        prompt_len, n: [b] int64 on the host, tokens of prompt (at least 1) and of response.
+        width: L, columns of the batch.
+
+    Returns:
+        [N] int64 indices into the b * L flattened columns, row by row; built on the host, so no device synchronisation.
+    """
+    rows = enumerate(zip(prompt_len.tolist(), n.tolist()))
+    return torch.cat([torch.arange(i * width + p - 1, i * width + p - 1 + m) for i, (p, m) in rows])
+
+
+def compact(generation: Generation, pad_id: int, device: torch.device) -> SampledRows:
+    """Rows moved from left-padded prompt and right-padded response to compact form."""
+    prompt_len, n = generation.prompt_len.cpu(), generation.n.cpu()
+    prompts, responses = generation.prompts.cpu(), generation.responses.cpu()
+    length, P, T = prompt_len + n, prompts.shape[1], int(n.max())
+    att = torch.arange(int(length.max())) < length[:, None]
+    rmask = response_mask(n, T)
+    both = torch.cat([prompts, responses[:, :T]], dim=1)  # (B, P + T), each row's tokens in one piece
+    ids = torch.full(att.shape, pad_id)
+    ids[att] = both[torch.cat([torch.arange(P) >= P - prompt_len[:, None], rmask], dim=1)]
+    logp = torch.where(rmask.to(device), generation.logprobs[:, :T].to(device), 0.0)
+    ended = generation.ended.to(device)
+    return SampledRows(ids.to(device), att.to(device), prompt_len, n, ended, rmask.to(device), logp)
+
+
+def join(parts: Sequence[SampledRows], order: np.ndarray, pad_id: int) -> SampledRows:
+    """Several sets of rows as one: row i of the result is row order[i] of all parts one after another."""
+
+    def column(name: str) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        if found[0].ndim == 2:
+            width = max(x.shape[1] for x in found)
+            found = [F.pad(x, (0, width - x.shape[1]), value=pad_id if name == "ids" else 0) for x in found]
+        return torch.cat(found)[torch.as_tensor(order, device=found[0].device)]
+
+    return SampledRows(**{field.name: column(field.name) for field in fields(SampledRows)})
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How responses are sampled: by a policy itself at a temperature, so without top-k or top-p.
+
+    batch_size is the --batch-size of training; it bounds how many rows are in work at once and has no influence on what
+    they say, since every row has a random stream of its own.
+    """
+
+    tokenizer: Tokenizer
+    runtime: Runtime
+    temperature: float
+    response_length: int
+    batch_size: int
+
+    @torch.no_grad()
+    def sample(self, model: nn.Module, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> SampledRows:
+        """One response per prompt, in the order of the prompts."""
+        order, found = [], []
+        parts = list(self._parts([len(p) for p in prompts], model.config.block_size))
+        for part in tqdm(parts, desc="sampling", unit="batch", leave=False, delay=3):
+            with self.runtime.autocast():
+                generation = generate(
+                    model, [prompts[i] for i in part], max_new_tokens=self.response_length,
+                    eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id, temperature=self.temperature,
+                    seeds=[seeds[i] for i in part],
+                )  # fmt: skip
+            order += part.tolist()
+            found.append(compact(generation, self.tokenizer.pad_id, self.runtime.device))
+        return join(found, np.argsort(order), self.tokenizer.pad_id)
+
+    def _parts(self, prompt_len: list[int], block_size: int) -> Iterator[np.ndarray]:
+        """Rows to sample together: prompts of like length, and not more cache than training has room for."""
+        budget = _CACHED_ROWS_PER_TRAINED * self.batch_size * block_size
+        order = np.argsort([-n for n in prompt_len], kind="stable")
+        while len(order):
+            # The longest come first, so the first row's width is that of the part.
+            rows = max(1, budget // (prompt_len[order[0]] + self.response_length))
+            yield order[:rows]
+            order = order[rows:]

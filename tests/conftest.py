@@ -1,0 +1,91 @@
+"""What all tests share: settings, tiny models with weights that hide nothing, and the folder of real data."""
+
+import os
+
+# Before torch and transformers are imported: they read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from config.configs import GPTConfig  # noqa: E402
+from models.gpt import GPT  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps device and precision in class attributes: what one test chose must not reach the next."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder TEST_DATA_DIR, with GPT-2's vocabulary and real dialogues; skips where it is not set."""
+    folder = os.environ.get("TEST_DATA_DIR")
+    if not folder:
+        pytest.skip("TEST_DATA_DIR is not set: it has GPT-2's vocabulary and real dialogues")
+    return Path(folder)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
+    """Random numbers in every parameter, biases, LayerNorms and both halves of the adapters included.
+
+    At GPT-2's initialisation all biases are 0, all LayerNorms the identity and the outputs nearly uniform: most
+    mistakes would not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        if ".ln_" in f".{name}" and name.endswith("weight"):
+            parameter.add_(1.0)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., nn.Module]:
+    """`make_model(GPTCritic, seed=1, n_head=3, ...)`: a tiny model in eval mode with random weights everywhere."""
+
+    def make(cls: type[nn.Module] = GPT, seed: int = 0, std: float = 0.3, **options) -> nn.Module:
+        sizes = dict(name="gpt2-nano", n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=50)
+        return randomise(cls(GPTConfig(**{**sizes, **options})), seed, std).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def padded() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`padded(rows, extra=7, side="left", pad_id=50)`: ids [B, L] and att [B, L], `extra` columns wider than needed."""
+
+    def pad(rows: list, extra: int = 0, side: str = "right", pad_id: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(row) for row in rows) + extra
+        ids = torch.full((len(rows), width), pad_id)
+        att = torch.zeros(len(rows), width, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[b, place] = torch.as_tensor(row)
+            att[b, place] = True
+        return ids, att
+
+    return pad
+
+
+@pytest.fixture(scope="session")
+def random_rows() -> Callable[..., list[torch.Tensor]]:
+    """`random_rows([3, 5], vocab_size=50, seed=0)`: one 1-D tensor of ids per length."""
+
+    def rows(lengths: list[int], vocab_size: int = 50, seed: int = 0) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+
+    return rows

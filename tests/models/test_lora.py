@@ -1,0 +1,312 @@
+"""Adapters, what trains, merging, and one frozen base for several roles."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from config.configs import GPTConfig, get_configs
+from config.user_error import UserError
+from models.checkpoint import load_model, save_model
+from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from models.lora import is_adapter, merge_lora, share_base
+
+ROLES = [GPTActor, GPTCritic, GPTRewardModel]
+
+
+@pytest.fixture
+def batch(padded, random_rows):
+    return padded(random_rows([9, 4, 12]), 2, "left")
+
+
+def zero_b(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.zero_()
+    return model
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_of_gpt2_at_rank_8():
+    """On c_attn, both c_proj and c_fc of each block: 1,179,648 parameters."""
+    with torch.device("meta"):
+        model = GPT(get_configs("gpt2/lora"))
+    adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
+    assert model.config.lora_rank == 8
+    assert len(adapters) == 12 * 4 * 2
+    assert sum(p.numel() for p in adapters.values()) == 1_179_648
+
+
+def test_fresh_adapters_change_no_bit(make_model, batch, tmp_path):
+    plain = make_model()
+    save_model(plain, tmp_path)
+    torch.manual_seed(0)
+    adapted = load_model(GPT, tmp_path, get_configs("gpt2-nano/lora")).eval()
+    names = [name for name, _ in adapted.named_parameters() if is_adapter(name)]
+    assert len(names) == 2 * 4 * 2
+    for name in names:
+        parameter = adapted.get_parameter(name)
+        assert (parameter == 0).all() if name.endswith("lora_B") else parameter.std() > 0.05
+    assert torch.equal(adapted(*batch), plain(*batch))
+
+
+def test_loaded_adapters_start_as_loralibs_do(make_model, tmp_path):
+    """A uniform in +-1/sqrt(n_in) (Kaiming with a = sqrt(5)), as in a module made without a checkpoint."""
+    save_model(make_model(n_embd=64), tmp_path)
+    torch.manual_seed(0)
+    loaded = load_model(GPT, tmp_path, get_configs("gpt2-nano/lora"))
+    made = GPT(loaded.config)
+    for model in (loaded, made):
+        a = model.transformer.h[0].mlp.c_proj.lora_A
+        assert a.shape == (16, 256)
+        assert 0.95 / 16 < a.abs().max() <= 1 / 16
+        assert a.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.1)
+
+
+def test_adapter_output_is_scaled_by_alpha_over_rank(make_model):
+    layer = make_model(lora_rank=4, lora_alpha=12.0).transformer.h[0].attn.c_attn
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    by_hand = x @ layer.weight.T + layer.bias + 3.0 * (x @ layer.lora_A.T) @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), by_hand)
+
+
+def test_adapter_dropout_acts_in_training_only(make_model, batch):
+    model = make_model(lora_rank=4, lora_dropout=0.3)
+    assert torch.equal(model(*batch), make_model(lora_rank=4)(*batch))
+    model.train()
+    assert not torch.equal(model(*batch), model(*batch))
+
+
+def test_changing_mode_never_merges(make_model, batch, tmp_path):
+    """loralib merges on eval() unless told otherwise; saved then and loaded again, adapters would count twice."""
+    model = make_model(lora_rank=4)
+    before, outputs = bits(model), model(*batch)
+    for _ in range(3):
+        model.train()
+        model.eval()
+    assert same(bits(model), before)
+    save_model(model, tmp_path)
+    loaded = load_model(GPT, tmp_path)
+    for mode in (True, False, True, False):
+        loaded.train(mode)
+        assert torch.equal(loaded(*batch), outputs)
+    assert same(bits(loaded), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [GPT, *ROLES])
+def test_merged_model_computes_what_the_adapted_one_does(make_model, batch, cls):
+    model = make_model(cls, lora_rank=4)
+    if cls in (GPTCritic, GPTRewardModel):
+        model.set_normalisation(1.5, 0.3)
+    before, outputs = bits(model), model(*batch)
+    merged = merge_lora(model)
+    assert type(merged) is cls and merged.config.lora_rank == 0 and not merged.training
+    assert not any(is_adapter(key) for key in merged.state_dict())
+    torch.testing.assert_close(merged(*batch), outputs, atol=1e-5, rtol=1e-5)
+    assert (zero_b(copy.deepcopy(model))(*batch) - outputs).abs().max() > 0.1  # the adapters do matter here
+    assert same(bits(model), before)
+    merged.transformer.wte.weight.data.zero_()
+    assert same(bits(model), before)
+
+
+def test_merging_a_plain_model_copies_it(make_model):
+    model = make_model()
+    merged = merge_lora(model)
+    assert same(bits(merged), bits(model))
+    merged.transformer.wte.weight.data.zero_()
+    assert model.transformer.wte.weight.any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What trains
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trains(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("cls", [GPT, *ROLES])
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_freeze_methods(make_model, cls, layers):
+    model = make_model(cls, lora_rank=2, n_layer=layers)
+    names = {name for name, _ in model.named_parameters()}
+    head = {name for name in names if name.startswith("head.")}
+    assert head == (set() if cls in (GPT, GPTActor) else {"head.weight", "head.bias"})
+    last = (f"transformer.h.{layers - 1}.", "transformer.ln_f.")
+    model.freeze_weights("lora")
+    assert trains(model) == head | {name for name in names if is_adapter(name)}
+    model.freeze_weights("last_block")
+    assert trains(model) == head | {name for name in names if name.startswith(last)}
+    model.freeze_weights("none")
+    assert trains(model) == names
+
+
+@pytest.mark.parametrize("cls", [GPT, GPTCritic])
+def test_wrong_freeze_methods_are_refused(make_model, cls):
+    plain, adapted = make_model(cls), make_model(cls, lora_rank=2)
+    for model, method in [(plain, "lora"), (plain, "head"), (adapted, "all"), (adapted, "")]:
+        model.freeze_weights("last_block")
+        before = trains(model)
+        with pytest.raises(UserError, match="--freeze"):
+            model.freeze_weights(method)
+        assert trains(model) == before
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_adapters_learn_over_frozen_embeddings(make_model, batch, recompute):
+    """Reentrant checkpointing gives no gradient at all here: nothing that goes into the first block requires one."""
+    gradients = []
+    for option in (False, recompute):
+        model = make_model(lora_rank=2, activation_checkpointing=option).train()
+        model.freeze_weights("lora")
+        model(*batch)[batch[1]].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[1]) == {name for name, _ in model.named_parameters() if is_adapter(name)}
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_frozen_weights_keep_every_bit_over_steps(make_model, batch):
+    model = make_model(GPTCritic, lora_rank=2).train()
+    model.freeze_weights("lora")
+    before = bits(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        model(*batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, value in model.state_dict().items():
+        moved = is_adapter(key) or key in ("head.weight", "head.bias")
+        assert torch.equal(value, before[key]) != moved, key
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One frozen base
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roles(make_model):
+    """Reference, actor, critic and reward model as PPO has them: one base, own adapters, own heads."""
+    reference = make_model().requires_grad_(False)
+    others = [make_model(cls, seed=seed, lora_rank=2) for seed, cls in enumerate(ROLES, 1)]
+    for model in others:
+        model.load_state_dict(reference.state_dict(), strict=False)
+        model.freeze_weights("lora")
+    others[2].requires_grad_(False)
+    return [reference, *others]
+
+
+def storages(model: nn.Module) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def test_equal_frozen_tensors_are_held_once(roles, batch):
+    outputs = [model(*batch) for model in roles]
+    base = sum(p.numel() * p.element_size() for p in roles[0].parameters())
+    assert share_base(roles) == 3 * base
+    assert share_base(roles) == 0
+    for model, expected in zip(roles, outputs, strict=True):
+        assert torch.equal(model(*batch), expected)
+        for name, pointer in storages(model).items():
+            assert (pointer == storages(roles[0]).get(name)) == (name in storages(roles[0]))
+
+
+@pytest.mark.parametrize("move", ["one by one", "in one module"])
+def test_sharing_outlives_a_move(roles, batch, move):
+    share_base(roles)
+    if move == "one by one":
+        for model in roles:
+            model.to(torch.float64)
+    else:
+        nn.ModuleList(roles).to(torch.float64)
+    for model in roles[1:]:
+        shared = storages(model).items() & storages(roles[0]).items()
+        assert {name for name, _ in shared} == set(storages(roles[0]))
+        assert all(p.dtype == torch.float64 for p in model.parameters())
+
+
+def test_what_trains_is_never_shared(make_model):
+    for first_trains, second_trains in [(True, True), (True, False), (False, True)]:
+        models = [make_model().requires_grad_(first_trains), make_model().requires_grad_(second_trains)]
+        assert share_base(models) == 0
+        assert not storages(models[0]).items() & storages(models[1]).items()
+
+
+@pytest.mark.parametrize("change", ["last bit", "sign of zero", "shape", "dtype"])
+def test_tensors_that_differ_are_not_shared(make_model, change):
+    first, second = make_model().requires_grad_(False), make_model().requires_grad_(False)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    for model in (first, second):
+        model.get_parameter(name).view(-1)[5] = 0.0
+    parameter = second.get_parameter(name)
+    if change == "last bit":
+        parameter.view(-1)[3] = torch.nextafter(parameter.view(-1)[3], torch.tensor(torch.inf))
+    elif change == "sign of zero":
+        parameter.view(-1)[5] = -0.0
+    elif change == "shape":
+        parameter.data = parameter.data.reshape(16, 64)
+    else:
+        parameter.data = parameter.data.double()
+    total = sum(p.numel() * p.element_size() for p in first.parameters())
+    assert share_base([first, second]) == total - first.get_parameter(name).nbytes
+    assert first.get_parameter(name) is not parameter
+
+
+def test_outputs_do_not_depend_on_who_is_asked_first(roles, batch):
+    share_base(roles)
+    forwards = [model(*batch) for model in roles]
+    backwards = [model(*batch) for model in reversed(roles)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
+
+
+def test_training_one_role_moves_no_other(roles, batch):
+    """At the start the actor is the reference; then only the actor changes, and no gradient goes elsewhere."""
+    reference, actor, critic, reward = roles
+    zero_b(actor)
+    share_base(roles)
+    assert torch.equal(actor(*batch), reference(*batch))
+    before = [model(*batch) for model in (reference, critic, reward)]
+    optimizer = torch.optim.SGD([p for p in actor.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        actor.train()(*batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(actor(*batch), reference(*batch))
+    for model, expected in zip((reference, critic, reward), before, strict=True):
+        assert torch.equal(model(*batch), expected)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_checkpoints_of_sharing_models_are_whole(roles, batch, tmp_path):
+    share_base(roles)
+    for i, model in enumerate(roles):
+        save_model(model, tmp_path / str(i))
+        assert torch.equal(load_model(type(model), tmp_path / str(i)).eval()(*batch), model(*batch))
+
+
+def test_two_adapters_of_one_config_are_independent():
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=10, lora_rank=2)
+    first, second = GPT(config), GPT(config)
+    assert not torch.equal(first.transformer.h[0].attn.c_attn.lora_A, second.transformer.h[0].attn.c_attn.lora_A)

@@ -1,0 +1,179 @@
+"""Stopping and going on: a run that was interrupted ends with the bits and the log of one that was not."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from scripts import call, newest, process, run
+from setups import read_metrics
+
+from training import trainers
+from training.saving import load_state
+from utils.run_folder import step_checkpoints
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert call("sft", "-n base", folder).code == 0
+    assert call("rm", "-n base -p sft_base", folder).code == 0
+    return folder
+
+
+STEPS = {"sft": 7, "rm": 6, "ppo": 4}
+ARGUMENTS = {
+    "sft": "--config gpt2-nano/dropout --max-steps 7 --warmup-steps 2",
+    "rm": "-p sft_base --max-steps 6 --warmup-steps 2",
+    "ppo": "-a sft_base -c rm_base --max-steps 4 --kl-target 0.1 --kl-horizon 20 --lr 1e-3",
+}
+TRAINERS = {"sft": "SFTTrainer", "rm": "RewardModelTrainer", "ppo": "PPOTrainer"}
+
+
+def interrupt_at(stage: str, step: int, monkeypatch) -> None:
+    """Send SIGINT to this process while the trainer is in the middle of a step."""
+    cls = getattr(trainers, TRAINERS[stage])
+    name = "iteration" if stage == "ppo" else "train_step"
+    original = getattr(cls, name)
+
+    def interrupted(self, *args):
+        if self.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(cls, name, interrupted)
+
+
+def assert_same_run(one, other, steps: int) -> None:
+    """Equal bits in all weights, and equal lines in the logs but for the clock."""
+    files = sorted(p.relative_to(one / "final") for p in (one / "final").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (one / "final" / file).read_bytes() == (other / "final" / file).read_bytes(), file
+    lines = [
+        [{k: v for k, v in x.items() if not k.startswith("time")} for x in read_metrics(run)] for run in (one, other)
+    ]
+    assert lines[0] == lines[1]
+    assert [x["step"] for x in lines[0] if "train/loss" in x or "objective/kl" in x] == list(range(1, steps + 1))
+    texts = [(run / "samples.jsonl").read_text() if (run / "samples.jsonl").exists() else "" for run in (one, other)]
+    assert texts[0] == texts[1]
+    clock = [x["time"] for x in read_metrics(other)]
+    assert clock == sorted(clock)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(runs, stage: str, monkeypatch) -> None:
+    steps = STEPS[stage]
+    assert call(stage, f"-n whole {ARGUMENTS[stage]}", runs).code == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(stage, 3, patch)
+        stopped = call(stage, f"-n broken {ARGUMENTS[stage]}", runs)
+    broken = newest(runs, f"{stage}_broken")
+    assert stopped.code == 130 and "stopping after this step" in stopped.err
+    assert f"stopped at step 3; saved. Go on with --resume {broken}" in stopped.out
+    assert step_checkpoints(broken)[-1].name == "step_00000003" and not (broken / "final").exists()
+    # What a killed process may leave behind: figures of a step that was not saved, and half a line.
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/loss": 9.9}\n{"step": 5, "tra')
+    resumed = call(stage, f"-n broken {ARGUMENTS[stage]} --resume auto", runs)
+    assert resumed.code == 0, resumed.err
+    assert f"going on with {broken / 'checkpoints' / 'step_00000003'}" in resumed.out
+    assert_same_run(newest(runs, f"{stage}_whole"), broken, steps)
+    assert len([p for p in runs.iterdir() if p.name.startswith(f"{stage}_broken")]) == 1
+
+
+def test_ctrl_c_on_a_real_process_and_resume_in_another(runs) -> None:
+    arguments = "-n ctrl --config gpt2-nano/dropout --max-steps 30 --save-every 1000 --eval-every 1000 -b 8"
+    child = process("sft", arguments, runs)
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:  # wait until it trains
+            found = [p for p in runs.glob("sft_ctrl_*/metrics.jsonl") if "train/loss" in p.read_text()]
+            if found or child.poll() is not None:
+                break
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    broken = newest(runs, "sft_ctrl")
+    assert child.returncode == 130, (out, err)
+    (checkpoint,) = step_checkpoints(broken)
+    step = load_state(checkpoint)["step"]
+    assert 0 < step < 30 and f"stopped at step {step}" in out
+    arguments = f"{arguments} --resume {broken}"
+    result = run("sft", arguments, runs)
+    assert result.code == 0, result.err
+    assert call("sft", arguments.replace("-n ctrl", "-n unbroken").split(" --resume")[0], runs).code == 0
+    assert_same_run(newest(runs, "sft_unbroken"), broken, 30)
+
+
+def test_a_second_ctrl_c_stops_at_once(runs, monkeypatch) -> None:
+    def impatient(self, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(trainers.SFTTrainer, "train_step", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        call("sft", "-n impatient", runs)
+    assert not step_checkpoints(newest(runs, "sft_impatient"))
+
+
+def test_a_signal_in_the_last_step_changes_nothing(runs, monkeypatch) -> None:
+    interrupt_at("sft", 3, monkeypatch)
+    result = call("sft", "-n last", runs)
+    assert result.code == 0 and (newest(runs, "sft_last") / "final").is_dir()
+
+
+def test_a_resume_after_the_last_checkpoint_only_finishes(runs) -> None:
+    """Killed between the last step checkpoint and final/: nothing is trained twice, and nothing is missing."""
+    assert call("rm", "-n killed -p sft_base --max-steps 2", runs).code == 0
+    folder = newest(runs, "rm_killed")
+    before = json.loads((folder / "final" / "model.json").read_text())
+    weights = (folder / "final" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "final")
+    assert call("rm", "-n killed -p sft_base --max-steps 2 --resume auto", runs).code == 0
+    assert json.loads((folder / "final" / "model.json").read_text()) == before
+    assert (folder / "final" / "model.safetensors").read_bytes() == weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What --resume means
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_auto_starts_anew_when_there_is_nothing_to_go_on_with(runs) -> None:
+    result = call("sft", "-n fresh --resume auto --max-steps 1 --save-every 100", runs)
+    assert result.code == 0 and "no unfinished run sft_fresh" in result.out
+    again = call("sft", "-n fresh --resume auto --max-steps 1", runs)  # that one is finished
+    assert again.code == 0 and "no unfinished run sft_fresh" in again.out
+
+
+def test_settings_must_be_the_runs_own_unless_they_change_nothing(runs, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at("sft", 2, patch)
+        assert call("sft", "-n set", runs).code == 130
+    folder = newest(runs, "sft_set")
+    error = call("sft", "-n set --resume auto --lr 0.5 --max-steps 9", runs).error
+    assert "settings differ from the run's (" in error and "lr: 0.003 -> 0.5" in error and "max_steps: 3 -> 9" in error
+    error = call("rm", f"-n set -p sft_base --resume {folder}", runs).error
+    assert "is a run of stage sft, not rm" in error
+    checkpoint = folder / "checkpoints" / "step_00000002"
+    (folder / "checkpoints" / "step_00000002.writing").mkdir()  # a torn one beside it is passed over
+    assert call("sft", f"-n set --resume {checkpoint} -b 4 --keep 3 --save-every 7", runs).code == 0
+    error = call("sft", f"-n set --resume {folder / 'best'}", runs).error
+    assert "no trainer_state.pt in it; give a folder under checkpoints/" in error
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(runs) -> None:
+    assert call("sft", "-n unsaved --save-every 100 --max-steps 1", runs).code == 0
+    error = call("sft", f"-n unsaved --resume {newest(runs, 'sft_unsaved')} --max-steps 1", runs).error
+    assert "has nothing under checkpoints/" in error
+    error = call("sft", f"-n unsaved --resume {runs}", runs).error
+    assert "no run folder or checkpoint inside one" in error
+    (newest(runs, "sft_unsaved") / "hyperparams.json").write_text("{torn")
+    error = call("sft", f"-n unsaved --resume {newest(runs, 'sft_unsaved') / 'final'}", runs).error
+    assert "hyperparams.json" in error and "cannot be read" in error

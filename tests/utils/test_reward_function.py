@@ -1,0 +1,102 @@
+"""Rewards written in Python: what is accepted, and one-line errors for everything else."""
+
+import pytest
+
+from config.user_error import UserError
+from utils.reward_function import load_reward_function
+
+FLAG = "--reward-fn"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """`write(body)` makes tmp_path/reward.py and returns its path."""
+
+    def make(text: str, name: str = "reward.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def test_a_function_is_called_with_texts(write) -> None:
+    path = write(
+        "def by_length(prompts, responses):\n"
+        "    assert isinstance(prompts, list) and isinstance(responses, list)\n"
+        "    return [len(r) / len(p) for p, r in zip(prompts, responses)]\n"
+    )
+    function = load_reward_function(f"{path}:by_length", FLAG)
+    assert function(("ab", "c"), ("abcd", "")) == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "expression", ["np.ones(2)", "torch.ones(2)", "(1, True)", "iter([1, 1])", "[np.float32(1), torch.tensor(1)]"]
+)
+def test_any_sequence_of_numbers_will_do(write, expression: str) -> None:
+    path = write(f"import numpy as np, torch\ndef score(prompts, responses):\n    return {expression}\n")
+    scores = load_reward_function(f"{path}:score", FLAG)(["a", "b"], ["c", "d"])
+    assert scores == [1.0, 1.0] and all(type(s) is float for s in scores)
+
+
+def test_a_file_may_hold_dataclasses_and_state(write) -> None:
+    path = write(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Judge:\n    calls: int = 0\n    def __call__(self, p, r):\n"
+        "        self.calls += 1\n        return [self.calls] * len(r)\n"
+        "judge = Judge()\n"
+    )
+    function = load_reward_function(f"{path}:judge", FLAG)
+    assert [function(["p"], ["r"]) for _ in range(2)] == [[1.0], [2.0]]
+
+
+def check_is_one_line(error: pytest.ExceptionInfo) -> None:
+    assert "\n" not in str(error.value) and str(error.value).startswith(FLAG)
+
+
+@pytest.mark.parametrize("spec", ["reward.py", "missing.py:score", "", ":score", "notes.txt:score", "folder.py:score"])
+def test_a_spec_that_names_no_file(spec: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("def score(p, r): return [0] * len(r)")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "reward.py").write_text("def score(p, r): return [0] * len(r)")
+    with pytest.raises(UserError, match="give FILE.py:FUNCTION") as error:
+        load_reward_function(spec, FLAG)
+    check_is_one_line(error)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("def score(:", "importing .* failed: SyntaxError"),
+        ("import not_a_package", "importing .* failed: ModuleNotFoundError"),
+        ("def other(p, r): return []", "has no function score"),
+        ("score = 3", "has no function score"),
+    ],
+)
+def test_a_file_without_the_function(write, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_reward_function(f"{write(text)}:score", FLAG)
+    check_is_one_line(error)
+
+
+@pytest.mark.parametrize(
+    "body,message",
+    [
+        ("raise KeyError('x')", "failed with KeyError"),
+        ("raise RuntimeError('two\\nlines')", "failed with RuntimeError: two lines"),
+        ("return None", "failed with TypeError"),
+        ("return 1.0", "failed with TypeError"),
+        ("return ['a', 'b']", "failed with ValueError"),
+        ("return [0.0]", "gave 1 scores for 2 responses"),
+        ("return [0.0] * 3", "gave 3 scores for 2 responses"),
+        ("return [0.0, float('nan')]", "gave nan for 'the second'"),
+        ("return [float('-inf'), 0.0]", "gave -inf for 'the first'"),
+    ],
+)
+def test_what_the_function_gives_is_checked(write, body: str, message: str) -> None:
+    path = write(f"def score(prompts, responses):\n    {body}\n")
+    function = load_reward_function(f"{path}:score", FLAG)
+    with pytest.raises(UserError, match=message) as error:
+        function(["p", "q"], ["the first", "the second"])
+    check_is_one_line(error)
