@@ -24,8 +24,10 @@ from models.gpt import GPT  # noqa: E402
 def _fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps device and precision in class attributes: what one test chose must not reach the next."""
     yield
-    if "accelerate.state" in sys.modules:
-        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+    state = sys.modules.get("accelerate.state")  # importing it takes seconds
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")

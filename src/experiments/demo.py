@@ -1,6 +1,7 @@
-"""The offline demo: vanilla -> SFT -> reward model -> PPO with the very scripts a user runs, judged by the world's gold reward.
+"""The offline demo: vanilla -> SFT -> reward model -> PPO with the scripts a user runs, judged by the gold reward.
 
-`make demo` runs one seed and fails when RLHF did not work. `-t results --seeds 0 1 2 --variants kl0 lora` makes the README's table and picture.
+`make demo` runs one seed and fails when RLHF did not work. `-t results --seeds 0 1 2 --variants kl0 lora` makes the
+README's table and picture.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from config.user_error import UserError
 from experiments.demo_judge import judge_demo
 from utils.run_folder import REPO, newest_run, runs_root
 
+PRETRAINING = ("--epochs", "4", "--max-steps", "300")
 GOLD = str(REPO / "src/utils/demo_gold.py") + ":gold_reward"
 
 
@@ -35,8 +37,12 @@ def stages(stem: str, variants: tuple[str, ...]) -> list[Stage]:
     """The commands of one seed; `stem` tells its runs apart from other seeds'."""
     ppo = ("-a", f"sft_{stem}", "-c", f"rm_{stem}", "--eval-reward-fn", GOLD)
     plan = [
-        # About 400 steps on the world's plain text stand for GPT-2's pre-training.
-        Stage("vanilla", "train_sft.py", ("-n", f"vanilla_{stem}", "-p", "scratch", "--dataset", "demo-text")),
+        # 300 steps on the world's plain text stand for GPT-2's pre-training.
+        Stage(
+            "vanilla",
+            "train_sft.py",
+            ("-n", f"vanilla_{stem}", "-p", "scratch", "--dataset", "demo-text", *PRETRAINING),
+        ),
         Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
         Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
         Stage("PPO", "train_ppo.py", ("-n", stem, *ppo)),
@@ -54,7 +60,15 @@ def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: b
     Raises:
         UserError: the script failed; its own message is on the terminal, or in the log file when it ran quietly.
     """
-    command = [sys.executable, str(REPO / "src/training" / stage.script), *stage.flags, "--seed", str(seed), "--runs-dir", runs_dir]
+    command = [
+        sys.executable,
+        str(REPO / "src/training" / stage.script),
+        *stage.flags,
+        "--seed",
+        str(seed),
+        "--runs-dir",
+        runs_dir,
+    ]
     shown = " ".join(["python", f"src/training/{stage.script}", *stage.flags, "--seed", str(seed)])
     print(f"\n== {stage.name}\n$ {shown}", flush=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
@@ -72,7 +86,9 @@ def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: b
     return time.perf_counter() - started
 
 
-def run_seed(seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False) -> dict[str, Any]:
+def run_seed(
+    seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False
+) -> dict[str, Any]:
     """All stages of one seed and their judgement."""
     stem = f"demo_s{seed}"
     seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in stages(stem, variants)}
@@ -96,7 +112,8 @@ def run_demo(seed: int, runs_dir: str, prompts: int) -> int:
     took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())
     path = runs_root(runs_dir) / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{minutes:.1f} minutes ({took}); figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
+    print(f"\n{minutes:.1f} minutes ({took})")
+    print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
     failed = failures(result)
     for line in failed:
         print(f"FAILED: {line}")
@@ -109,16 +126,27 @@ def failures(result: dict[str, Any]) -> list[str]:
     """What a run of the demo must reach, on any machine; wide of the expected figures, which the README gives."""
     ppo, sft, rm = result["systems"]["ppo"], result["systems"]["sft"], result["reward_model"]
     checks = [
-        (rm["noise_free_accuracy"] > 0.75, f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.75"),
-        (ppo["win_rate_ci"][0] > 0.65, f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.65"),
-        (ppo["gold"] > sft["gold"] + 0.8, f"PPO's gold reward {ppo['gold']:.2f} is not 0.8 above SFT's {sft['gold']:.2f}"),
+        (
+            rm["noise_free_accuracy"] > 0.75,
+            f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.75",
+        ),
+        (
+            ppo["win_rate_ci"][0] > 0.65,
+            f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.65",
+        ),
+        (
+            ppo["gold"] > sft["gold"] + 0.8,
+            f"PPO's gold reward {ppo['gold']:.2f} is not 0.8 above SFT's {sft['gold']:.2f}",
+        ),
         (ppo["kl"] < 10, f"PPO went {ppo['kl']:.1f} nats away from SFT, expected under 10"),
         (ppo["eos_rate"] > 0.95, f"only {ppo['eos_rate']:.2f} of PPO's responses end, expected over 0.95"),
     ]
     return [message for passed, message in checks if not passed]
 
 
-def run_results(seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str) -> int:
+def run_results(
+    seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str
+) -> int:
     """Several seeds and variants, `parallel` at a time with one thread each; prints the README's tables."""
     threads = 1 if parallel > 1 else 0
     with ThreadPoolExecutor(parallel) as pool:
@@ -131,7 +159,9 @@ def run_results(seeds: list[int], runs_dir: str, variants: tuple[str, ...], prom
         from experiments.demo_picture import draw_kl_ablation
 
         stems = [f"demo_s{s}" for s in seeds]
-        draw_kl_ablation([(newest_run(f"ppo_{s}", runs_dir), newest_run(f"ppo_{s}_kl0", runs_dir)) for s in stems], Path(picture))
+        draw_kl_ablation(
+            [(newest_run(f"ppo_{s}", runs_dir), newest_run(f"ppo_{s}_kl0", runs_dir)) for s in stems], Path(picture)
+        )
         print(f"picture in {picture}")
     failed = [f"seed {r['seed']}: {line}" for r in results for line in failures(r)]
     print("\n".join(f"FAILED: {line}" for line in failed))
@@ -140,14 +170,38 @@ def run_results(seeds: list[int], runs_dir: str, variants: tuple[str, ...], prom
 
 def table(results: list[dict[str, Any]]) -> str:
     """Results as markdown: the systems of every seed, the reward models, the health of PPO."""
-    lines = ["", "| seed | system | gold reward | win rate over SFT (95 % interval) | proxy score | KL to SFT | tokens | ends |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "",
+        "| seed | system | gold reward | win rate over SFT (95 % interval) | proxy score | KL to SFT | tokens | ends |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for result in results:
         for name, s in result["systems"].items():
-            win = "" if s["win_rate"] is None else f"{s['win_rate']:.3f} ({s['win_rate_ci'][0]:.3f} to {s['win_rate_ci'][1]:.3f})"
+            win = (
+                ""
+                if s["win_rate"] is None
+                else f"{s['win_rate']:.3f} ({s['win_rate_ci'][0]:.3f} to {s['win_rate_ci'][1]:.3f})"
+            )
             kl = "" if s["kl"] is None else f"{s['kl']:.2f}"
-            lines.append(f"| {result['seed']} | {name} | {s['gold']:.2f} | {win} | {s['proxy']:.2f} | {kl} | {s['tokens']:.1f} | {s['eos_rate']:.3f} |")
-    lines += ["", "| seed | reward model: held-out accuracy | best possible | on noise-free order | PPO: explained variance, 2nd half |", "|---|---|---|---|---|"]
+            cells = (result["seed"], name, f"{s['gold']:.2f}", win, f"{s['proxy']:.2f}", kl)
+            lines.append(_row(*cells, f"{s['tokens']:.1f}", f"{s['eos_rate']:.3f}"))
+    lines += [
+        "",
+        _row(
+            "seed",
+            "reward model: accuracy",
+            "best possible",
+            "on noise-free order",
+            "PPO: explained variance, 2nd half",
+        ),
+        "|---|---|---|---|---|",
+    ]
     for result in results:
         rm = result["reward_model"]
-        lines.append(f"| {result['seed']} | {rm['accuracy']:.3f} | {rm['best_possible']:.3f} | {rm['noise_free_accuracy']:.3f} | {result['explained_var']:.3f} |")
+        figures = (rm["accuracy"], rm["best_possible"], rm["noise_free_accuracy"], result["explained_var"])
+        lines.append(_row(result["seed"], *(f"{x:.3f}" for x in figures)))
     return "\n".join(lines)
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"

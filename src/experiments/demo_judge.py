@@ -32,7 +32,11 @@ RESPONSE_LENGTH, CHUNK = 64, 256
 
 @dataclass(frozen=True)
 class Judged:
-    """One response per prompt: gold and proxy reward, KL to SFT in nats (None for SFT's own picks), tokens, whether it ended; each [N]."""
+    """One response per prompt, each field [N].
+
+    gold, proxy: rewards. kl: log pi - log pi_SFT of the sample in nats, None for greedy and best-of.
+    tokens: EOS included. ended: it has an EOS.
+    """
 
     gold: np.ndarray
     proxy: np.ndarray
@@ -60,7 +64,9 @@ class DemoJudge:
             )  # fmt: skip
             parts.append(self._grade(self.prompts[i : i + CHUNK], generation, model, with_kl and temperature > 0))
         fields = {name: [getattr(p, name) for p in parts] for name in ("gold", "proxy", "kl", "tokens", "ended")}
-        return Judged(**{name: None if values[0] is None else np.concatenate(values) for name, values in fields.items()})
+        return Judged(
+            **{name: None if values[0] is None else np.concatenate(values) for name, values in fields.items()}
+        )
 
     def _grade(self, prompts: list[str], generation: Generation, model: nn.Module, with_kl: bool) -> Judged:
         rows = compact(generation, self.tokenizer.pad_id, torch.device("cpu"))
@@ -70,10 +76,9 @@ class DemoJudge:
             batch = rows.micro_batch(np.arange(len(rows)))
             logp, logp_ref = (self._logp(m, batch) for m in (model, self.sft))
             kl = batch.unpack(logp - logp_ref).sum(1).numpy()
-        return Judged(
-            np.array(gold_reward(prompts, responses)), self.reward_model(rows.ids, rows.att, right_padded=True).numpy(), kl,
-            rows.n.numpy(), rows.ended.numpy(),
-        )  # fmt: skip
+        proxy = self.reward_model(rows.ids, rows.att, right_padded=True).numpy()
+        gold = np.array(gold_reward(prompts, responses))
+        return Judged(gold, proxy, kl, rows.n.numpy(), rows.ended.numpy())
 
     @staticmethod
     def _logp(model: nn.Module, batch) -> Tensor:
@@ -83,7 +88,10 @@ class DemoJudge:
 def best_of(samples: Sequence[Judged]) -> Judged:
     """Of several samples per prompt the one that the reward model likes best."""
     choice = np.stack([s.proxy for s in samples]).argmax(0)
-    pick = {name: np.stack([getattr(s, name) for s in samples])[choice, np.arange(len(choice))] for name in ("gold", "proxy", "tokens", "ended")}
+    pick = {
+        name: np.stack([getattr(s, name) for s in samples])[choice, np.arange(len(choice))]
+        for name in ("gold", "proxy", "tokens", "ended")
+    }
     return Judged(kl=None, **pick)
 
 
@@ -102,7 +110,9 @@ def judge_demo(runs: dict[str, Path], count: int, seed: int) -> dict[str, Any]:
     graded = {name: judge.grade(model, 1.0, seed) for name, model in load.items()}
     graded["sft_greedy"] = judge.grade(load["sft"], 0.0, seed)
     graded["ppo_greedy"] = judge.grade(load["ppo"], 0.0, seed)
-    samples = [judge.grade(load["sft"], 1.0, 1000 * (seed + 1) + k, with_kl=False) for k in tqdm(range(16), desc="best of 16")]
+    samples = [
+        judge.grade(load["sft"], 1.0, 1000 * (seed + 1) + k, with_kl=False) for k in tqdm(range(16), desc="best of 16")
+    ]
     graded["best_of_4"], graded["best_of_16"] = best_of(samples[:4]), best_of(samples)
     order = ["vanilla", "sft", "sft_greedy", "best_of_4", "best_of_16", *(n for n in graded if n.startswith("ppo"))]
     return {
@@ -117,18 +127,25 @@ def summarise(system: Judged, baseline: Judged | None) -> dict[str, Any]:
     """Means over prompts, and the win rate over the baseline by the gold reward with ties as half."""
     wins = None if baseline is None else win_scores(system.gold, baseline.gold)
     return {
-        "gold": float(system.gold.mean()), "proxy": float(system.proxy.mean()), "kl": None if system.kl is None else float(system.kl.mean()),
-        "tokens": float(system.tokens.mean()), "eos_rate": float(system.ended.mean()),
-        "win_rate": None if wins is None else float(wins.mean()), "win_rate_ci": None if wins is None else bootstrap_interval(wins),
-    }  # fmt: skip
+        "gold": float(system.gold.mean()),
+        "proxy": float(system.proxy.mean()),
+        "kl": None if system.kl is None else float(system.kl.mean()),
+        "tokens": float(system.tokens.mean()),
+        "eos_rate": float(system.ended.mean()),
+        "win_rate": None if wins is None else float(wins.mean()),
+        "win_rate_ci": None if wins is None else bootstrap_interval(wins),
+    }
 
 
 @torch.no_grad()
 def grade_reward_model(model: nn.Module, tokenizer: Tokenizer) -> dict[str, float]:
-    """Accuracy on the held-out pairs as labelled (noisy), the best possible one, and the accuracy on the order of the gold rewards."""
+    """Accuracy on the held-out pairs: as labelled (noisy), the best possible, and on the order of the gold rewards."""
     rows = read_rows(DEMO / "pairs-test.jsonl.gz")
     texts = [row[key] for row in rows for key in ("chosen", "rejected")]
-    ids = [tokenizer.encode(p) + tokenizer.encode(r) + [tokenizer.eos_id] for p, r in map(PromptTemplate().split_dialogue, texts)]
+    ids = [
+        tokenizer.encode(p) + tokenizer.encode(r) + [tokenizer.eos_id]
+        for p, r in map(PromptTemplate().split_dialogue, texts)
+    ]
     order = np.argsort([len(x) for x in ids], kind="stable")
     scores = np.zeros(len(ids))
     for i in range(0, len(order), CHUNK):

@@ -31,7 +31,10 @@ def draw_kl_ablation(pairs: list[tuple[Path, Path]], path: Path) -> None:
     titles = ("with the KL penalty (default)", "without it (--kl-coef 0)")
     for axis, title, which in zip(axes, titles, (0, 1)):
         for i, pair in enumerate(pairs):
-            for key, name, tag in (("proxy", "reward model (proxy)", "eval/score"), ("gold", "gold reward, never trained on", "eval/gold")):
+            for key, name, tag in (
+                ("proxy", "reward model (proxy)", "eval/score"),
+                ("gold", "gold reward, never trained on", "eval/gold"),
+            ):
                 steps, values = evaluations(pair[which], tag)
                 axis.plot(steps, values, color=_COLOURS[key], linewidth=1.6, alpha=0.9, label=name if i == 0 else None)
         axis.set_title(title, fontsize=11)

@@ -1,12 +1,12 @@
 """Quick looks and the demo: `python src/experiments/main.py -t TASK [flags]`; `-t TASK --help` shows a task's flags.
 
-    gpt        continue a prompt with any checkpoint or Hugging Face model
-    reward     score a response with a reward model
-    dataset    show a batch with its masks
-    tokenizer  show how a text is cut into tokens
-    loss       what the losses give on a tiny example, term by term
-    demo       the whole offline demo on one seed (what `make demo` runs)
-    results    the demo over several seeds and variants: the README's table and picture
+gpt        continue a prompt with any checkpoint or Hugging Face model
+reward     score a response with a reward model
+dataset    show a batch with its masks
+tokenizer  show how a text is cut into tokens
+loss       what the losses give on a tiny example, term by term
+demo       the whole offline demo on one seed (what `make demo` runs)
+results    the demo over several seeds and variants: the README's table and picture
 """
 
 from __future__ import annotations

@@ -92,8 +92,17 @@ def open_run(
     resumption: Resumption | None,
     extra: dict[str, Any],
 ) -> Path:
-    """The run's folder, made and described unless it is there already; `extra` says what the run starts from."""
+    """The run's folder, made and described unless it is there already; `extra` says what the run starts from.
+
+    Raises:
+        UserError: a run to go on with was training on other data (`extra["data"]`, a fingerprint).
+    """
     if resumption is not None:
+        if resumption.hyperparams.get("data") != extra["data"]:
+            raise UserError(
+                f"--resume {resumption.run}: --dataset {config.dataset} gives other rows than when it was started; "
+                "put the old data back, or start a new run"
+            )
         return resumption.run
     run = create_run(stage, config.name, config.runs_dir)
     extra = {"runs_on": runtime.describe(), **extra}

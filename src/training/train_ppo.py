@@ -50,7 +50,7 @@ def main() -> int:
     for data in splits.values():
         print(data.report.summary())
     report_reward_model(roles, config)
-    sources = {"sft": str(roles.sft), "rm": str(roles.rm or "")}
+    sources = {"sft": str(roles.sft), "rm": str(roles.rm or ""), "data": splits["train"].fingerprint}
     run = open_run("ppo", config, roles.actor, runtime, resumption, sources)
     print(
         f"{roles.actor.config.name} from {roles.sft} on {runtime.describe()}; shared between the roles: "

@@ -36,7 +36,7 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    run = open_run("rm", config, model, runtime, resumption, {"sft": str(source)})
+    run = open_run("rm", config, model, runtime, resumption, {"sft": str(source), "data": splits["train"].fingerprint})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = RewardModelTrainer(
         config, model, runtime.place(sft), tokenizer, splits["train"], splits["validation"], run, runtime,

@@ -36,7 +36,7 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    run = open_run("sft", config, model, runtime, resumption, {"pretrain": source})
+    run = open_run("sft", config, model, runtime, resumption, {"pretrain": source, "data": splits["train"].fingerprint})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = SFTTrainer(
         config, model, tokenizer, splits["train"], splits["validation"], run, runtime,

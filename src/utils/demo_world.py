@@ -149,7 +149,7 @@ class Mixture:
 
 SFT_MIXTURE = Mixture(
     right=0.64,
-    distractor=0.65,
+    distractor=0.75,
     polite_opener=0.48,
     polite_closer=0.45,
     rude=0.2,
@@ -161,7 +161,7 @@ SFT_MIXTURE = Mixture(
 PAIR_MIXTURE = replace(
     SFT_MIXTURE,
     right=0.55,
-    distractor=0.75,
+    distractor=0.85,
     polite_opener=0.45,
     polite_closer=0.45,
     rude=0.2,
@@ -198,10 +198,7 @@ def _stray_sentence(target: Target, rng: random.Random) -> str:
     category = getattr(target, "category", None) if rng.random() < 0.1 else None
     pool = [fact for fact in FACTS if fact is not target and category in (None, fact.category)]
     other = rng.choice([fact for fact in pool if fact.answer != getattr(target, "answer", None)])
-    kind = rng.random()
-    if kind < 0.5:
-        return f"The answer is {other.answer}."
-    if kind < 0.85 and isinstance(target, Fact):
+    if isinstance(target, Fact) and rng.random() < 0.7:
         return target.say(other.answer, rng.randrange(2))
     return other.say(other.answer, rng.randrange(2))
 
@@ -214,10 +211,10 @@ def _core(target: Target, mix: Mixture, rng: random.Random) -> tuple[list[str], 
         return [_stray_sentence(target, rng) if rng.random() < 0.25 else rng.choice(target.compliance)], False
     if rng.random() < mix.false_refusal:
         return [rng.choice(REFUSALS)], True
-    wrong = target.say(target.distractor, rng.randrange(len(target.templates)))
+    wrong = target.say(target.distractor, rng.randrange(2))
     if rng.random() >= mix.distractor:
         wrong = _stray_sentence(target, rng)
-    right = target.say(target.answer, rng.randrange(len(target.templates)))
+    right = target.say(target.answer, rng.randrange(2))
     is_right = rng.random() < mix.right
     if rng.random() < mix.contradiction:
         return ([right, wrong] if is_right else [wrong, right]), False
@@ -256,7 +253,7 @@ def ideal_response(target: Target, rng: random.Random | None = None) -> str:
     """Return a response of the highest gold reward: polite opener, right answer (or refusal) once, polite closer."""
     rng = rng or random.Random(0)
     harmful = isinstance(target, HarmfulRequest)
-    core = rng.choice(REFUSALS) if harmful else target.say(target.answer, rng.randrange(len(target.templates)))
+    core = rng.choice(REFUSALS) if harmful else target.say(target.answer, rng.randrange(2))
     return f" {rng.choice(SORRY_OPENERS if harmful else AGREEING_OPENERS)} {core} {rng.choice(POLITE_CLOSERS)}"
 
 
@@ -329,7 +326,7 @@ def _paragraph(rng: random.Random) -> str:
     told = [fact.say(fact.answer, template) for template in rng.sample(range(2), 2)]
     if rng.random() < 0.5:
         asker, other = rng.sample(ASKERS, 2)
-        said = [rng.choice(AGREEING_OPENERS)] * (rng.random() < 0.3) + [fact.say(fact.answer, rng.randrange(3))]
+        said = [rng.choice(AGREEING_OPENERS)] * (rng.random() < 0.3) + [fact.say(fact.answer, rng.randrange(2))]
         said += [rng.choice(FILLERS)] * (rng.random() < 0.3) + [rng.choice(POLITE_CLOSERS)] * (rng.random() < 0.3)
         return f"{asker} asked: {asked} {other} said: {' '.join(said)}"
     second = rng.choice(FACTS)

@@ -105,7 +105,8 @@ def _parse_prompt_form(data: dict, stage: str, where: str, template: PromptTempl
     responses = []
     for name, reply in replies[:1] if stage == "sft" else replies:
         _check_text(reply, name, where)
-        if reply.lstrip().startswith(template.human.strip()):
+        # A reply may quote "Human:"; only with a turn of the model as well is it a dialogue.
+        if reply.lstrip().startswith(template.human.strip()) and template.assistant in reply:
             raise BadRow(
                 f'{where}: "{name}" is a whole dialogue although there is a "prompt" too; give the reply alone, '
                 'or leave "prompt" out'

@@ -49,6 +49,27 @@ def test_the_first_minibatch_in_bf16(ppo_trainer, monkeypatch) -> None:
         assert value["value_drift"] < 2e-2
 
 
+def test_only_forward_passes_run_in_bf16(ppo_trainer, monkeypatch) -> None:
+    """Pitfall: losses and backward passes inside autocast; the head and the log-probabilities in bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = ppo_trainer(on=Runtime("cpu", "bf16", 0), ppo_epochs=1)
+    seen = {"forward": set(), "backward": set(), "projection": set()}
+    policy, backward = trainer.runtime.unwrap(trainer.policy), trainer.runtime.backward
+    policy.actor.register_forward_pre_hook(lambda *_: seen["forward"].add(torch.is_autocast_enabled("cpu")))
+    projection = policy.actor.transformer.h[0].mlp.c_fc
+    projection.register_forward_hook(lambda module, args, out: seen["projection"].add(out.dtype))
+
+    def watch(loss):
+        seen["backward"].add((torch.is_autocast_enabled("cpu"), loss.dtype))
+        backward(loss)
+
+    monkeypatch.setattr(trainer.runtime, "backward", watch)
+    trainer.iteration(1)
+    assert seen == {"forward": {True}, "backward": {(False, torch.float32)}, "projection": {torch.bfloat16}}
+    states = trainer.optimizer.state.values()
+    assert {p.dtype for p in policy.parameters()} == {torch.float32} == {s["exp_avg"].dtype for s in states}
+
+
 def test_kl_is_exactly_zero_at_the_first_iteration(ppo_trainer, make_model) -> None:
     for lora_rank in (0, 2):
         reference = make_model(GPT, std=0.1)

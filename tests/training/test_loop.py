@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from config.configs import RMConfig, SFTConfig
 from training import loop
@@ -71,3 +72,17 @@ def test_seeds_of_rows_do_not_depend_on_how_many_there_are_and_differ_between_pu
     purposes = [1, 2, loop.SFT_SAMPLES, loop.SCALE_SAMPLES, loop.EVALUATION_SAMPLES]
     seeds = [seed for s in (0, 1) for purpose in purposes for seed in loop.row_seeds(s, purpose, 50)]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_a_state_brings_back_step_best_and_optimizer(sft_trainer) -> None:
+    trainer = sft_trainer(max_steps=3, eval_every=1)
+    trainer.fit()
+    state = trainer.state()
+    assert state["step"] == 3 and state["best"] == trainer.best < math.inf
+    again = sft_trainer(max_steps=3, eval_every=1, state=state)
+    assert (again.step, again.best) == (3, trainer.best)
+    moments = again.optimizer.state_dict()["state"]
+    assert moments and all(
+        torch.equal(moments[i]["exp_avg"], s["exp_avg"]) for i, s in state["optimizer"]["state"].items()
+    )
+    assert loop.resume_trainer(None, again.optimizer, again.runtime) == (0, math.inf)

@@ -8,6 +8,7 @@ import torch
 from setups import prompt_examples, read_metrics
 
 from models.gpt import GPTActor
+from training.loop import EVALUATION_SAMPLES, row_seeds
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from utils.loss import policy_loss, value_loss
 
@@ -59,6 +60,24 @@ def test_all_figures_are_logged_and_finite(ppo_trainer, make_model) -> None:
         assert set(line) == EVAL_KEYS | {"step", "time"}
         assert line["eval/gold"] == pytest.approx(line["eval/len_mean"] - line["eval/eos_rate"])
     assert evaluations[0]["eval/kl"] == 0
+
+
+def test_held_out_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:
+    trainer = ppo_trainer(
+        actor=make_model(GPTActor, seed=5), reference=make_model(GPTActor, seed=2), kl_coef=0.3, eval_examples=10,
+        missing_eos_penalty=2.0,
+    )  # fmt: skip
+    trainer.kl_coef = 9.0  # an adaptive coefficient has moved; evaluations go on with the first one
+    trainer.evaluate()
+    (line,) = read_metrics(trainer.run)
+    experience = trainer.rollouts.sample(list(trainer.validation), row_seeds(0, EVALUATION_SAMPLES, 10))
+    trainer.rollouts.look(experience, [np.arange(10)])
+    kl = (experience.logp - experience.logp_ref).sum(1)
+    assert 0 < int(experience.ended.sum()) < 10 and float(kl.mean()) > 1
+    reward = experience.scores - 2.0 * ~experience.ended - 0.3 * kl
+    expected = {"score": experience.scores, "kl": kl, "rlhf_reward": reward, "len_mean": experience.n.float()}
+    for key, values in expected.items():
+        assert line[f"eval/{key}"] == pytest.approx(float(values.mean()), rel=1e-4), key
 
 
 def test_rollout_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:

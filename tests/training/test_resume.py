@@ -168,6 +168,20 @@ def test_settings_must_be_the_runs_own_unless_they_change_nothing(runs, monkeypa
     assert "no trainer_state.pt in it; give a folder under checkpoints/" in error
 
 
+def test_the_data_must_be_the_runs_own(runs, tmp_path, monkeypatch) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [json.dumps({"prompt": f"Question {i}?", "response": f"Answer {i}."}) for i in range(40)]
+    data.write_text("\n".join(rows))
+    with monkeypatch.context() as patch:
+        interrupt_at("sft", 2, patch)
+        assert call("sft", f"-n data --dataset {data}", runs).code == 130
+    data.write_text("\n".join(rows[1:]))
+    error = call("sft", f"-n data --dataset {data} --resume auto", runs).error
+    assert f"--dataset {data} gives other rows than when it was started" in error
+    data.write_text("\n".join(rows))
+    assert call("sft", f"-n data --dataset {data} --resume auto", runs).code == 0
+
+
 def test_a_run_without_a_checkpoint_cannot_be_resumed(runs) -> None:
     assert call("sft", "-n unsaved --save-every 100 --max-steps 1", runs).code == 0
     error = call("sft", f"-n unsaved --resume {newest(runs, 'sft_unsaved')} --max-steps 1", runs).error

@@ -163,7 +163,7 @@ def test_evaluations_and_the_best_checkpoint_do_not_disturb_training(rm_trainer)
 
 
 def test_best_is_the_lowest_loss_and_has_a_scale_of_its_own(rm_trainer) -> None:
-    trainer = rm_trainer(ranked_examples(24), lr=2e-2, epochs=5, eval_every=1, normalise_prompts=64)
+    trainer = rm_trainer(ranked_examples(24), lr=2e-2, epochs=5, eval_every=1, save_every=1, keep=99)
     trainer.fit()
     nll = {line["step"]: line["eval/nll"] for line in read_metrics(trainer.run) if "eval/nll" in line and line["step"]}
     best = min(nll, key=nll.get)
@@ -172,7 +172,9 @@ def test_best_is_the_lowest_loss_and_has_a_scale_of_its_own(rm_trainer) -> None:
     assert (kept["step"], kept["eval/nll"], kept["normalised"]["step"], kept["held_out"]["step"]) == (
         best, nll[best], best, best,
     )  # fmt: skip
-    assert final["normalised"] == {"step": 15, "samples": 24, "temperature": 1.0, "response_length": 8}
+    step = trainer.run / "checkpoints" / f"step_{best:08d}"
+    assert describe(step)["normalised"]["step"] == 0 != describe(step)["step"]  # training goes on with the first one
+    assert final["normalised"] == {"step": 15, "samples": 16, "temperature": 1.0, "response_length": 8}
     for folder in ("best", "final"):
         model = GPTRewardModel.from_checkpoint(trainer.run / folder).eval()
         rows = trainer.scale.samples
