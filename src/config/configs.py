@@ -274,6 +274,8 @@ class RMConfig(RunConfig):
 
     pretrain: Annotated[str, arg(aliases=["-p"])] = "sft_demo"
     """The SFT run or checkpoint that the trunk starts from."""
+    adam_eps: float = 1e-5
+    """Epsilon of AdamW; 1e-5 as in Ziegler et al. 2019 keeps parameters with tiny gradients from taking full steps."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
     """What stays fixed beside the head: auto is lora for a LoRA preset and none otherwise."""
     epochs: int = 1
@@ -322,6 +324,8 @@ class PPOConfig(RunConfig):
     """0: --reward-fn replaces the reward model; otherwise reward = model score + weight x function."""
     eval_reward_fn: str = ""
     """FILE.py:FUNCTION, reported at evaluations as eval/gold and never trained on."""
+    adam_eps: float = 1e-5
+    """Epsilon of AdamW; 1e-5 as in Ziegler et al. 2019 keeps parameters with tiny gradients from taking full steps."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
     """What stays fixed beside the value head: auto is lora for a LoRA preset and none otherwise."""
     iterations: int = 200
@@ -406,11 +410,11 @@ _RECIPES: dict[str, dict[type, dict[str, Any]]] = {
             dataset="hh-sft", pretrain="huggingface", batch_size=8, global_batch_size=32, lr=5e-5, eval_every=200,
         ),
         RMConfig: dict(
-            dataset="rm-static", batch_size=8, global_batch_size=32, lr=2e-5, eval_every=200, adam_eps=1e-5,
+            dataset="rm-static", batch_size=8, global_batch_size=32, lr=2e-5, eval_every=200,
         ),
         PPOConfig: dict(
             dataset="rm-static", batch_size=8, global_batch_size=128, lr=3e-6, critic_lr=1e-5,
-            eval_every=10, save_every=20, adam_eps=1e-5,
+            eval_every=10, save_every=20,
         ),
     },
     "gpt2-nano": {

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from inference.generate import Generation, generate
 from models.gpt import GPT, GPTRewardModel
-from training.experience import compact
 from training.loop import row_seeds
+from training.sampling import compact
 from utils.demo_gold import gold_reward
 from utils.demo_world import best_possible_accuracy
 from utils.loss import gather_logprobs

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from config.configs import PPOConfig
 from training.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
-from training.sampling import compact as compact
 from utils.loss import entropy_from_logits, gather_logprobs
 from utils.tokenizer import Tokenizer
 

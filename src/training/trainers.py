@@ -66,7 +66,7 @@ class SFTTrainer:
         self.config, self.tokenizer, self.runtime, self.run = config, tokenizer, runtime, run
         self.train, self.validation = train, validation
         groups = [{"name": "model", "params": list(model.parameters()), "lr": config.lr}]
-        optimizer = adamw(groups, (0.9, config.beta2), 1e-8, config.weight_decay, runtime.device)
+        optimizer = adamw(groups, (0.9, config.beta2), config.adam_eps, config.weight_decay, runtime.device)
         self.model, self.optimizer = runtime.prepare(model, optimizer)
         self.trainable = trainable(model)
         self.total_steps = loop.optimizer_steps(train.lengths, config)
@@ -185,7 +185,7 @@ class RewardModelTrainer:
         self.config, self.tokenizer, self.runtime, self.run = config, tokenizer, runtime, run
         self.train, self.validation = train, validation
         groups = [{"name": "model", "params": list(model.parameters()), "lr": config.lr}]
-        optimizer = adamw(groups, (0.9, 0.999), 1e-5, config.weight_decay, runtime.device)
+        optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
         self.model, self.optimizer = runtime.prepare(model, optimizer)
         self.trainable = trainable(model)
         self.total_steps = loop.optimizer_steps(train.lengths, config)
@@ -342,7 +342,7 @@ class PPOTrainer:
             {"name": "actor", "params": self.parameters["actor"], "lr": config.lr},
             {"name": "critic", "params": self.parameters["critic"], "lr": config.critic_lr},
         ]
-        optimizer = adamw(groups, (0.9, 0.999), 1e-5, config.weight_decay, runtime.device)
+        optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
         self.policy, self.optimizer = runtime.prepare(ActorCritic(actor, critic), optimizer)
         self.frozen = {"reference": reference} | ({"reward model": reward_model} if reward_model is not None else {})
         self.rollouts = Rollouts(self.policy, reference, reward_model, reward_fn, config, tokenizer, runtime)

@@ -286,8 +286,8 @@ def _build_facts() -> tuple[Fact, ...]:
     for category in CATEGORIES:
         for subject, answer, distractor in category.facts:
             # The subject is put in now and the answer later, hence the doubled formatting. The bare third form is
-            # understood by the gold reward but never drawn: whether "The answer is red." is right cannot be seen without
-            # the question, and a reward model of this size does not learn to look there within one epoch.
+            # understood by the gold reward but never drawn: whether "The answer is red." is right cannot be seen
+            # without the question, and a reward model of this size does not learn to look there within one epoch.
             templates = [s.format(x=subject, a="{a}") + "." for s in category.statements] + ["the answer is {a}."]
             direct = tuple(d.format(x=subject) for d in category.direct)
             facts.append(

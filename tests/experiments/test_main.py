@@ -49,7 +49,7 @@ def test_help_lists_every_task(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py", "--help"])
     assert script.main() == 0
     shown = capsys.readouterr().out
-    assert all(f"    {task}" in shown for task in script.TASKS)
+    assert all(f"\n{task} " in shown for task in script.TASKS)
 
 
 def test_tasks_go_where_they_belong(monkeypatch):
