@@ -3,10 +3,13 @@
 Everything that one module alone can break is tested beside that module.
 """
 
+import json
+import math
 import multiprocessing
 import os
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +57,7 @@ def ids(rng: np.random.Generator, low: int, high: int, end: list[int] | None = N
     return np.array([*rng.integers(0, 1000, rng.integers(low, high)), *(end or [])], dtype=np.int32)
 
 
-def trainers_of(folder: Path, runtime: Runtime) -> tuple[SFTTrainer, RewardModelTrainer, PPOTrainer]:
+def trainers_of(folder: Path, runtime: Runtime, **ppo) -> tuple[SFTTrainer, RewardModelTrainer, PPOTrainer]:
     """The three stages on tiny models, the same in every process; rows of very different lengths."""
     tok, rng = get_tokenizer("demo"), np.random.default_rng(0)
     end = [tok.eos_id]
@@ -72,7 +75,8 @@ def trainers_of(folder: Path, runtime: Runtime) -> tuple[SFTTrainer, RewardModel
     for run in runs:
         run.mkdir(parents=True)
     rm_config = RMConfig(**SMALL, lr=1e-2, response_length=8, normalise_prompts=8)
-    ppo_config = PPOConfig(**SMALL, lr=1e-3, critic_lr=1e-3, ppo_epochs=2, response_length=8, temperature=0.8)
+    settings = dict(lr=1e-3, critic_lr=1e-3, ppo_epochs=2, response_length=8, temperature=0.8)
+    ppo_config = PPOConfig(**{**SMALL, **settings, **ppo})
     given = (runtime, {})
     return (
         SFTTrainer(SFTConfig(**SMALL, lr=1e-2), made(GPT, 0), tok, sft, sft, runs[0], *given),
@@ -200,6 +204,29 @@ def test_a_cut_response_is_scored_at_its_last_token_and_then_fined(tmp_path) -> 
     torch.testing.assert_close(fined[cut], experience.scores[cut] - 1.0)
     ended = experience.ended
     assert torch.equal(fined[ended], experience.scores[ended])
+
+
+def test_the_value_coefficient_weighs_the_gradient_of_the_critic_alone(tmp_path) -> None:
+    """Steps of AdamW hardly show it, so that nothing else would tell whether it is used."""
+    norms = []
+    for vf_coef in (0.1, 1.0):
+        trainer = trainers_of(tmp_path / str(vf_coef), Runtime("cpu", "fp32", 0), vf_coef=vf_coef, ppo_epochs=1)[2]
+        metrics = trainer.iteration(1)
+        norms.append([float(metrics[f"grad_norm/{name}"]) for name in ("actor", "critic")] + [metrics["loss/value"]])
+    (actor, critic, loss), (other_actor, other_critic, other_loss) = norms
+    assert other_critic == pytest.approx(10 * critic, rel=1e-4) and other_actor == actor
+    assert other_loss == loss  # the figure is that of the loss itself
+
+
+def test_the_reward_models_learning_rate_rises_and_falls_to_zero(tmp_path) -> None:
+    trainer = trainers_of(tmp_path, Runtime("cpu", "fp32", 0))[1]
+    trainer.config = replace(trainer.config, warmup_steps=2, log_every=1, eval_every=100)
+    trainer.total_steps = 8
+    trainer.fit()
+    lines = [json.loads(line) for line in (trainer.run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train/lr"] for line in lines if "train/lr" in line]
+    cosine = [0.5 * (1 + math.cos(math.pi * s / 6)) for s in range(6)]
+    assert rates == pytest.approx([1e-2 * share for share in (0.5, 1.0, *cosine)])
 
 
 def test_the_coverage_table_names_tests_that_exist() -> None:

@@ -84,6 +84,16 @@ def _run_and_checkpoint(config: RunConfig) -> tuple[Path, Path]:
     return run, step_checkpoints(run)[-1]
 
 
+def require_one_process(runtime: Runtime) -> None:
+    """Refuse a launcher: every process would train on the same rows and write the same run.
+
+    Raises:
+        UserError: there are several processes.
+    """
+    if runtime.world_size > 1:
+        raise UserError("--strategy naive: runs on one device; start the script with python, without a launcher")
+
+
 def open_run(
     stage: str,
     config: RunConfig,

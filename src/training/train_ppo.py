@@ -26,6 +26,7 @@ from training.start import (  # noqa: E402
     open_run,
     ppo_start,
     prompt_limit,
+    require_one_process,
     row_limit,
     template_of,
 )
@@ -42,6 +43,7 @@ def main() -> int:
     reward_fn = load_reward_function(config.reward_fn, "--reward-fn") if config.reward_fn else None
     eval_reward_fn = load_reward_function(config.eval_reward_fn, "--eval-reward-fn") if config.eval_reward_fn else None
     runtime = Runtime(config.device, config.dtype, config.seed)
+    require_one_process(runtime)
     roles = ppo_start(config, resumption)
     tokenizer, template = load_tokenizer(roles.sft), template_of(roles.sft)
     limit, prompts = row_limit(config, roles.actor), prompt_limit(config, roles.actor)

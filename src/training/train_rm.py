@@ -17,7 +17,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.configs import RMConfig, parse_cli  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
-from training.start import describe_model, find_resumption, open_run, prompt_limit, rm_start, row_limit  # noqa: E402
+from training.start import (  # noqa: E402
+    describe_model,
+    find_resumption,
+    open_run,
+    prompt_limit,
+    require_one_process,
+    rm_start,
+    row_limit,
+)
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 
@@ -27,6 +35,7 @@ def main() -> int:
     config = parse_cli(RMConfig)
     resumption = find_resumption("rm", config)
     runtime = Runtime(config.device, config.dtype, config.seed)
+    require_one_process(runtime)
     model, sft, tokenizer, template, source = rm_start(config, resumption)
     prompt_limit(config, model)  # room for the samples that the scores are normalised on; told before any work
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}

@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.configs import SFTConfig, parse_cli  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
-from training.start import describe_model, find_resumption, freeze, open_run, row_limit, sft_start  # noqa: E402
+from training.start import describe_model, find_resumption, freeze, open_run, require_one_process, row_limit, sft_start  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 
@@ -26,6 +26,7 @@ def main() -> int:
     config = parse_cli(SFTConfig)
     resumption = find_resumption("sft", config)
     runtime = Runtime(config.device, config.dtype, config.seed)
+    require_one_process(runtime)
     model, tokenizer, template, source = sft_start(config, resumption)
     freeze(model, config)
     stage = "text" if config.dataset == "demo-text" else "sft"

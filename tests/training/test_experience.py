@@ -62,7 +62,7 @@ def test_compact_rows_equal_the_left_padded_layout(ppo_trainer, make_model) -> N
         torch.testing.assert_close(getattr(experience, name), value, atol=1e-5, rtol=0, msg=name)
         assert getattr(experience, name).dtype == torch.float32
     assert experience.logp[~rmask].eq(0).all() and experience.values[~rmask].eq(0).all()
-    # The sampler's cached forward agrees, too (C4).
+    # The sampler's cached forward agrees, too.
     torch.testing.assert_close(experience.sampler_logp, experience.logp, atol=1e-4, rtol=0)
 
 
@@ -73,7 +73,7 @@ def test_micro_batch_size_changes_no_output(ppo_trainer) -> None:
 
 
 def test_scores_are_those_of_the_reward_models_own_pipeline(ppo_trainer, make_model, runtime) -> None:
-    """B9: 100 texts through dataset and collation, and the same ids as PPO holds them, score alike."""
+    """100 texts through dataset and collation, and the same ids as PPO holds them, score alike."""
     tokenizer = get_tokenizer("demo")
     model = make_model(GPTRewardModel, vocab_size=tokenizer.vocab_size, block_size=192, std=0.1)
     rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def test_scores_are_those_of_the_reward_models_own_pipeline(ppo_trainer, make_mo
         with torch.no_grad():
             scored = model(left, left != tokenizer.pad_id)
         torch.testing.assert_close(scored, trained[:, k], atol=1e-4, rtol=0)
-        assert ids[0][-2] == responses[0][-1]  # A3: nothing stands between the last token and EOS
+        assert ids[0][-2] == responses[0][-1]  # nothing stands between the last token and EOS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_the_first_minibatch_in_bf16(ppo_trainer, monkeypatch) -> None:
 
 
 def test_only_forward_passes_run_in_bf16(ppo_trainer, monkeypatch) -> None:
-    """Pitfall: losses and backward passes inside autocast; the head and the log-probabilities in bf16."""
+    """No losses and backward passes inside autocast; the head and the log-probabilities in bf16."""
     AcceleratorState._reset_state(reset_partial_state=True)
     trainer = ppo_trainer(on=Runtime("cpu", "bf16", 0), ppo_epochs=1)
     seen = {"forward": set(), "backward": set(), "projection": set()}

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from config.configs import RMConfig, SFTConfig
+from config.user_error import UserError
 from training import loop
+from training.start import require_one_process
 
 LENGTHS = np.random.default_rng(0).integers(3, 40, size=37)
 
@@ -86,3 +88,11 @@ def test_a_state_brings_back_step_best_and_optimizer(sft_trainer) -> None:
         torch.equal(moments[i]["exp_avg"], s["exp_avg"]) for i, s in state["optimizer"]["state"].items()
     )
     assert loop.resume_trainer(None, again.optimizer, again.runtime) == (0, math.inf)
+
+
+def test_several_processes_are_refused() -> None:
+    class Two:
+        world_size = 2
+
+    with pytest.raises(UserError, match="one device"):
+        require_one_process(Two())

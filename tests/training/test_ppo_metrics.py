@@ -136,8 +136,8 @@ def test_garbage_behind_the_end_changes_no_figure(ppo_trainer, make_model) -> No
     assert (~experience.rmask).any() and figures() == before
 
 
-def test_entropy_of_a_padded_row_has_no_sentinel() -> None:
-    """Section D: log-probabilities [-1, -2, -1] and 50 pads are 4 nats, whatever stands at the pads."""
+def test_statistics_of_a_padded_row_have_no_sentinel() -> None:
+    """Log-probabilities [-1, -2, -1] and 50 pads are 4 nats, whatever stands at the pads."""
     logp = torch.full((1, 53), 1.0)
     logp[0, :3] = torch.tensor([-1.0, -2.0, -1.0])
     mask = torch.arange(53)[None] < 3

@@ -71,7 +71,7 @@ def test_each_pass_takes_every_row_once_and_shuffles_anew(ppo_trainer, monkeypat
 
 
 def test_later_passes_are_off_policy_and_clip(ppo_trainer) -> None:
-    """Pitfall: with one update per rollout the ratio is identically 1 and no clip ever acts."""
+    """With one update per rollout the ratio is identically 1 and no clip ever acts."""
     metrics = ppo_trainer(ppo_epochs=6, lr=2e-2, critic_lr=2e-2, global_batch_size=16).iteration(1)
     assert metrics["policy/approxkl_epoch1"] == 0 < metrics["policy/approxkl_epoch6"]
     assert metrics["policy/clipfrac"] > 0 and metrics["val/clipfrac"] > 0
@@ -198,7 +198,7 @@ def test_the_coefficient_is_fixed_by_default(ppo_trainer) -> None:
 
 
 def test_learning_rates_fall_linearly_to_zero(ppo_trainer) -> None:
-    """C22: 3e-6 and U = 4 give 3e-6, 2.25e-6, 1.5e-6, 7.5e-7."""
+    """3e-6 and U = 4 give 3e-6, 2.25e-6, 1.5e-6, 7.5e-7."""
     trainer = ppo_trainer(lr=3e-6, critic_lr=1e-5, iterations=4, minibatches=2)
     trainer.fit()
     lines = [line for line in read_metrics(trainer.run) if "actor_lr" in line]
@@ -262,7 +262,7 @@ def test_actor_and_critic_are_clipped_apart(ppo_trainer, monkeypatch) -> None:
 
 
 def test_the_value_coefficient_is_almost_nothing_to_separate_networks(ppo_trainer) -> None:
-    """C16: with Adam and eps -> 0 the critic's steps do not depend on vf_coef, and the actor's never do."""
+    """With Adam and eps -> 0 the critic's steps do not depend on vf_coef, and the actor's never do."""
     results = []
     for vf_coef in (0.1, 1.0):
         trainer = ppo_trainer(vf_coef=vf_coef, max_grad_norm=1e9, ppo_epochs=2)
@@ -308,7 +308,7 @@ def test_lora_roles_share_a_base_that_no_step_changes(ppo_trainer, make_model, l
     actor, critic = role(GPTActor, 2, 1), role(GPTCritic, 2, 3)
     reward_model = role(GPTRewardModel, 2, 3) if lora_reward else make_model(GPTRewardModel, seed=3, std=0.1)
     if lora_reward:
-        critic.load_state_dict(reward_model.state_dict())  # C26: starts as a copy of the reward adapter and head
+        critic.load_state_dict(reward_model.state_dict())  # starts as a copy of the reward adapter and head
     for model in (actor, critic):
         freeze_weights(model, "lora")
     for model in (reference, reward_model):

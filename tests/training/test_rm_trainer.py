@@ -80,7 +80,7 @@ def test_rows_whose_completions_have_prompts_of_their_own(rm_trainer) -> None:
 
 
 def test_normalisation_holds_on_fresh_samples_and_changes_no_order(rm_trainer, make_model, ppo_trainer) -> None:
-    """B6: train, save, load into PPO, and score what the SFT model says to prompts nobody has seen."""
+    """Train, save, load into PPO, and score what the SFT model says to prompts nobody has seen."""
     sft = frozen(make_model(GPT, seed=5))
     trainer = rm_trainer(
         ranked_examples(800, seed=2), sft=sft, normalise_prompts=800, temperature=0.8, response_length=8, lr=3e-3,

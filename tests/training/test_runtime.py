@@ -108,7 +108,7 @@ def test_betas_eps_and_default_weight_decay(sft_trainer, rm_trainer, ppo_trainer
 
 
 def test_the_first_step_of_a_tiny_gradient_is_torchs(runtime) -> None:
-    """C22: g = 1e-6 and eps 1e-5 move a weight by 0.0909 of the learning rate."""
+    """g = 1e-6 and eps 1e-5 move a weight by 0.0909 of the learning rate."""
     p = nn.Parameter(torch.zeros(1))
     optimizer = adamw([{"name": "m", "params": [p], "lr": 1.0}], (0.9, 0.999), 1e-5, 0.0, runtime.device)
     p.grad = torch.full_like(p, 1e-6)

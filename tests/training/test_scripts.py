@@ -137,7 +137,7 @@ def test_lora_after_full_and_full_after_lora(runs) -> None:
 
 
 def test_dropout_is_for_sft_only(runs) -> None:
-    """A7, C5: presets with dropout train SFT with it, and reward model and PPO without, in every mode."""
+    """Presets with dropout train SFT with it, and reward model and PPO without, in every mode."""
     assert call("sft", "-n wet --config gpt2-nano/dropout --max-steps 1", runs).code == 0
     assert describe(newest(runs, "sft_wet") / "final")["model"]["dropout"] == 0.2
     assert call("rm", "-n wet -p sft_wet --config gpt2-nano/dropout --max-steps 1", runs).code == 0

@@ -81,7 +81,7 @@ def test_evaluation_has_no_dropout_and_disturbs_nothing(sft_trainer, make_model)
 
 
 def test_one_big_batch_and_any_split_of_it_are_the_same_step(sft_trainer, monkeypatch) -> None:
-    """A5, for rows of very different lengths: the gradient is that of the mean over all target tokens of the step."""
+    """For rows of very different lengths: the gradient is that of the mean over all target tokens of the step."""
     rng = np.random.default_rng(3)
     rows = [SFTExample(random_ids(rng, 1, 20), response(rng, 0, 20 if i % 2 else 1)) for i in range(8)]
     train = Examples(rows, [len(r.prompt_ids) + len(r.response_ids) for r in rows])
@@ -103,7 +103,7 @@ def test_one_big_batch_and_any_split_of_it_are_the_same_step(sft_trainer, monkey
 
 
 def test_sum_of_logprobs_is_the_sft_loss(sft_trainer, make_model) -> None:
-    """Section 0's slicing: at temperature 1 PPO's log-probabilities of a row sum to minus its SFT loss."""
+    """At temperature 1 PPO's log-probabilities of a row sum to minus its SFT loss."""
     trainer, examples = sft_trainer(), list(sft_examples(5))
     batch = collate_sft(examples, VOCAB)
     at = sft_targets(batch)
@@ -120,7 +120,7 @@ def test_sum_of_logprobs_is_the_sft_loss(sft_trainer, make_model) -> None:
 
 
 def test_the_learning_rate_is_stepped_once_an_optimizer_step(sft_trainer) -> None:
-    """A6: peak 1e-4, end 1e-5, 10 steps of warm-up, 110 in all; with two micro-batches a step."""
+    """Peak 1e-4, end 1e-5, 10 steps of warm-up, 110 in all; with two micro-batches a step."""
     trainer = sft_trainer(
         sft_examples(10), batch_size=1, global_batch_size=2, epochs=22, lr=1e-4, min_lr_ratio=0.1, warmup_steps=10,
         log_every=1, eval_every=1000,
