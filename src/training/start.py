@@ -132,8 +132,17 @@ def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, t
 
 
 def template_of(folder: Path) -> PromptTemplate:
-    """The prompt template a checkpoint was trained with."""
-    return PromptTemplate.from_dict(describe(folder)["template"])
+    """The prompt template a checkpoint was trained with.
+
+    Raises:
+        UserError: the checkpoint does not tell.
+    """
+    template = describe(folder).get("template")
+    if template is None:
+        raise UserError(
+            f"{folder}: model.json names no prompt template; give a checkpoint that one of the stages wrote"
+        )
+    return PromptTemplate.from_dict(template)
 
 
 def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig) -> nn.Module:

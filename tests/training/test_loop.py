@@ -8,8 +8,9 @@ import torch
 
 from config.configs import RMConfig, SFTConfig
 from config.user_error import UserError
+from models.checkpoint import save_model
 from training import loop
-from training.start import require_one_process
+from training.start import require_one_process, template_of
 
 LENGTHS = np.random.default_rng(0).integers(3, 40, size=37)
 
@@ -96,3 +97,9 @@ def test_several_processes_are_refused() -> None:
 
     with pytest.raises(UserError, match="one device"):
         require_one_process(Two())
+
+
+def test_a_checkpoint_without_a_template_is_refused(tmp_path, make_model) -> None:
+    save_model(make_model(), tmp_path)
+    with pytest.raises(UserError, match="prompt template"):
+        template_of(tmp_path)
