@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,14 +30,6 @@ EDGE_CASES = [
     "``` code\n    x = 1\n```",
     "\u3000\u00a0\u2003wide", "...!!!???---", "\u0301\u0301 combining first",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data_dir() -> Path:
-    folder = os.environ.get("TEST_DATA_DIR")
-    if not folder:
-        pytest.skip("TEST_DATA_DIR is not set: it has GPT-2's vocabulary and real dialogues")
-    return Path(folder)
 
 
 @pytest.fixture(scope="module")
