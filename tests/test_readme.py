@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from config.configs import PPOConfig, RMConfig, SFTConfig, parse_cli
+from config.command_line import parse_cli
+from config.configs import PPOConfig, RMConfig, SFTConfig
 from config.flag_table import README, tables, with_tables
 from experiments import quick_looks
 from experiments.main import TASKS, Parser

@@ -1,23 +1,17 @@
 """Every setting of the project: model presets and one frozen, validated dataclass per training stage.
 
-`get_configs("gpt2-medium/lora")` gives a model preset. `parse_cli(SFTConfig)` turns a stage's dataclass into its
-command line; the defaults it shows depend on the preset named by `--config`, because a 0.75 M-parameter model and a
-355 M one want different recipes. Where a default comes from a paper or another code base, the recipe table below says
-so.
+`get_configs("gpt2-medium/lora")` gives a model preset. `config/command_line.py` turns a stage's dataclass into its
+command line; the defaults depend on the preset named by `--config`, because a 0.75 M-parameter model and a 355 M one
+want different recipes. Where a default comes from a paper or another code base, the recipe table below says so.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import io
 import math
 import re
-import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
 from tyro.conf import arg
 
 from config.user_error import UserError
@@ -226,15 +220,15 @@ class RunConfig:
 
     def _at_least(self, field: str, low: int) -> None:
         value = getattr(self, field)
-        _require(value >= low, f"{_flag(field)} {value}: must be {low} or more")
+        _require(value >= low, f"{flag_of(field)} {value}: must be {low} or more")
 
     def _positive(self, field: str) -> None:
         value = getattr(self, field)
-        _require(0 < value < math.inf, f"{_flag(field)} {value}: must be a positive number")
+        _require(0 < value < math.inf, f"{flag_of(field)} {value}: must be a positive number")
 
     def _not_negative(self, field: str) -> None:
         value = getattr(self, field)
-        _require(0 <= value < math.inf, f"{_flag(field)} {value}: must be 0 or a positive number")
+        _require(0 <= value < math.inf, f"{flag_of(field)} {value}: must be 0 or a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,7 +375,7 @@ class PPOConfig(RunConfig):
         for field in ("kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop"):
             self._not_negative(field)
         for field in ("gamma", "lam"):
-            _require(0 <= getattr(self, field) <= 1, f"{_flag(field)} {getattr(self, field)}: must be in [0, 1]")
+            _require(0 <= getattr(self, field) <= 1, f"{flag_of(field)} {getattr(self, field)}: must be in [0, 1]")
         _require(
             self.minibatches <= self.global_batch_size,
             f"--minibatches {self.minibatches}: at most one per rollout row "
@@ -446,53 +440,6 @@ def stage_defaults(stage: type[StageConfig], preset: str) -> StageConfig:
     return stage(config=preset, **values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
-    """Parse a stage's command line; the defaults shown and used are those of the preset that `--config` names.
-
-    Raises:
-        UserError: an unknown flag (the message lists the flags), a bad value, or a value out of range.
-        SystemExit: with 0, after `--help`.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    _reject_unknown_flags(stage, argv)
-    preset = next((f.default for f in fields(stage) if f.name == "config"), "gpt2-nano")
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            preset = argv[i + 1]
-        elif word.startswith("--config="):
-            preset = word.split("=", 1)[1]
-    defaults = stage_defaults(stage, preset)
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            return tyro.cli(stage, args=argv, default=defaults, description=stage.__doc__)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box with a title; the contract is one line.
-        words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue()).split())
-        words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
-        raise UserError(words.split(" For full helptext")[0]) from None
-
-
-def _reject_unknown_flags(stage: type, argv: list[str]) -> None:
-    flags = [_flag(f.name) for f in fields(stage)]
-    short = ["-n", "-s", "-b"] + (["-a", "-c"] if stage is PPOConfig else ["-p"])
-    known = set(flags) | {"--no-" + f[2:] for f in flags} | set(short) | {"-h", "--help"}
-    for word in argv:
-        flag = word.split("=", 1)[0].replace("_", "-")
-        looks_like_flag = word.startswith("--") or (len(word) == 2 and word[0] == "-" and word[1].isalpha())
-        if looks_like_flag and flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1)
-            hint = f" did you mean {near[0]}?" if near else ""
-            raise UserError(f"{flag}: no such flag;{hint} there are {', '.join(short + sorted(flags))}")
-
-
 def resolved(config: RunConfig | GPTConfig) -> dict[str, Any]:
     """The configuration as plain JSON values, for hyperparams.json and checkpoints."""
     return asdict(config)
@@ -522,7 +469,8 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> GPTConfig:
         raise UserError(f"{where}: {error}") from None
 
 
-def _flag(field: str) -> str:
+def flag_of(field: str) -> str:
+    """The command-line flag of a configuration field."""
     return "--" + field.replace("_", "-")
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever folder the script is started
 
-from config.configs import PPOConfig, parse_cli  # noqa: E402
+from config.command_line import parse_cli  # noqa: E402
+from config.configs import PPOConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from models.checkpoint import describe  # noqa: E402
 from training.runtime import Runtime  # noqa: E402

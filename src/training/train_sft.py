@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever folder the script is started
 
-from config.configs import SFTConfig, parse_cli  # noqa: E402
+from config.command_line import parse_cli  # noqa: E402
+from config.configs import SFTConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import describe_model, find_resumption, freeze, open_run, require_one_process, row_limit, sft_start  # noqa: E402

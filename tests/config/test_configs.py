@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
+from config.command_line import parse_cli
 from config.configs import (
     PRESETS,
     GPTConfig,
@@ -14,7 +15,6 @@ from config.configs import (
     SFTConfig,
     get_configs,
     model_config_from_dict,
-    parse_cli,
     resolved,
     stage_defaults,
 )

@@ -1,0 +1,57 @@
+"""The command line of a stage, made from its dataclass by tyro."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from dataclasses import fields
+
+import tyro
+
+from config.configs import PPOConfig, StageConfig, flag_of, stage_defaults
+from config.user_error import UserError
+
+
+def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
+    """Parse a stage's command line; the defaults shown and used are those of the preset that `--config` names.
+
+    Raises:
+        UserError: an unknown flag (the message lists the flags), a bad value, or a value out of range.
+        SystemExit: with 0, after `--help`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _reject_unknown_flags(stage, argv)
+    preset = next((f.default for f in fields(stage) if f.name == "config"), "gpt2-nano")
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            preset = argv[i + 1]
+        elif word.startswith("--config="):
+            preset = word.split("=", 1)[1]
+    defaults = stage_defaults(stage, preset)
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(stage, args=argv, default=defaults, description=stage.__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box with a title; the contract is one line.
+        words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue()).split())
+        words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
+        raise UserError(words.split(" For full helptext")[0]) from None
+
+
+def _reject_unknown_flags(stage: type, argv: list[str]) -> None:
+    flags = [flag_of(f.name) for f in fields(stage)]
+    short = ["-n", "-s", "-b"] + (["-a", "-c"] if stage is PPOConfig else ["-p"])
+    known = set(flags) | {"--no-" + f[2:] for f in flags} | set(short) | {"-h", "--help"}
+    for word in argv:
+        flag = word.split("=", 1)[0].replace("_", "-")
+        looks_like_flag = word.startswith("--") or (len(word) == 2 and word[0] == "-" and word[1].isalpha())
+        if looks_like_flag and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f" did you mean {near[0]}?" if near else ""
+            raise UserError(f"{flag}: no such flag;{hint} there are {', '.join(short + sorted(flags))}")
