@@ -104,9 +104,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        hidden = model.hidden(prompt_ids, att, cache)[:, -1]
+        logits = model.lm_head(model.hidden(prompt_ids, att, cache)[:, -1])  # (rows, V)
+        decoder = model.decoder(cache)
         for t in range(max_new_tokens):
-            logits = model.lm_head(hidden)  # (rows, V)
             token, logp = sample(logits, temperature, top_k, top_p, None if uniforms is None else uniforms[rows, t])
             responses[rows, t] = torch.where(alive, token, pad_id)
             logprobs[rows, t] = torch.where(alive, logp, 0.0)
@@ -120,8 +120,8 @@ def generate(
             if left <= 0.75 * len(rows):
                 keep = alive.nonzero().squeeze(1)
                 rows, token, alive = rows[keep], token[keep], alive[keep]
-                cache.keep_rows(keep)
-            hidden = model.hidden(token[:, None], None, cache)[:, -1]
+                decoder.keep_rows(keep)
+            logits = decoder.step(token)
     finally:
         model.train(was_training)
     width = int(n.max())
@@ -140,29 +140,59 @@ def sample(
     Returns:
         ids [B] and their log-probabilities [B] fp32 under the distribution drawn from (greedy: under temperature 1).
     """
+    z = temper(logits, temperature or 1.0)
     if temperature == 0:
-        logp = torch.log_softmax(logits.float(), dim=-1)
-        best = logp.argmax(-1)
-        return best, logp.gather(-1, best[:, None]).squeeze(-1)
-    logits = temper(logits, temperature)
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
+        best = z.argmax(-1)
+        return best, (z.gather(-1, best[:, None]) - z.logsumexp(-1, keepdim=True)).squeeze(-1)
+    if 0 < top_k < z.shape[-1]:
+        kth = z.topk(top_k, dim=-1).values[:, -1:]
+        z = z.masked_fill(z < kth, float("-inf"))
     if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        ordered, order = z.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         # The id that crosses top_p is kept: the set must have at least that mass.
         ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
-    logp = torch.log_softmax(logits, dim=-1)
-    # In fp32 a sum near 1 would swallow ids of less than 6e-8, of which a vocabulary of 50,257 has many.
-    cumulative = logp.exp().cumsum(-1, dtype=_wide(logits.device))
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that rounding never lands on an id behind the last one with any probability.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # The clamp is for logits that are NaN: their rows end in a NaN log-probability instead of an index error.
-    token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+        z = torch.empty_like(z).scatter(-1, order, ordered)
+    z = z - z.amax(-1, keepdim=True)
+    token, total = _invert(z.exp(), uniform[:, None])
+    return token.squeeze(-1), (z.gather(-1, token) - total.log()).squeeze(-1).float()
+
+
+_SLICE = 128
+
+
+def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The id at which the cumulative weights pass `uniform` times their total.
+
+    First the slice of 128 ids is found and then the id within it, so that no sum runs over the whole vocabulary id by
+    id. Both searches sum in float64: in fp32 a sum near 1 would swallow ids of less than 6e-8, of which a vocabulary of
+    50,257 has many.
+
+    Args:
+        weights: [B, V], 0 or more, not normalised. uniform: [B, 1] in [0, 1).
+
+    Returns:
+        id [B, 1] and the total [B, 1].
+    """
+    B, V = weights.shape
+    whole = V - V % _SLICE
+    slices = weights[:, :whole].view(B, -1, _SLICE).sum(-1)
+    if whole < V:
+        slices = torch.cat([slices, weights[:, whole:].sum(-1, keepdim=True)], dim=1)
+    ends = slices.cumsum(-1, dtype=_wide(weights.device))  # (B, slices)
+    target = uniform * ends[:, -1:]
+    # The clamps are for targets that rounding puts at the very end, and for weights that are NaN: their rows end in a
+    # NaN log-probability instead of an index error.
+    chosen = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    before = ends.gather(1, chosen) - slices.gather(1, chosen)
+    ids = chosen * _SLICE + torch.arange(_SLICE, device=weights.device)  # (B, 128)
+    inside = weights.gather(1, ids.clamp(max=V - 1)).masked_fill(ids >= V, 0)
+    steps = inside.cumsum(-1, dtype=_wide(weights.device))
+    # Strictly below the slice's own sum, so that no id without any weight behind the last one with some is taken.
+    last = steps[:, -1:]
+    target = torch.minimum(target - before, torch.nextafter(last, torch.zeros_like(last)))
+    place = torch.searchsorted(steps, target.clamp(min=0), right=True).clamp(max=_SLICE - 1)
+    return ids.gather(1, place).clamp(max=V - 1), ends[:, -1:]
 
 
 def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config.configs import GPTConfig
 from models import checkpoint as model_checkpoint
-from models import huggingface
+from models import huggingface, vocabulary
+from models.decoding import Decoder
 from models.lora import freeze_weights, projection
 from models.roles import CriticRole, RewardRole
 
@@ -223,27 +224,47 @@ class GPT(nn.Module):
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 from hidden states [..., d].
 
-        The product is taken in fp32 whatever the autocast dtype: GPT-2's logits share a large common offset, where bf16
-        is spaced 0.25 to 0.5 apart, as much as PPO's clip range.
+        Under bf16 or fp16 autocast they are right up to a constant per position: see `models.vocabulary`.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.transformer.wte.weight[: self.config.vocab_size].float())
+        return vocabulary.logits(hidden, self.transformer.wte.weight, self.config.vocab_size)
+
+    def token_logprobs(self, hidden: Tensor, tokens: Tensor, tau: float = 1.0) -> Tensor:
+        """Log-probabilities [N] of tokens [N] chosen in states [N, d]. See `models.vocabulary.token_logprobs`."""
+        return vocabulary.token_logprobs(hidden, self.transformer.wte.weight, self.config.vocab_size, tokens, tau)
+
+    def token_logprobs_and_entropy(self, hidden: Tensor, tokens: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`token_logprobs` and the entropy [N] of each distribution, without gradients."""
+        return vocabulary.token_logprobs_and_entropy(
+            hidden, self.transformer.wte.weight, self.config.vocab_size, tokens, tau
+        )
+
+    def token_loss_sum(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Sum of the cross-entropies of tokens [N] after states [N, d], in nats."""
+        return vocabulary.token_loss_sum(hidden, self.transformer.wte.weight, self.config.vocab_size, tokens)
+
+    def decoder(self, cache: KVCache) -> Decoder:
+        """Steps of one token per row behind what the cache holds. See `models.decoding`."""
+        return Decoder(self, cache)
 
     def forward(
-        self, ids: Tensor, att: Tensor | None = None, right_padded: bool = False, at: Tensor | None = None
-    ) -> Tensor:
-        """Logits in fp32; those of column j predict column j + 1.
+        self, ids: Tensor, att: Tensor | None = None, right_padded: bool = False, at: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits in fp32; those of column j predict column j + 1. With `targets` the loss of predicting these.
 
         Args:
             ids, att, right_padded: see `hidden`.
             at: [N] int64 indices into the B * L flattened columns; only those are projected onto the vocabulary, which
                 is most of the memory of a language model's loss.
+            targets: [N] int64, the tokens behind the columns `at`. (A prepared module is called through its forward
+                pass, where precision and ranks are dealt with; so the loss of supervised fine-tuning is made here.)
 
         Returns:
-            [B, L, V], or [N, V] with `at`.
+            [B, L, V], or [N, V] with `at`; with `targets` the sum of their cross-entropies in nats [].
         """
         h = self.hidden(ids, att, right_padded=right_padded)
-        return self.lm_head(h if at is None else h.flatten(0, 1)[at])
+        h = h if at is None else h.flatten(0, 1)[at]
+        return self.lm_head(h) if targets is None else self.token_loss_sum(h, targets)
 
     def freeze_weights(self, method: str) -> None:
         """Choose what trains: "lora", "last_block" or "none"; heads always do. See `models.lora.freeze_weights`."""

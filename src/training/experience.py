@@ -16,7 +16,6 @@ from tqdm import tqdm
 from config.configs import PPOConfig
 from training.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
-from utils.loss import entropy_from_logits, gather_logprobs
 from utils.tokenizer import Tokenizer
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -58,11 +57,13 @@ class ActorCritic(nn.Module):
         self, batch: MicroBatch, tau: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities [b, T] at temperature tau, values [b, T], and the entropy [b, T] when asked for."""
-        logits = self.actor(batch.ids, batch.att, right_padded=True, at=batch.at)  # (N, V)
-        logp = batch.unpack(gather_logprobs(logits, batch.tokens, tau))
-        values = batch.unpack(self.critic(batch.ids, batch.att, right_padded=True, at=batch.at))
-        entropy = batch.unpack(entropy_from_logits(logits.detach(), tau)) if with_entropy else None
-        return logp, values, entropy
+        h = batch.states(self.actor)  # (N, d)
+        if with_entropy:
+            logp, entropy = self.actor.token_logprobs_and_entropy(h, batch.tokens, tau)
+        else:
+            logp, entropy = self.actor.token_logprobs(h, batch.tokens, tau), None
+        values = self.critic(batch.ids, batch.att, right_padded=True, at=batch.at)
+        return batch.unpack(logp), batch.unpack(values), None if entropy is None else batch.unpack(entropy)
 
 
 def minibatch_plan(
@@ -128,10 +129,10 @@ class Rollouts:
             experience.values[batch.rows, :T] = values
             experience.entropy[batch.rows, :T] = entropy
             with self.runtime.autocast():
-                logits = self.reference(batch.ids, batch.att, right_padded=True, at=batch.at)
+                logp_ref = self.reference.token_logprobs(batch.states(self.reference), batch.tokens, tau)
                 if self.reward_model is not None:
                     experience.scores[batch.rows] = self.reward_model(batch.ids, batch.att, right_padded=True)
-            experience.logp_ref[batch.rows, :T] = batch.unpack(gather_logprobs(logits, batch.tokens, tau))
+            experience.logp_ref[batch.rows, :T] = batch.unpack(logp_ref)
         if self.reward_fn is not None:
             extra = torch.tensor(self.reward_fn(*self.texts(experience)), device=experience.scores.device)
             # In place of the reward model the function counts in full, whatever its weight.

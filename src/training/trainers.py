@@ -38,7 +38,6 @@ from utils.loss import (
     ValueStats,
     adaptive_kl_coef,
     cosine_with_warmup,
-    cross_entropy_sum,
     gae,
     kl_stop_reached,
     linear_to_zero,
@@ -125,9 +124,7 @@ class SFTTrainer:
     def token_loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the response tokens' losses of a micro-batch, in nats; only their columns meet the vocabulary."""
         ids, att, at = (x.to(self.runtime.device) for x in (batch.ids, batch.att, sft_targets(batch)))
-        logits = self.model(ids, att, right_padded=True, at=at)  # (N, V)
-        every = torch.ones_like(at, dtype=torch.bool)
-        return cross_entropy_sum(logits, ids.flatten()[at + 1], every)[0]
+        return self.model(ids, att, right_padded=True, at=at, targets=ids.flatten()[at + 1])
 
     @torch.no_grad()
     def evaluate(self) -> None:

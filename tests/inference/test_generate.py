@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from inference.generate import Generation, _row_uniforms, generate, sample
+from models.decoding import Decoder
 from models.gpt import GPT, GPTActor
 
 EOS, VOCAB, PAD = 49, 50, 50
@@ -149,13 +150,18 @@ def test_ids_outside_the_vocabulary_are_never_sampled(make_model, random_rows):
 def watched(model, monkeypatch):
     """Rows of every forward pass of the model."""
     rows = []
-    original = model.hidden
+    prompts, one_token = model.hidden, Decoder.step
 
     def hidden(ids, *args, **kwargs):
         rows.append(len(ids))
-        return original(ids, *args, **kwargs)
+        return prompts(ids, *args, **kwargs)
+
+    def step(self, token):
+        rows.append(len(token))
+        return one_token(self, token)
 
     monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(Decoder, "step", step)
     return rows
 
 

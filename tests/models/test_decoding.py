@@ -1,0 +1,113 @@
+"""A flat decoding step against the whole model: any padding, any adapters, after rows have left."""
+
+import pytest
+import torch
+
+from inference.generate import generate
+from models import packing
+from models.decoding import Decoder
+from models.gpt import KVCache
+
+EOS = 49
+
+
+def filled(model, rows, pads):
+    """A cache that holds left-padded rows; returns it with their ids and mask."""
+    width = max(len(r) + p for r, p in zip(rows, pads))
+    ids, att = torch.full((len(rows), width), 50), torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        ids[b, width - len(row) :] = torch.as_tensor(row)
+        att[b, width - len(row) :] = True
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    cache = KVCache.allocate(model.config, len(rows), width + 6, torch.device("cpu"), dtype)
+    model.hidden(ids, att, cache)
+    return cache, ids, att
+
+
+@pytest.fixture(params=["plain", "lora"])
+def model(request, make_model):
+    model = make_model(n_embd=32, lora_rank=4 if request.param == "lora" else 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 9, 1], [6, 6, 6, 6]])
+@torch.no_grad()
+def test_steps_are_the_whole_model(model, random_rows, lengths):
+    rows = random_rows(lengths, vocab_size=EOS)
+    cache, ids, att = filled(model, rows, [0] * 4)
+    decoder = Decoder(model, cache)
+    assert (decoder.bias is None) == (len(set(lengths)) == 1)
+    for t in range(4):
+        token = torch.arange(4) + t
+        ids, att = torch.cat([ids, token[:, None]], 1), torch.cat([att, torch.ones(4, 1, dtype=torch.bool)], 1)
+        torch.testing.assert_close(decoder.step(token), model(ids, att)[:, -1], atol=1e-5, rtol=0)
+        assert torch.equal(cache.att[:, : cache.length], att)
+
+
+@torch.no_grad()
+def test_rows_leave(model, random_rows):
+    cache, ids, att = filled(model, random_rows([5, 3, 9, 1], vocab_size=EOS), [0] * 4)
+    decoder, keep, token = Decoder(model, cache), torch.tensor([0, 3]), torch.tensor([7, 8])
+    decoder.keep_rows(keep)
+    whole = torch.cat([ids[keep], token[:, None]], 1), torch.cat([att[keep], torch.ones(2, 1, dtype=torch.bool)], 1)
+    torch.testing.assert_close(decoder.step(token), model(*whole)[:, -1], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_bf16_stays_near_the_training_forward(model, random_rows):
+    """Half precision has about three digits: the step must be as near to fp32 as the training forward is."""
+    rows = random_rows([5, 3, 9, 1], vocab_size=EOS)
+    token = torch.arange(4)
+    exact_cache, ids, att = filled(model, rows, [0] * 4)
+    exact = Decoder(model, exact_cache).step(token).log_softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache, _, _ = filled(model, rows, [0] * 4)
+        ours = Decoder(model, cache).step(token).log_softmax(-1)
+        ids, att = torch.cat([ids, token[:, None]], 1), torch.cat([att, torch.ones(4, 1, dtype=torch.bool)], 1)
+        theirs = model(ids, att)[:, -1].log_softmax(-1)
+    assert cache.keys[0].dtype == torch.bfloat16
+    assert (ours - exact).abs().max() < max(2 * (theirs - exact).abs().max(), torch.tensor(2e-2))
+
+
+@torch.no_grad()
+def test_new_weights_are_used_at_once(model, random_rows):
+    """What is kept with a parameter must not outlive an optimizer step or a load."""
+    prompts = random_rows([4, 6], vocab_size=EOS)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        after = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0)
+        for parameter in model.parameters():
+            for name in ("decoding_weight", "output_table"):
+                vars(parameter).pop(name, None)
+        fresh = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0)
+    assert torch.equal(after.logprobs, fresh.logprobs) and not torch.equal(before.logprobs, after.logprobs)
+
+
+def test_roles_share_what_was_packed(make_model):
+    if not packing.can_pack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this CPU has no packed bf16 weights")
+    weight = make_model().transformer.h[0].attn.c_attn.weight
+    first = packing.kept_with(weight, "decoding_weight", 0, lambda: packing.pack(weight.bfloat16()))
+    assert packing.kept_with(weight, "decoding_weight", 0, lambda: pytest.fail("packed again")) is first
+
+
+@torch.no_grad()
+def test_packed_products_are_the_plain_ones():
+    if not packing.can_pack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this CPU has no packed bf16 weights")
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 64), (96, 64), (96,)))
+    plain = x.float() @ w.float().t() + b.float()
+    packed = packing.pack(w)
+    torch.testing.assert_close(packing.packed_linear(x, packed, b).float(), plain, atol=0.1, rtol=1e-2)
+    gelu = torch.nn.functional.gelu(plain, approximate="tanh")
+    torch.testing.assert_close(packing.packed_linear(x, packed, b, gelu=True).float(), gelu, atol=0.1, rtol=1e-2)
+    minus = plain.bfloat16()
+    rest = packing.packed_linear_minus(x, packed, minus)
+    torch.testing.assert_close(rest.float(), plain - b.float() - minus.float(), atol=2e-2, rtol=1e-2)
