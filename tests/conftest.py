@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -17,7 +18,10 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from config.configs import GPTConfig  # noqa: E402
-from models.gpt import GPT  # noqa: E402
+from models.checkpoint import save_model  # noqa: E402
+from models.gpt import GPT, GPTCritic, GPTRewardModel  # noqa: E402
+from utils.template import PromptTemplate  # noqa: E402
+from utils.tokenizer import get_tokenizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +95,25 @@ def random_rows() -> Callable[..., list[torch.Tensor]]:
         return [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
 
     return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory) -> Path:
+    """A folder of runs sft_vanilla_t, sft_t, rm_t and ppo_t (temperature 0.9, 6 tokens, trained with rm_t).
+
+    Tiny random models with the demo's tokenizer: enough to find, load, sample and score. Do not write there.
+    """
+    root, time = tmp_path_factory.mktemp("runs"), "20260101000000"
+    config = GPTConfig(name="gpt2-nano", n_layer=1, n_head=2, n_embd=16, block_size=96, vocab_size=1024, init_std=0.3)
+    roles = {"sft_vanilla_t": GPT, "sft_t": GPT, "rm_t": GPTRewardModel, "ppo_t": GPT, "ppo_t/critic": GPTCritic}
+    for seed, (name, role) in enumerate(roles.items()):
+        stem, _, inner = name.partition("/")
+        torch.manual_seed(seed)
+        folder = root / f"{stem}_{time}" / "final"
+        description = {"template": PromptTemplate().to_dict(), "stage": stem.split("_")[0], "step": 3}
+        save_model(role(config), folder / inner, description)
+        get_tokenizer("demo").save(folder)
+    settings = {"temperature": 0.9, "response_length": 6}
+    record = {"stage": "ppo", "config": settings, "rm": str(root / f"rm_t_{time}" / "final")}
+    (root / f"ppo_t_{time}" / "hyperparams.json").write_text(json.dumps(record))
+    return root

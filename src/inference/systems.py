@@ -1,0 +1,226 @@
+"""Which systems an evaluation compares, found and checked before anything is loaded.
+
+A system is a checkpoint of ours, a Hugging Face GPT-2, the best of n samples of the SFT model, or a file of answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from config.user_error import UserError
+from inference.answers import TextModel
+from models.checkpoint import describe
+from models.gpt import GPT, GPTRewardModel
+from utils.run_folder import find_checkpoint, runs_root
+from utils.template import PromptTemplate
+from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+
+_HUB_NAME = re.compile(r"(distil)?gpt2(-medium|-large|-xl)?|(?!runs/)[\w-][\w.-]*/[\w.-]+")
+_NAME = re.compile(r"\w[\w.-]*")
+_SCRIPT = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
+_HOLDS = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that answers prompts.
+
+    name: in tables and in evaluation.json. kind: where answers come from. source: a checkpoint folder, a Hugging Face
+    folder or name, or a file; of best-of-n the SFT checkpoint. flag: what named it, for messages. n: of best-of-n.
+    """
+
+    name: str
+    kind: Literal["checkpoint", "huggingface", "best_of_n", "file"]
+    source: str
+    flag: str
+    n: int = 1
+
+    def describe(self) -> dict[str, Any]:
+        """For evaluation.json."""
+        return {"kind": self.kind, "source": self.source} | ({"of": self.n} if self.kind == "best_of_n" else {})
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer; None for a file."""
+        if self.kind == "file":
+            return None
+        if self.kind == "huggingface":
+            folder = Path(self.source).expanduser()
+            own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+            return get_tokenizer(folder if own else "gpt2")
+        return load_tokenizer(self.source)
+
+    def template(self) -> PromptTemplate | None:
+        """The prompt template it was trained with; None for a file."""
+        if self.kind == "file":
+            return None
+        return PromptTemplate() if self.kind == "huggingface" else template_of(Path(self.source), self.flag)
+
+    def load(self) -> TextModel:
+        """The language model behind it.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        tokenizer, template = self.tokenizer(), self.template()
+        if self.kind != "huggingface":
+            return TextModel(GPT.from_checkpoint(self.source).eval(), tokenizer, template)
+        try:
+            model = GPT.from_pretrained(self.source, vocab_size=tokenizer.vocab_size)
+        except UserError as error:  # it speaks of the training scripts' -p
+            raise UserError(self.flag + str(error).removeprefix(f"-p {self.source}")) from None
+        return TextModel(model.eval(), tokenizer, template)
+
+
+def find_systems(
+    sft: str, ppo: str, vanilla: str, best_of: Sequence[int], others: Sequence[str], runs_dir: str
+) -> list[System]:
+    """The systems that the flags name: vanilla, sft, best_of_*, ppo, then the others as given.
+
+    Args:
+        sft, ppo, vanilla: -s, -p and -v; "" where not given.
+        best_of: numbers of --best-of. others: NAME=SOURCE of each --system.
+
+    Raises:
+        UserError: something is not there or of another stage, two systems have one name, or there are fewer than two.
+    """
+    systems = []
+    if vanilla:
+        systems.append(_model("vanilla", vanilla, f"-v {vanilla}", runs_dir, ("sft",), huggingface=True))
+    if sft:
+        systems.append(_model("sft", sft, f"-s {sft}", runs_dir, ("sft",)))
+    if best_of and not sft:
+        raise UserError("--best-of: samples from the SFT model; name it with -s")
+    source = systems[-1].source if sft else ""
+    systems += [System(f"best_of_{n}", "best_of_n", source, "--best-of", n) for n in sorted(best_of)]
+    if ppo:
+        systems.append(_model("ppo", ppo, f"-p {ppo}", runs_dir, ("ppo",)))
+    systems += [_other(spec, runs_dir) for spec in others]
+    names = [system.name for system in systems]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"--system {twice}=...: there are two systems called {twice}; choose another name")
+    if len(systems) < 2:
+        raise UserError(
+            "two systems are needed to compare: for instance -s SFT -p PPO, or --system NAME=CHECKPOINT twice"
+        )
+    return systems
+
+
+def _other(spec: str, runs_dir: str) -> System:
+    """What a --system flag names."""
+    name, equals, source = spec.partition("=")
+    flag = f"--system {spec}"
+    if not equals or not source or not _NAME.fullmatch(name):
+        raise UserError(
+            f"{flag}: give NAME=CHECKPOINT or NAME=FILE.jsonl, with letters, digits, '.', '_' or '-' as name"
+        )
+    if source.endswith((".jsonl", ".jsonl.gz")):
+        if not Path(source).expanduser().is_file():
+            raise UserError(f'{flag}: no such file; give a JSON Lines file of rows {{"prompt": ..., "response": ...}}')
+        return System(name, "file", str(Path(source).expanduser()), flag)
+    return _model(name, source, flag, runs_dir, ("sft", "ppo"), huggingface=True)
+
+
+def _model(
+    name: str, argument: str, flag: str, runs_dir: str, stages: tuple[str, ...], huggingface: bool = False
+) -> System:
+    """A system from a model argument; one of `stages`, or a Hugging Face GPT-2 where that is allowed."""
+    if huggingface and (Path(argument).expanduser() / "config.json").is_file():
+        return System(name, "huggingface", argument, flag)
+    try:
+        checkpoint = find_checkpoint(argument, runs_dir, flag.split()[0])
+    except UserError:
+        # Only what looks like a hub name is asked for on the network: gpt2 and its sizes, or owner/name.
+        if huggingface and _HUB_NAME.fullmatch(argument) and not Path(argument).exists():
+            return System(name, "huggingface", argument, flag)
+        raise
+    check_stage(checkpoint, flag, stages)
+    return System(name, "checkpoint", str(checkpoint), flag)
+
+
+def check_stage(checkpoint: Path, flag: str, stages: tuple[str, ...]) -> None:
+    """Refuse a checkpoint of another stage.
+
+    Raises:
+        UserError: what it holds, and which script makes what is needed.
+    """
+    description = describe(checkpoint)
+    stage, role = description.get("stage"), description["role"]
+    held = "a critic" if role == "critic" else _HOLDS.get(stage, f"a model of stage {stage}")
+    if stage not in stages or role != ("reward" if stage == "rm" else "lm"):
+        scripts = " or ".join(_SCRIPT[wanted] for wanted in stages)
+        raise UserError(f"{flag}: holds {held}; give a run of {scripts}")
+
+
+def template_of(checkpoint: Path, flag: str) -> PromptTemplate:
+    """The template saved with a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return PromptTemplate.from_dict(describe(checkpoint)["template"])
+    except (KeyError, ValueError):
+        raise UserError(f"{flag}: its model.json names no prompt template; give a checkpoint of our stages") from None
+
+
+def common_template(systems: Sequence[System]) -> PromptTemplate:
+    """The one template of all systems: asked in different forms, they would answer different prompts.
+
+    Raises:
+        UserError: two systems were trained with different ones.
+    """
+    found = {system.name: template for system in systems if (template := system.template()) is not None}
+    first = next(iter(found.values()), PromptTemplate())
+    other = next((name for name, template in found.items() if template != first), None)
+    if other:
+        raise UserError(
+            f"{next(iter(found))} and {other} were trained with different prompt templates; compare answers that each "
+            "gave in its own form, with --system NAME=FILE.jsonl"
+        )
+    return first
+
+
+def run_settings(checkpoint: Path) -> dict[str, Any]:
+    """hyperparams.json of the run that a checkpoint lies in; {} when it has been copied out of it."""
+    for folder in (checkpoint, *checkpoint.parents[:2]):
+        try:
+            return json.loads((folder / "hyperparams.json").read_text())
+        except (OSError, ValueError):
+            continue
+    return {}
+
+
+def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple[Path | None, str]:
+    """The reward model's checkpoint and a line on where it comes from: -c, or the one that the PPO run names.
+
+    A run whose folder was moved is looked for under its own name in `runs_dir`.
+
+    Raises:
+        UserError: -c names no reward model.
+    """
+    if argument:
+        checkpoint = find_checkpoint(argument, runs_dir, "-c")
+        check_stage(checkpoint, f"-c {argument}", ("rm",))
+        return checkpoint, f"reward model: {checkpoint}"
+    recorded = run_settings(Path(ppo.source)).get("rm") if ppo is not None else None
+    if not recorded:
+        return None, "reward model: none (name one with -c to see proxy scores)"
+    path = Path(recorded)
+    run = next((i for i, part in enumerate(path.parts) if re.fullmatch(r"rm_.+_\d{14}", part)), None)
+    moved = [] if run is None else [runs_root(runs_dir).joinpath(*path.parts[run:])]
+    for checkpoint in (path, *moved):
+        if (checkpoint / "model.json").is_file():
+            return checkpoint, f"reward model: {checkpoint}, the one that the PPO run was trained with"
+    return None, f"reward model: none ({recorded}, which the PPO run names, is not there; name one with -c)"
+
+
+def load_reward_model(checkpoint: Path, flag: str) -> TextModel:
+    """A reward model with its tokenizer and template."""
+    model = GPTRewardModel.from_checkpoint(checkpoint).eval()
+    return TextModel(model, load_tokenizer(checkpoint), template_of(checkpoint, flag))
