@@ -45,7 +45,8 @@ def stages(stem: str, variants: tuple[str, ...]) -> list[Stage]:
         ),
         Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
         Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
-        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo)),
+        # Ten checkpoints are the ten points of the over-optimisation picture.
+        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "3", "--keep", "10")),
     ]
     extra = {
         "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
@@ -114,6 +115,8 @@ def run_demo(seed: int, runs_dir: str, prompts: int) -> int:
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{minutes:.1f} minutes ({took})")
     print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
+    print(judged_table(result))
+    print(f"over-optimisation picture: {result['overoptimisation']}")
     failed = failures(result)
     for line in failed:
         print(f"FAILED: {line}")
@@ -201,6 +204,21 @@ def table(results: list[dict[str, Any]]) -> str:
         figures = (rm["accuracy"], rm["best_possible"], rm["noise_free_accuracy"], result["explained_var"])
         lines.append(_row(result["seed"], *(f"{x:.3f}" for x in figures)))
     return "\n".join(lines)
+
+
+def judged_table(result: dict[str, Any]) -> str:
+    """PPO and best-of-n against the SFT model they start from, as the gold reward judges them."""
+    lines = [
+        f"\njudged by the gold reward on {result['prompts']} held-out prompts; a tie is half a win:\n",
+        "| systems | win rate (95 % interval) | at equal length | wins | ties | losses |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, name in (("ppo", "PPO"), ("best_of_4", "best of 4"), ("best_of_16", "best of 16")):
+        s = result["systems"][key]
+        win = f"{s['win_rate']:.3f} ({s['win_rate_ci'][0]:.3f} to {s['win_rate_ci'][1]:.3f})"
+        controlled = "" if s["lc_win_rate"] is None else f"{s['lc_win_rate']:.3f}"
+        lines.append(_row(f"{name} vs SFT", win, controlled, s["wins"], s["ties"], s["losses"]))
+    return "\n".join(lines) + "\n"
 
 
 def _row(*cells: object) -> str:

@@ -4,156 +4,92 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from inference.generate import Generation, generate
-from models.gpt import GPT, GPTRewardModel
-from training.loop import row_seeds
-from training.sampling import compact
+from experiments.graded_answers import Graded, Grader, best_of
+from experiments.overoptimisation import (
+    PPORun,
+    describe_measurement,
+    held_out_prompts,
+    measure,
+    proxy_of,
+    text_model,
+    write_overoptimisation,
+)
+from inference.answers import Machine, Sampling, TextModel, score_texts
+from inference.systems import load_reward_model
 from utils.demo_gold import gold_reward
 from utils.demo_world import best_possible_accuracy
-from utils.loss import gather_logprobs
+from utils.length_control import length_controlled_win_rate
 from utils.run_folder import REPO
 from utils.statistics import bootstrap_interval, win_scores
-from utils.template import PromptTemplate
-from utils.tokenizer import Tokenizer, load_tokenizer
 
 DEMO = REPO / "assets/demo"
-RESPONSE_LENGTH, CHUNK = 64, 256
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One response per prompt, each field [N].
-
-    gold, proxy: rewards. kl: log pi - log pi_SFT of the sample in nats, None for greedy and best-of.
-    tokens: EOS included. ended: it has an EOS.
-    """
-
-    gold: np.ndarray
-    proxy: np.ndarray
-    kl: np.ndarray | None
-    tokens: np.ndarray
-    ended: np.ndarray
-
-
-class DemoJudge:
-    """Samples from models and grades the texts."""
-
-    def __init__(self, sft: nn.Module, reward_model: nn.Module, tokenizer: Tokenizer, prompts: list[str]) -> None:
-        self.sft, self.reward_model, self.tokenizer, self.prompts = sft, reward_model, tokenizer, prompts
-        self.prompt_ids = [np.array(ids) for ids in tokenizer.encode_batch(prompts)]
-
-    @torch.no_grad()
-    def grade(self, model: nn.Module, temperature: float, seed: int, with_kl: bool = True) -> Judged:
-        """One response of `model` to every prompt."""
-        seeds = row_seeds(seed, -4, len(self.prompts))
-        parts = []
-        for i in range(0, len(self.prompts), CHUNK):
-            generation = generate(
-                model, self.prompt_ids[i : i + CHUNK], max_new_tokens=RESPONSE_LENGTH, eos_id=self.tokenizer.eos_id,
-                pad_id=self.tokenizer.pad_id, temperature=temperature, seeds=seeds[i : i + CHUNK],
-            )  # fmt: skip
-            parts.append(self._grade(self.prompts[i : i + CHUNK], generation, model, with_kl and temperature > 0))
-        fields = {name: [getattr(p, name) for p in parts] for name in ("gold", "proxy", "kl", "tokens", "ended")}
-        return Judged(
-            **{name: None if values[0] is None else np.concatenate(values) for name, values in fields.items()}
-        )
-
-    def _grade(self, prompts: list[str], generation: Generation, model: nn.Module, with_kl: bool) -> Judged:
-        rows = compact(generation, self.tokenizer.pad_id, torch.device("cpu"))
-        responses = [self.tokenizer.decode(r) for r in rows.responses()]
-        kl = None
-        if with_kl:
-            batch = rows.micro_batch(np.arange(len(rows)))
-            logp, logp_ref = (self._logp(m, batch) for m in (model, self.sft))
-            kl = batch.unpack(logp - logp_ref).sum(1).numpy()
-        proxy = self.reward_model(rows.ids, rows.att, right_padded=True).numpy()
-        gold = np.array(gold_reward(prompts, responses))
-        return Judged(gold, proxy, kl, rows.n.numpy(), rows.ended.numpy())
-
-    @staticmethod
-    def _logp(model: nn.Module, batch) -> Tensor:
-        return gather_logprobs(model(batch.ids, batch.att, right_padded=True, at=batch.at), batch.tokens)
-
-
-def best_of(samples: Sequence[Judged]) -> Judged:
-    """Of several samples per prompt the one that the reward model likes best."""
-    choice = np.stack([s.proxy for s in samples]).argmax(0)
-    pick = {
-        name: np.stack([getattr(s, name) for s in samples])[choice, np.arange(len(choice))]
-        for name in ("gold", "proxy", "tokens", "ended")
-    }
-    return Judged(kl=None, **pick)
+BEST_OF, BATCH = 16, 256
 
 
 def judge_demo(runs: dict[str, Path], count: int, seed: int) -> dict[str, Any]:
-    """Figures of all systems of one seed.
+    """Figures of all systems of one seed, and the over-optimisation picture of its PPO run.
 
     Args:
-        runs: run folders by name: vanilla, sft, rm, ppo and any ppo_*.
-        count: held-out prompts. seed: of the sampling.
+        runs: run folders of "vanilla", "sft", "rm", "ppo" and, if there, "ppo_kl0", "ppo_lora".
+        count: held-out prompts to judge on.
+        seed: of the samples.
     """
-    tokenizer = load_tokenizer(runs["sft"] / "final")
-    load = {name: GPT.from_checkpoint(run / "final").eval() for name, run in runs.items() if name != "rm"}
-    reward_model = GPTRewardModel.from_checkpoint(runs["rm"] / "final").eval()
-    prompts = [row["prompt"] for row in read_rows(DEMO / "prompts-test.jsonl.gz")][:count]
-    judge = DemoJudge(load["sft"], reward_model, tokenizer, prompts)
-    graded = {name: judge.grade(model, 1.0, seed) for name, model in load.items()}
-    graded["sft_greedy"] = judge.grade(load["sft"], 0.0, seed)
-    graded["ppo_greedy"] = judge.grade(load["ppo"], 0.0, seed)
-    samples = [
-        judge.grade(load["sft"], 1.0, 1000 * (seed + 1) + k, with_kl=False) for k in tqdm(range(16), desc="best of 16")
-    ]
+    machine = Machine("cpu", BATCH)
+    models = {name: text_model(run / "final") for name, run in runs.items() if name != "rm"}
+    reward_model = load_reward_model(runs["rm"] / "final", "rm")
+    ppo = PPORun.read(runs["ppo"])
+    prompts = held_out_prompts("demo", models["sft"].template, count)
+    sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], seed)
+    grader = Grader(models["sft"], proxy_of(ppo, machine), gold_reward, prompts, sampling, machine)
+    graded = {name: grader.grade(model, name) for name, model in models.items()}
+    graded["sft_greedy"] = grader.grade(models["sft"], "sft", greedy=True)
+    graded["ppo_greedy"] = grader.grade(models["ppo"], "ppo", greedy=True)
+    samples = grader.draws(BEST_OF)
     graded["best_of_4"], graded["best_of_16"] = best_of(samples[:4]), best_of(samples)
     order = ["vanilla", "sft", "sft_greedy", "best_of_4", "best_of_16", *(n for n in graded if n.startswith("ppo"))]
+    checkpoints = measure(ppo, grader, known={max(ppo.checkpoints()): graded["ppo"]})
+    about = describe_measurement(ppo, "gold", sampling)
+    _, picture = write_overoptimisation(checkpoints, samples, about, ppo.folder)
     return {
         "prompts": len(prompts),
         "systems": {name: summarise(graded[name], None if name == "sft" else graded["sft"]) for name in order},
-        "reward_model": grade_reward_model(reward_model, tokenizer),
+        "reward_model": grade_reward_model(reward_model, machine),
         "explained_var": explained_variance_second_half(runs["ppo"]),
+        "overoptimisation": str(picture),
     }
 
 
-def summarise(system: Judged, baseline: Judged | None) -> dict[str, Any]:
-    """Means over prompts, and the win rate over the baseline by the gold reward with ties as half."""
-    wins = None if baseline is None else win_scores(system.gold, baseline.gold)
-    return {
+def summarise(system: Graded, baseline: Graded | None) -> dict[str, Any]:
+    """Means over prompts; against the baseline by the gold reward, with ties as half."""
+    figures = {
         "gold": float(system.gold.mean()),
         "proxy": float(system.proxy.mean()),
         "kl": None if system.kl is None else float(system.kl.mean()),
         "tokens": float(system.tokens.mean()),
         "eos_rate": float(system.ended.mean()),
-        "win_rate": None if wins is None else float(wins.mean()),
-        "win_rate_ci": None if wins is None else bootstrap_interval(wins),
+    }
+    if baseline is None:
+        return figures | dict.fromkeys(("win_rate", "win_rate_ci", "wins", "ties", "losses", "lc_win_rate"))
+    scores = win_scores(system.gold, baseline.gold)
+    controlled = length_controlled_win_rate(scores, system.tokens, baseline.tokens)
+    return figures | {
+        "win_rate": float(scores.mean()),
+        "win_rate_ci": bootstrap_interval(scores),
+        **{name: int((scores == score).sum()) for name, score in (("wins", 1), ("ties", 0.5), ("losses", 0))},
+        "lc_win_rate": controlled and controlled.win_rate,
     }
 
 
-@torch.no_grad()
-def grade_reward_model(model: nn.Module, tokenizer: Tokenizer) -> dict[str, float]:
+def grade_reward_model(reward_model: TextModel, machine: Machine) -> dict[str, float]:
     """Accuracy on the held-out pairs: as labelled (noisy), the best possible, and on the order of the gold rewards."""
     rows = read_rows(DEMO / "pairs-test.jsonl.gz")
-    texts = [row[key] for row in rows for key in ("chosen", "rejected")]
-    ids = [
-        tokenizer.encode(p) + tokenizer.encode(r) + [tokenizer.eos_id]
-        for p, r in map(PromptTemplate().split_dialogue, texts)
-    ]
-    order = np.argsort([len(x) for x in ids], kind="stable")
-    scores = np.zeros(len(ids))
-    for i in range(0, len(order), CHUNK):
-        part = order[i : i + CHUNK]
-        width = max(len(ids[j]) for j in part)
-        att = torch.arange(width) < torch.tensor([len(ids[j]) for j in part])[:, None]
-        padded = torch.tensor([ids[j] + [0] * (width - len(ids[j])) for j in part])
-        scores[part] = model(padded, att, right_padded=True).numpy()
+    dialogues = [reward_model.template.split_dialogue(row[key]) for row in rows for key in ("chosen", "rejected")]
+    scores = np.array(score_texts(reward_model, machine)(*map(list, zip(*dialogues))))
     right = win_scores(scores[0::2], scores[1::2])
     by_gold = np.array([row["gold_chosen"] > row["gold_rejected"] for row in rows])
     return {

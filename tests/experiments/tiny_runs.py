@@ -1,0 +1,58 @@
+"""Run folders of random tiny models, as the three stages would leave them."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config.configs import GPTConfig
+from models.checkpoint import save_model
+from models.gpt import GPT, GPTRewardModel
+from training.start import describe_model
+from utils.template import PromptTemplate
+from utils.tokenizer import get_tokenizer
+
+SIZES = dict(n_layer=1, n_head=2, n_embd=16, block_size=96, vocab_size=1024, embedding_rows=1024)
+SETTINGS = dict(
+    dataset="demo", batch_size=4, temperature=1.0, response_length=8, reward_fn="", reward_fn_weight=0.0, seed=0
+)
+
+
+def tiny(cls: type[nn.Module] = GPT) -> nn.Module:
+    """A model whose answers differ from prompt to prompt."""
+    torch.manual_seed(0)
+    return cls(GPTConfig(name="gpt2-nano", init_std=0.3, **SIZES)).eval()
+
+
+def save(model: nn.Module, folder: Path, stage: str, step: int) -> Path:
+    """A self-contained checkpoint."""
+    tokenizer = get_tokenizer("demo")
+    save_model(model, folder, {**describe_model(stage, tokenizer, PromptTemplate(), "scratch"), "step": step})
+    tokenizer.save(folder)
+    return folder
+
+
+@torch.no_grad()
+def make_runs(root: Path, steps: tuple[int, ...] = (2, 4, 6), **settings) -> Path:
+    """An SFT, a reward-model and a PPO run in `root`; returns the last.
+
+    The policy's distance from SFT grows with the step; after the first step it is still the SFT model. The last step is
+    saved twice, as final/ too.
+    """
+    sft, rm = root / "sft_t_20260101000000/final", root / "rm_t_20260101000001/final"
+    save(tiny(), sft, "sft", 5)
+    save(tiny(GPTRewardModel), rm, "rm", 5)
+    run = root / "ppo_t_20260101000002"
+    noise = [torch.randn_like(p) for p in tiny().parameters()]
+    for i, step in enumerate(steps):
+        policy = tiny()
+        for parameter, direction in zip(policy.parameters(), noise):
+            parameter += 0.05 * i * direction
+        save(policy, run / f"checkpoints/step_{step:08d}", "ppo", step)
+    if steps:
+        save(policy, run / "final", "ppo", steps[-1])
+    run.mkdir(exist_ok=True)
+    hyperparams = {"stage": "ppo", "config": SETTINGS | settings, "sft": str(sft), "rm": str(rm)}
+    (run / "hyperparams.json").write_text(json.dumps(hyperparams))
+    return run
