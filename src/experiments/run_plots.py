@@ -1,0 +1,433 @@
+"""Curves of a run beside the range that is healthy and a sentence on how to read each: what tensorboard.ipynb shows.
+
+Everything comes from a run's metrics.jsonl. The ranges are rules of thumb for responses of some 50 tokens and a reward
+of mean 0 and deviation 1 on SFT samples: a curve that leaves its range is a reason to look closer, and not yet a fault.
+Figures are made without pyplot, so that the notebook's own way of showing them stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+STAGES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
+_COLOURS = ("#1f77b4", "#d99000", "#7a7a7a")
+_HEALTHY, _SHADE = "#2e8b57", 0.13
+_ALARM, _DASHES = "#c0392b", (0, (4, 3))
+# Up to this many points of a line are marked: held-out figures, and runs of a few steps.
+_FEW = 12
+
+Metrics = dict[str, tuple[list[int], list[float]]]
+"""Tag -> (steps, values)."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a curve is when all is well; None is no limit on that side."""
+
+    low: float | None = None
+    high: float | None = None
+    of: Literal["values", "times the start", "above the start"] = "values"
+    """What the limits count: values, multiples of the curve's first value, or what has been added to it."""
+
+    def limits(self, start: float) -> tuple[float, float] | None:
+        """Lower and upper limit as values, infinite where there is none; None if `start` gives no scale.
+
+        Args:
+            start: first value of the curve.
+        """
+        if self.of == "times the start" and start <= 0:
+            return None
+        factor = start if self.of == "times the start" else 1.0
+        added = start if self.of == "above the start" else 0.0
+        low = -math.inf if self.low is None else factor * self.low + added
+        high = math.inf if self.high is None else factor * self.high + added
+        return low, high
+
+    def __str__(self) -> str:
+        unit = "" if self.of == "values" else f" {self.of}"
+        if self.low is None:
+            return f"at most {self.high:g}{unit}"
+        if self.high is None:
+            return f"at least {self.low:g}{unit}"
+        return f"{self.low:g} to {self.high:g}{unit}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One panel: lines that belong together and what to make of them."""
+
+    title: str
+    tags: dict[str, str]
+    """TensorBoard tag -> name in the legend. The healthy range is that of the first tag that the run logged."""
+    reading: str
+    """One sentence on how to read it."""
+    healthy: Range | None = None
+    alarm: tuple[float, ...] = ()
+    """Values beyond which something is wrong, drawn as dashed lines."""
+    shows: tuple[float, ...] = ()
+    """Values that the vertical axis always has on it."""
+    log: bool = False
+
+
+_VARIETY = Curve(
+    "variety of the samples",
+    {"resp/distinct_2": "distinct bigrams", "resp/repetition": "repeated 4-grams"},
+    "Both should stay level: distinct bigrams that drop, or repetition that rises, mean that the samples become alike.",
+    shows=(0.0,),
+)
+
+CURVES: dict[str, tuple[Curve, ...]] = {
+    "sft": (
+        Curve(
+            "loss, nats per response token",
+            {"eval/loss": "held-out", "train/loss": "training"},
+            "Both should fall and level off close together; held-out loss that turns up while training loss falls is "
+            "overfitting, so `best/` is then the checkpoint to take.",
+        ),
+        Curve(
+            "gradient norm before clipping",
+            {"train/grad_norm": "gradient norm"},
+            "It should fall and then stay level; spikes mean a learning rate that is too high, or bad rows.",
+            shows=(0.0,),
+        ),
+        Curve(
+            "learning rate",
+            {"train/lr": "learning rate"},
+            "It rises linearly over the warm-up, then follows half a cosine down to `--min-lr-ratio` of its peak.",
+            shows=(0.0,),
+        ),
+        Curve(
+            "responses that end",
+            {"resp/eos_rate": "samples"},
+            "A share of 0.95 or more should end by themselves before you go on to the reward model and PPO; one that "
+            "stays low means that EOS is not learned, or that `--sample-tokens` is short for the data.",
+            Range(0.95, 1),
+            shows=(0.9, 1.0),
+        ),
+        Curve(
+            "response length, tokens",
+            {"resp/len_mean": "samples"},
+            "It should settle near the length of the data's responses; a model that never ends has `--sample-tokens`.",
+            shows=(0.0,),
+        ),
+        _VARIETY,
+    ),
+    "rm": (
+        Curve(
+            "ranking loss, nats per prompt",
+            {"eval/nll": "held-out", "train/loss": "training"},
+            "It should go below ln 2 = 0.693, which is what knowing nothing costs; held-out loss that rises again is "
+            "overfitting.",
+            Range(0, 0.693),
+            alarm=(1.2,),
+            shows=(0.693,),
+        ),
+        Curve(
+            "pairs in the right order",
+            {"eval/accuracy": "held-out", "train/accuracy": "training", "eval/longer_wins": "the longer one wins"},
+            "It should rise well above 0.5, above the grey line and above 1 minus it (the shorter one wins); labels of "
+            "people allow little more than 0.7, for people disagree.",
+            Range(0.5, 1),
+            shows=(0.5,),
+        ),
+        Curve(
+            "margin, better minus worse",
+            {"eval/margin_mean": "mean", "eval/margin_sd": "deviation"},
+            "The mean should be positive and settle; a margin that grows while accuracy stands still is overconfidence "
+            "and inflates the scale of the reward.",
+            Range(0, None),
+            shows=(0.0,),
+        ),
+        Curve(
+            "calibration error",
+            {"eval/ece": "expected calibration error"},
+            "It is how far the claimed confidence, sigmoid of the margin, is from the share of right pairs; small "
+            "means that margins can be trusted as they are.",
+            Range(0, 0.1),
+            shows=(0.0, 0.1),
+        ),
+        Curve(
+            "correlation of score and length",
+            {"eval/length_corr": "correlation"},
+            "Near 0 is best unless the labels themselves care for length; what is far from it PPO will use, in the "
+            "direction of its sign.",
+            Range(-0.5, 0.5),
+            shows=(-0.5, 0.5),
+        ),
+        Curve(
+            "gradient norm before clipping",
+            {"train/grad_norm": "gradient norm"},
+            "It should come down from its start and stay level; spikes mean a learning rate that is too high, or "
+            "bad rows.",
+            shows=(0.0,),
+        ),
+    ),
+    "ppo": (
+        Curve(
+            "reward",
+            {"objective/score": "score", "objective/rlhf_reward": "score minus KL penalty"},
+            "The score starts near 0 and should gain one to two and a half deviations, and the reward, which is what "
+            "PPO maximises, should rise with it; a score that is flat while the KL rises has learned nothing.",
+            Range(1, 2.5, "above the start"),
+        ),
+        Curve(
+            "held-out prompts",
+            {"eval/score": "reward model (proxy)", "eval/gold": "gold reward, never trained on"},
+            "Both should rise; gold that is flat or falls while the proxy rises is over-optimisation, so take an "
+            "earlier checkpoint or a higher `--kl-coef` (`--eval-reward-fn` gives the gold curve).",
+        ),
+        Curve(
+            "KL to the SFT model, nats per response",
+            {"objective/kl": "k1", "objective/kl_k3": "k3", "eval/kl": "held-out"},
+            "It is 0 at iteration 1 and should rise slowly to some 2 to 15 nats, the less the shorter the responses; a "
+            "negative one means that the sampled and the scored distribution differ.",
+            Range(0, 15),
+            alarm=(-0.5, 30),
+            shows=(0.0,),
+        ),
+        Curve(
+            "entropy, nats per response",
+            {"objective/entropy": "entropy"},
+            "It should decline slowly and keep more than half of its start; a negative one is a mistake in a mask.",
+            Range(0.5, None, "times the start"),
+            alarm=(0,),
+        ),
+        Curve(
+            "approximate KL of an update",
+            {"policy/approxkl": "old to new policy"},
+            "It should be between 1e-4 and 1e-2 while the policy learns, and goes towards 0 with the learning rate at "
+            "the end; above 0.03 the steps are too large.",
+            Range(1e-4, 1e-2),
+            alarm=(0.03,),
+            log=True,
+        ),
+        Curve(
+            "clipped tokens",
+            {"policy/clipfrac": "policy", "val/clipfrac": "value"},
+            "A share of 0.01 to 0.2 is usual for the policy while it learns, and 0 at the end; above 0.3 the steps are "
+            "too large, and 0 from the beginning means that they are too small.",
+            Range(0.01, 0.2),
+            alarm=(0.3,),
+            shows=(0.0, 0.2),
+        ),
+        Curve(
+            "importance ratio, mean",
+            {"val/ratio_mean": "mean"},
+            "It stays within 0.01 of 1; off by 0.05 means that old and new log-probabilities are not those of the same "
+            "tokens, masks or temperature.",
+            Range(0.99, 1.01),
+            alarm=(0.95, 1.05),
+            shows=(0.98, 1.02),
+        ),
+        Curve(
+            "importance ratio, largest",
+            {"val/ratio_max": "largest"},
+            "Single digits are usual; above 10 some token became far likelier in one update, which one high learning "
+            "rate or one wrong mask can do.",
+            Range(1, 10),
+            alarm=(10,),
+            shows=(1.0, 10.0),
+            log=True,
+        ),
+        Curve(
+            "critic's explained variance",
+            {"val/explained_var": "of variance", "val/explained_var_mse": "of squared error"},
+            "It may be negative at first and is 0.3 to 0.9 or better later; still negative after 50 iterations means "
+            "that the critic lags behind, and a gap between the lines is a bias in its values.",
+            Range(0.3, 1),
+            shows=(0.0, 1.0),
+        ),
+        Curve(
+            "values and returns",
+            {"val/mean": "values, mean", "val/return_mean": "returns, mean"},
+            "The two should lie close together after the first iterations; a lasting gap means that the critic's scale "
+            "is not that of the reward.",
+        ),
+        Curve(
+            "gradient norms before clipping",
+            {"grad_norm/actor": "actor", "grad_norm/critic": "critic"},
+            "Both should be steady, the critic's falling; spikes mean a learning rate that is too high.",
+            shows=(0.0,),
+        ),
+        Curve(
+            "sampler against training, log-probability",
+            {"time/sampler_vs_train_logp_max": "largest difference"},
+            "Sampling with the cache and training must see the same model: below 1e-4 in fp32 and below 0.05 in bf16.",
+            Range(None, 1e-4),
+            alarm=(0.05,),
+            shows=(1e-4,),
+            log=True,
+        ),
+        Curve(
+            "responses that end",
+            {"resp/eos_rate": "samples", "eval/eos_rate": "held-out"},
+            "Nearly all samples should end by themselves; a fall means that EOS is masked somewhere, or that running "
+            "on pays.",
+            Range(0.95, 1),
+            shows=(0.9, 1.0),
+        ),
+        Curve(
+            "response length, tokens",
+            {"resp/len_mean": "samples", "eval/len_mean": "held-out"},
+            "It should stay near its start; steady growth with a correlation of length and score above 0.5 is a length "
+            "bias of the reward model being used.",
+            Range(0.7, 1.3, "times the start"),
+        ),
+        _VARIETY,
+        Curve(
+            "correlation of length and score",
+            {"resp/len_score_corr": "correlation"},
+            "It may wander around any value; above 0.5 while the responses grow, the policy is paid for length.",
+            Range(-0.5, 0.5),
+            alarm=(0.5,),
+            shows=(-0.5, 0.5),
+        ),
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and their figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def newest_runs(root: Path) -> dict[str, Path | None]:
+    """The newest run of each stage in `root` that has logged anything, by the time in its name; None without one."""
+    newest: dict[str, Path | None] = {}
+    folders = [p for p in root.iterdir() if _has_logged(p)] if root.is_dir() else []
+    for stage in STAGES:
+        named = [(match[1], p) for p in folders if (match := re.fullmatch(rf"{stage}_.+_(\d{{14}})", p.name))]
+        newest[stage] = max(named)[1] if named else None
+    return newest
+
+
+def _has_logged(run: Path) -> bool:
+    path = run / "metrics.jsonl"
+    return path.is_file() and path.stat().st_size > 0
+
+
+def read_metrics(run: Path) -> Metrics:
+    """Steps and values of every tag in a run's metrics.jsonl.
+
+    Undefined values (null) are left out, and so is a last line that is being written right now.
+    """
+    metrics: Metrics = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        record = json.loads(line)
+        for tag, value in record.items():
+            if tag not in ("step", "time") and value is not None:
+                steps, values = metrics.setdefault(tag, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reading_table(stage: str, run: Path) -> str:
+    """A Markdown table, one row a panel: its tags, the last value of the first, the healthy range, how to read it."""
+    metrics = read_metrics(run)
+    rows = ["| curve | tags | last value | healthy | how to read it |", "|---|---|---|---|---|"]
+    for curve in CURVES[stage]:
+        logged = [tag for tag in curve.tags if tag in metrics]
+        last = f"{metrics[logged[0]][1][-1]:.3g}" if logged else "none"
+        tags = ", ".join(f"`{tag}`" for tag in (logged or curve.tags))
+        rows.append(f"| {curve.title} | {tags} | {last} | {curve.healthy or ''} | {curve.reading} |")
+    return "\n".join(rows) + "\n"
+
+
+def draw_run(stage: str, run: Path) -> Figure:
+    """All curves of a run as small panels, in the order of CURVES[stage]; green is healthy, dashed red an alarm."""
+    metrics, curves = read_metrics(run), CURVES[stage]
+    columns = 4 if len(curves) > 6 else 3
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.7 * columns, 2.75 * rows + 0.5), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.09, w_pad=0.07)
+    figure.suptitle(f"{STAGES[stage]}: {run.name}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    handles = [Patch(color=_HEALTHY, alpha=_SHADE, linewidth=0, label="healthy")]
+    if any(curve.alarm for curve in curves):
+        handles.append(Line2D([], [], color=_ALARM, linestyle=_DASHES, linewidth=1, label="alarm"))
+    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=9)
+    for i, curve in enumerate(curves):
+        axis = figure.add_subplot(rows, columns, i + 1)
+        draw_curve(axis, curve, metrics)
+        if i + columns >= len(curves):
+            axis.set_xlabel("PPO iteration" if stage == "ppo" else "optimizer step")
+    return figure
+
+
+def draw_curve(axis: Axes, curve: Curve, metrics: Metrics) -> None:
+    """Draw one panel; a curve without values is an empty panel that says so."""
+    axis.set_title(curve.title, fontsize=10.5, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    lines = [(label, *metrics[tag], i) for i, (tag, label) in enumerate(curve.tags.items()) if tag in metrics]
+    if not lines:
+        axis.text(0.5, 0.5, "no value in this run", ha="center", va="center", color="#888888", fontsize=9)
+        axis.set_axis_off()
+        return
+    # The first tag leads: drawn last, on top of noisier ones.
+    for label, steps, values, i in reversed(lines):
+        few = len(steps) <= _FEW
+        axis.plot(
+            steps, values, color=_COLOURS[i], label=label, linewidth=1.7 if i == 0 else 1.3, alpha=1 if i == 0 else 0.8,
+            linestyle="--" if i == 2 else "-", marker="o" if few else None, markersize=3.5,
+        )  # fmt: skip
+    healthy = curve.healthy.limits(start=lines[0][2][0]) if curve.healthy else None
+    values = [v for _, _, line, _ in lines for v in line]
+    log = curve.log and max(values) > 0  # nothing but zeros would be invisible
+    low, high = _view(curve, values, healthy, log)
+    if log:
+        axis.set_yscale("log")
+    else:
+        axis.ticklabel_format(axis="y", useOffset=False)
+    axis.set_ylim(low, high)
+    if healthy:
+        axis.axhspan(max(healthy[0], low), min(healthy[1], high), color=_HEALTHY, alpha=_SHADE, linewidth=0, zorder=0)
+    for alarm in curve.alarm:
+        if low < alarm < high:
+            axis.axhline(alarm, color=_ALARM, linestyle=_DASHES, linewidth=1, zorder=1)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=9)
+    axis.locator_params(axis="x", integer=True, nbins=6)
+    if len(lines) > 1:
+        handles, labels = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8.5, loc="best")
+
+
+def _view(curve: Curve, values: list[float], healthy: tuple[float, float] | None, log: bool) -> tuple[float, float]:
+    """Limits of the vertical axis: all values, what the panel always shows, and where the healthy range begins.
+
+    Args:
+        curve: the panel.
+        values: of all its lines.
+        healthy: the range as values.
+        log: whether the axis is logarithmic; values that are not positive are then not shown.
+    """
+    seen = [*values, *curve.shows]
+    if healthy:
+        if curve.healthy.of != "values":
+            seen += [edge for edge in healthy if math.isfinite(edge)]
+        # A curve wholly outside: show how far off it is.
+        seen += [healthy[0]] if max(values) < healthy[0] else []
+        seen += [healthy[1]] if min(values) > healthy[1] else []
+    if log:
+        seen = [math.log10(v) for v in seen if v > 0]
+    low, high = min(seen), max(seen)
+    margin = 0.07 * (high - low) or 0.07 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    return (10**low, 10**high) if log else (low, high)

@@ -1,0 +1,186 @@
+"""Curves of runs: which run is shown, what is read from it, what a panel and its axis show, and how it is explained."""
+
+import json
+import math
+import re
+
+import pytest
+from matplotlib import colors
+from matplotlib.figure import Figure
+
+from experiments.run_plots import (
+    CURVES,
+    STAGES,
+    Curve,
+    Range,
+    draw_curve,
+    draw_run,
+    newest_runs,
+    read_metrics,
+    reading_table,
+)
+
+CURVE = Curve("KL", {"a": "first", "b": "second"}, "Read it.", Range(0, 15), alarm=(30,), shows=(0.0,))
+
+
+def new_run(root, name, *lines):
+    (root / name).mkdir(parents=True)
+    (root / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root / name
+
+
+def panel(curve, **lines):
+    """A panel of lines that begin at step 0."""
+    axis = Figure().add_subplot()
+    draw_curve(axis, curve, {tag: (list(range(len(values))), values) for tag, values in lines.items()})
+    return axis
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def shaded(axis):
+    """Lower and upper edge of the healthy range in a panel, or None."""
+    edges = [patch.get_bbox().intervaly for patch in axis.patches]
+    assert len(edges) <= 1
+    return pytest.approx(tuple(edges[0])) if edges else None
+
+
+# Which run ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_run_of_a_stage_is_the_one_of_the_latest_time(tmp_path):
+    line = {"step": 0, "time": 0.1, "eval/loss": 1.0}
+    new_run(tmp_path, "sft_zzz_20260101000000", line)
+    new_run(tmp_path, "sft_ppo_one_20260102000000", line)
+    new_run(tmp_path, "sft_later_but_silent_20270101000000")
+    (tmp_path / "sft_no_file_20270101000000").mkdir()
+    new_run(tmp_path, "eval_one_20270101000000", line)
+    new_run(tmp_path, "rm_one_2026", line)
+    (tmp_path / "ppo_file_20270101000000").write_text("not a folder")
+    found = newest_runs(tmp_path)
+    assert {stage: run and run.name for stage, run in found.items()} == {
+        "sft": "sft_ppo_one_20260102000000", "rm": None, "ppo": None,
+    }  # fmt: skip
+
+
+def test_no_folder_of_runs_is_no_run(tmp_path):
+    assert newest_runs(tmp_path / "nowhere") == dict.fromkeys(STAGES)
+
+
+def test_metrics_leave_out_undefined_values_and_a_line_that_is_being_written(tmp_path):
+    run = new_run(
+        tmp_path, "ppo_x_20260101000000",
+        {"step": 0, "time": 1, "a": 1.0}, {"step": 0, "time": 2, "b": 5.0}, {"step": 2, "time": 3, "a": None, "b": 6.0},
+    )  # fmt: skip
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "time": 5, "a": 7')
+    assert read_metrics(run) == {"a": ([0], [1.0]), "b": ([0, 2], [5.0, 6.0])}
+
+
+# Ranges ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("healthy", "start", "limits", "text"),
+    [
+        (Range(0, 15), 3.0, (0, 15), "0 to 15"),
+        (Range(0.7, 1.3, "times the start"), 20.0, (14, 26), "0.7 to 1.3 times the start"),
+        (Range(1, 2.5, "above the start"), -0.5, (0.5, 2), "1 to 2.5 above the start"),
+        (Range(0.95, None), 1.0, (0.95, math.inf), "at least 0.95"),
+        (Range(None, 1e-4), 1.0, (-math.inf, 1e-4), "at most 0.0001"),
+        (Range(0.5, None, "times the start"), 8.0, (4, math.inf), "at least 0.5 times the start"),
+        (Range(0.5, None, "times the start"), -8.0, None, "at least 0.5 times the start"),
+    ],
+)
+def test_ranges(healthy, start, limits, text):
+    assert healthy.limits(start) == (limits and pytest.approx(limits)) and str(healthy) == text
+
+
+def test_a_relative_range_counts_from_the_first_value_of_the_first_line_that_was_logged():
+    curve = Curve("t", {"a": "x", "b": "y"}, "Read it.", Range(0.5, 1.5, "times the start"))
+    assert shaded(panel(curve, a=[10.0, 12.0], b=[100.0, 1.0])) == (5, 15)
+    assert shaded(panel(curve, b=[100.0, 1.0])) == (50, 150)
+
+
+# Panels ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_panel_shows_its_lines_in_order_with_the_first_on_top():
+    axis = panel(CURVE, a=[0.0, 1.0], b=[3.0, 2.0])
+    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["first", "second"]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert drawn == {"second": [3.0, 2.0], "first": [0.0, 1.0]} and list(drawn)[-1] == "first"
+    assert panel(CURVE, a=[0.0, 1.0]).get_legend() is None
+
+
+def test_a_colour_belongs_to_a_tag_whatever_else_was_logged():
+    both, one = panel(CURVE, a=[0.0], b=[1.0]), panel(CURVE, b=[1.0])
+    assert both.lines[0].get_color() == one.lines[0].get_color() != both.lines[1].get_color()
+
+
+def test_the_healthy_range_is_cut_to_what_is_in_view_and_alarms_appear_when_reached():
+    axis = panel(CURVE, a=[0.0, 2.0])
+    assert axis.get_ylim()[1] < 3 and shaded(axis) == (0, axis.get_ylim()[1]) and len(axis.lines) == 1
+    axis = panel(CURVE, a=[0.0, 40.0])
+    assert shaded(axis) == (0, 15) and len(axis.lines) == 2
+    assert list(axis.lines[1].get_ydata()) == [30, 30] and colors.to_hex(axis.lines[1].get_color()) == "#c0392b"
+
+
+def test_a_curve_that_is_outside_everywhere_has_the_edge_of_its_range_in_view():
+    curve = Curve("t", {"a": "x"}, "Read it.", Range(0.95, 1))
+    assert panel(curve, a=[0.1, 0.2]).get_ylim()[1] > 0.95
+    assert panel(Curve("t", {"a": "x"}, "Read it.", Range(0, 15)), a=[50.0, 60.0]).get_ylim()[0] < 15
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.0], [1e-9, 1e9]])
+def test_axes_have_room_for_any_values(values):
+    for curve in (Curve("t", {"a": "x"}, "."), Curve("t", {"a": "x"}, ".", Range(1e-4, 1e-2), log=True)):
+        axis = panel(curve, a=values)
+        low, high = axis.get_ylim()
+        assert low < high and all(low < v < high for v in values)
+        assert axis.get_yscale() == ("log" if curve.log and values != [0.0] else "linear")
+
+
+def test_what_was_not_logged_is_said():
+    axis = panel(CURVE)
+    assert texts(axis) == ["no value in this run"] and not axis.lines and axis.get_title(loc="left") == "KL"
+
+
+def test_few_points_are_marked_and_many_are_not():
+    few, many = panel(CURVE, a=[1.0, 2.0]), panel(CURVE, a=[1.0] * 50)
+    assert few.lines[0].get_marker() == "o" and many.lines[0].get_marker() in ("None", "none", "")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_has_a_panel_and_a_row_for_every_curve(stage, tmp_path):
+    tags = [tag for curve in CURVES[stage] for tag in curve.tags]
+    lines = [{"step": step, "time": step, **dict.fromkeys(tags, 0.25 + step / 8)} for step in (1, 2)]
+    run = new_run(tmp_path, f"{stage}_x_20260101000000", *lines)
+    figure = draw_run(stage, run)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [curve.title for curve in CURVES[stage]]
+    assert [bool(axis.patches) for axis in figure.axes] == [curve.healthy is not None for curve in CURVES[stage]]
+    figure.savefig(tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 20_000
+
+    head, rule, *rows = reading_table(stage, run).splitlines()
+    assert {row.count("|") for row in (head, rule, *rows)} == {6} and len(rows) == len(CURVES[stage])
+    for row, curve in zip(rows, CURVES[stage]):
+        _, title, shown, last, healthy, reading, _ = (cell.strip() for cell in row.split("|"))
+        assert (title, last, healthy) == (curve.title, "0.5", str(curve.healthy or ""))
+        assert re.findall("`([^`]+)`", shown) == list(curve.tags) and reading == curve.reading
+
+
+def test_a_table_says_what_was_not_logged(tmp_path):
+    run = new_run(tmp_path, "sft_x_20260101000000", {"step": 0, "time": 0, "train/loss": 3.25})
+    rows = reading_table("sft", run).splitlines()[2:]
+    assert "`train/loss` | 3.25 |" in rows[0] and "eval/loss" not in rows[0]
+    assert all("| none |" in row for row in rows[1:])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_reading_is_one_sentence(stage):
+    for curve in CURVES[stage]:
+        assert re.fullmatch(r"[A-Z][^|\n]*\.", curve.reading) and not re.search(r"\.\s", curve.reading), curve.title
+        assert 60 < len(curve.reading) < 260, curve.title
