@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from config.user_error import UserError
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_TORCH_TYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(wanted: str) -> str:
@@ -68,6 +69,11 @@ class Runtime:
         self.is_main = self.accelerator.is_main_process
         # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
         set_seed(seed + 100003 * self.rank)
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """The type in which matrix products are taken; weights that train and the optimizer stay fp32."""
+        return _TORCH_TYPE[self.dtype]
 
     def describe(self) -> str:
         """One line for the start of a run."""

@@ -14,7 +14,7 @@ from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig,
 from config.user_error import UserError
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
-from models.lora import freeze_weights, share_base
+from models.lora import freeze_weights, round_frozen, share_base
 from training.runtime import Runtime
 from training.saving import load_state
 from utils.run_folder import create_run, find_checkpoint, places, runs_named, step_checkpoints, write_hyperparams
@@ -145,18 +145,20 @@ def template_of(folder: Path) -> PromptTemplate:
     return PromptTemplate.from_dict(template)
 
 
-def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig) -> nn.Module:
-    """Apply --freeze; auto is lora for a model with adapters, none otherwise."""
+def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig, dtype: torch.dtype) -> nn.Module:
+    """Apply --freeze, auto being lora for a model with adapters and none otherwise; round what it froze to `dtype`."""
     method = config.freeze
     if method == "auto":
         method = "lora" if model.config.lora_rank else "none"
     freeze_weights(model, method)
+    round_frozen(model, dtype)
     return model
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """A model that only looks: eval mode, no gradients."""
-    return model.requires_grad_(False).eval()
+def frozen(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model that only looks: eval mode, no gradients, its matrices in `dtype`."""
+    round_frozen(model.requires_grad_(False), dtype)
+    return model.eval()
 
 
 def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Module, Tokenizer, PromptTemplate, str]:
@@ -203,20 +205,20 @@ def _tokenizer_for(wanted: str, folder: Path) -> Tokenizer:
 
 
 def rm_start(
-    config: RMConfig, resumption: Resumption | None
+    config: RMConfig, resumption: Resumption | None, dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module, Tokenizer, PromptTemplate, Path]:
-    """Reward model, frozen SFT model, tokenizer, template and the SFT checkpoint."""
+    """Reward model, frozen SFT model, tokenizer, template and the SFT checkpoint; `dtype` is that of the products."""
     options = without_dropout(get_configs(config.config))
     if resumption is not None:
         source = Path(resumption.hyperparams["sft"])
     else:
         source = find_checkpoint(config.pretrain, config.runs_dir, "-p")
-    sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)))
+    sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)), dtype)
     if resumption is not None:
         model = GPTRewardModel.from_checkpoint(resumption.checkpoint)
     else:
         model = GPTRewardModel.from_checkpoint(source, options, adapters="fresh")
-    freeze(model, config)
+    freeze(model, config, dtype)
     share_base([sft, model])
     return model, sft, load_tokenizer(source), template_of(source), source
 
@@ -234,8 +236,8 @@ class Roles:
     shared_bytes: int
 
 
-def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
-    """Load actor, critic, reference and reward model.
+def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dtype) -> Roles:
+    """Load actor, critic, reference and reward model; what is frozen is held in `dtype`, that of the matrix products.
 
     Raises:
         UserError: a checkpoint is missing, of the wrong stage, or the two were made with different tokenizers.
@@ -256,8 +258,8 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
         raise UserError(
             f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that one"
         )
-    reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)))
-    reward_model = frozen(GPTRewardModel.from_checkpoint(rm)) if rm is not None and needs_reward_model else None
+    reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)), dtype)
+    reward_model = frozen(GPTRewardModel.from_checkpoint(rm), dtype) if rm and needs_reward_model else None
     if resumption is not None:
         actor = GPTActor.from_checkpoint(resumption.checkpoint)
         critic = GPTCritic.from_checkpoint(resumption.checkpoint / "critic")
@@ -270,8 +272,8 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None) -> Roles:
         raise UserError(
             f"-c {config.critic}: its sizes are not those of -a {config.actor}; train the reward model from that one"
         )
-    freeze(actor, config)
-    freeze(critic, config)
+    freeze(actor, config, dtype)
+    freeze(critic, config, dtype)
     models = [reference, actor, critic] + ([reward_model] if reward_model is not None else [])
     return Roles(actor, critic, reference, reward_model, sft, rm, share_base(models))
 

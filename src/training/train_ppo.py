@@ -45,7 +45,7 @@ def main() -> int:
     eval_reward_fn = load_reward_function(config.eval_reward_fn, "--eval-reward-fn") if config.eval_reward_fn else None
     runtime = Runtime(config.device, config.dtype, config.seed)
     require_one_process(runtime)
-    roles = ppo_start(config, resumption)
+    roles = ppo_start(config, resumption, runtime.matrix_dtype)
     tokenizer, template = load_tokenizer(roles.sft), template_of(roles.sft)
     limit, prompts = row_limit(config, roles.actor), prompt_limit(config, roles.actor)
     options = {"max_prompt_length": prompts, "skip_bad_rows": config.skip_bad_rows, "template": template}

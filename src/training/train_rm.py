@@ -37,7 +37,7 @@ def main() -> int:
     resumption = find_resumption("rm", config)
     runtime = Runtime(config.device, config.dtype, config.seed)
     require_one_process(runtime)
-    model, sft, tokenizer, template, source = rm_start(config, resumption)
+    model, sft, tokenizer, template, source = rm_start(config, resumption, runtime.matrix_dtype)
     prompt_limit(config, model)  # room for the samples that the scores are normalised on; told before any work
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
     splits = {

@@ -29,7 +29,7 @@ def main() -> int:
     runtime = Runtime(config.device, config.dtype, config.seed)
     require_one_process(runtime)
     model, tokenizer, template, source = sft_start(config, resumption)
-    freeze(model, config)
+    freeze(model, config, runtime.matrix_dtype)
     stage = "text" if config.dataset == "demo-text" else "sft"
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}
     splits = {

@@ -10,7 +10,7 @@ from config.configs import GPTConfig, get_configs
 from config.user_error import UserError
 from models.checkpoint import load_model, save_model
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
-from models.lora import is_adapter, merge_lora, share_base
+from models.lora import is_adapter, merge_lora, round_frozen, share_base
 
 ROLES = [GPTActor, GPTCritic, GPTRewardModel]
 
@@ -310,3 +310,47 @@ def test_two_adapters_of_one_config_are_independent():
     config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=10, lora_rank=2)
     first, second = GPT(config), GPT(config)
     assert not torch.equal(first.transformer.h[0].attn.c_attn.lora_A, second.transformer.h[0].attn.c_attn.lora_A)
+
+
+@torch.no_grad()
+def test_frozen_matrices_rounded_once_give_the_bits_of_autocast(make_model, batch):
+    model = make_model(GPTActor, lora_rank=2)
+    model.freeze_weights("lora")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.hidden(*batch)
+        trains = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+        round_frozen(model, torch.bfloat16)
+        assert torch.equal(model.hidden(*batch), expected)
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), name
+        assert name not in trains or torch.equal(parameter, trains[name])
+
+
+@torch.no_grad()
+def test_rounded_roles_share_one_base_and_come_back_from_disk_rounded(roles, batch, tmp_path):
+    for model in roles:
+        round_frozen(model, torch.bfloat16)
+    base = sum(p.numel() * p.element_size() for p in roles[0].parameters())
+    assert share_base(roles) == 3 * base
+    save_model(roles[1], tmp_path / "actor")
+    again = load_model(GPTActor, tmp_path / "actor")
+    again.freeze_weights("lora")
+    round_frozen(again, torch.bfloat16)
+    assert share_base([roles[0], again]) == base
+
+
+@torch.no_grad()
+def test_merging_into_rounded_weights_keeps_a_small_update(make_model):
+    """bf16 has three digits: a delta of a thousandth of the weight must not vanish in the sum."""
+    model = make_model(lora_rank=2)
+    model.freeze_weights("lora")
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.mul_(0.03)
+    round_frozen(model, torch.bfloat16)
+    layer = model.transformer.h[0].mlp.c_fc
+    delta = layer.lora_B @ layer.lora_A * layer.scaling
+    merged = merge_lora(model).transformer.h[0].mlp.c_fc.weight
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged - layer.weight.float(), delta, atol=1e-6, rtol=0)

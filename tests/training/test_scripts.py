@@ -269,3 +269,18 @@ def test_a_reward_model_of_another_vocabulary(runs, tmp_path) -> None:
     assert identity.is_file()
     error = call("ppo", f"-n wrong -a sft_one -c {copy}", runs).error
     assert "its tokenizer is not that of -a sft_one" in error
+
+
+def test_bf16_with_adapters_shares_one_rounded_base_and_resumes(runs) -> None:
+    """The frozen base is rounded before it is compared: fresh from the SFT model or back from a checkpoint."""
+    flags = "-a sft_one -c rm_one --config gpt2-nano/lora --dtype bf16 -n half"
+    started = call("ppo", flags + " --max-steps 1", runs)
+    assert started.code == 0
+    shared = float(re.search(r"shared between the roles: ([\d.]+) MB", started.out)[1])
+    whole = describe(newest(runs, "sft_one") / "final")["model"]
+    matrices = 12 * whole["n_layer"] * whole["n_embd"] ** 2
+    assert shared >= 3 * 2 * matrices / 1e6 * 0.99
+    run = newest(runs, "ppo_half")
+    shutil.rmtree(run / "final")
+    again = call("ppo", f"{flags} --max-steps 1 --resume {run}", runs)
+    assert again.code == 0 and float(re.search(r"shared between the roles: ([\d.]+) MB", again.out)[1]) == shared
