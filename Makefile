@@ -1,6 +1,7 @@
 # make demo   vanilla -> SFT -> reward model -> PPO on the offline world, ends with a table; exit 1 when RLHF did not work
 # make test   the whole test suite
 # make lint   ruff
+# make bench  speed and memory beside transformers and TRL; installs these into .venv-bench
 # Each builds .venv from the pinned requirements when it is missing or the pins have changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -9,7 +10,10 @@ PY     := $(VENV)/bin/python
 RUN_STAMP := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint clean
+BENCH  := .venv-bench
+BENCH_STAMP := $(BENCH)/.installed-$(shell cat requirements-bench.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test lint bench clean
 .DEFAULT_GOAL := demo
 
 $(PY):
@@ -26,6 +30,12 @@ $(DEV_STAMP): $(RUN_STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(BENCH_STAMP): requirements-bench.txt
+	@echo "installing requirements-bench.txt into $(BENCH)"
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@touch $@
+
 demo: $(RUN_STAMP)
 	$(PY) src/experiments/main.py -t demo
 
@@ -35,5 +45,8 @@ test: $(DEV_STAMP)
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
 
+bench: $(RUN_STAMP) $(BENCH_STAMP)
+	$(PY) src/experiments/main.py -t bench
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache

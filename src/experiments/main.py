@@ -9,11 +9,13 @@ demo       the whole offline demo on one seed (what `make demo` runs)
 results    the demo over several seeds and variants: the README's table and picture
 overoptimisation    proxy and gold reward over the distance from SFT, of a PPO run and of best-of-n, as a picture
 doctor     what is wrong with a run of any stage, from its figures, and what to change
+bench      speed and memory beside transformers and TRL (what `make bench` runs)
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -21,7 +23,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 
 from config.user_error import UserError, run_main  # noqa: E402
 
-TASKS = ("gpt", "reward", "dataset", "tokenizer", "loss", "demo", "results", "overoptimisation", "doctor")
+QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
+OWN_MODULE = ("overoptimisation", "doctor", "bench")  # experiments/TASK.py with run(parser, rest)
+TASKS = (*QUICK_LOOKS, "demo", "results", *OWN_MODULE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,14 +51,8 @@ def main() -> int:
     # Imports wait until the task is known: `-t tokenizer` should not load what `-t demo` needs.
     if chosen.task in ("demo", "results"):
         return demo_task(chosen.task, parser, rest)
-    if chosen.task == "overoptimisation":
-        from experiments import overoptimisation
-
-        return overoptimisation.run(parser, rest)
-    if chosen.task == "doctor":
-        from experiments import doctor
-
-        return doctor.run(parser, rest)
+    if chosen.task in OWN_MODULE:
+        return importlib.import_module(f"experiments.{chosen.task}").run(parser, rest)
     from experiments import quick_looks
 
     return quick_looks.run(chosen.task, parser, rest)

@@ -112,8 +112,10 @@ def round_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold the frozen weights of the projections in the type of the matrix products.
 
     Autocast rounds them to it at every use; rounded once, the same numbers take half the memory and no time. Token
-    tables, LayerNorms and biases stay in fp32, as does everything that trains. Weights in fp32 are left as they are.
+    tables, LayerNorms and biases stay in fp32, as does everything that trains. With fp32 products nothing changes.
     """
+    if dtype == torch.float32:
+        return
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(dtype)

@@ -56,14 +56,14 @@ def test_tasks_go_where_they_belong(monkeypatch):
     calls = []
     monkeypatch.setattr("experiments.quick_looks.run", lambda task, parser, rest: calls.append((task, rest)) or 0)
     monkeypatch.setattr("experiments.main.demo_task", lambda task, parser, rest: calls.append((task, rest)) or 7)
-    for task in ("overoptimisation", "doctor"):
+    for task in script.OWN_MODULE:
         monkeypatch.setattr(f"experiments.{task}.run", lambda parser, rest, task=task: calls.append((task, rest)) or 5)
     codes = []
     for task in script.TASKS:
         monkeypatch.setattr(sys, "argv", ["main.py", "--flag", "1", "-t", task])
         codes.append(script.main())
     assert calls == [(task, ["--flag", "1"]) for task in script.TASKS]
-    own = {"demo": 7, "results": 7, "overoptimisation": 5, "doctor": 5}
+    own = {"demo": 7, "results": 7} | dict.fromkeys(script.OWN_MODULE, 5)
     assert codes == [own.get(task, 0) for task in script.TASKS]
 
 

@@ -1,0 +1,206 @@
+"""The benchmark's results: rows as JSON and as a markdown table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.bench_bounds import Hardware, bound, flop_share
+from experiments.bench_work import Work
+
+
+@dataclass
+class Figures:
+    """What the rounds of one side gave for one work: values, peaks in GB, why nothing was measured, versions."""
+
+    values: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    missing: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    matrix_flops: float = 0.0
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Take in what one process answered."""
+        if "missing" in result:
+            self.missing = result["missing"]
+            return
+        self.values.append(result["value"])
+        self.peaks.append(result["peak_gb"])
+        self.versions |= result.get("versions", {})
+        self.parts = result.get("parts", {})
+        self.matrix_flops = result.get("matrix_flops", 0.0)
+
+    @property
+    def value(self) -> float | None:
+        """Median of the rounds; None when nothing was measured."""
+        return statistics.median(self.values) if self.values else None
+
+    @property
+    def peak(self) -> float | None:
+        """Median of the rounds' peaks."""
+        return statistics.median(self.peaks) if self.peaks else None
+
+
+@dataclass
+class Row:
+    """One work and what both sides made of it."""
+
+    work: Work
+    ours: Figures = field(default_factory=Figures)
+    peer: Figures = field(default_factory=Figures)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times as fast as the peer: above 1, ours is faster."""
+        if self.ours.value is None or self.peer.value is None:
+            return None
+        return self.ours.value / self.peer.value if self.work.faster_is_larger else self.peer.value / self.ours.value
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as in the JSON file."""
+        return {
+            "work": self.work.name,
+            "ours": self.ours.value,
+            "peer": self.peer.value,
+            "ratio": self.ratio,
+            "unit": self.work.unit,
+            "ours_peak_gb": self.ours.peak,
+            "peer_peak_gb": self.peer.peak,
+        }
+
+    def bound_share(self, hardware: Hardware | None) -> tuple[float | None, float | None]:
+        """The hardware's bound in the work's unit, and how much of it ours reaches (1: all)."""
+        limit = bound(self.work, hardware) if hardware else None
+        if limit is None or self.ours.value is None:
+            return limit, None
+        return limit, self.ours.value / limit if self.work.faster_is_larger else limit / self.ours.value
+
+
+def as_json(rows: Sequence[Row], machine: dict[str, Any], scaling: Sequence[Row] = ()) -> dict[str, Any]:
+    """What --json writes; `machine` also holds the measured bounds and why a figure is null."""
+    missing = {
+        row.work.name: {side: f.missing for side, f in (("ours", row.ours), ("peer", row.peer)) if f.missing}
+        for row in [*rows, *scaling]
+    }
+    spread = {
+        row.work.name: {"ours": row.ours.values, "peer": row.peer.values, "ours_parts": row.ours.parts} for row in rows
+    }
+    machine = machine | {"missing": {k: v for k, v in missing.items() if v}, "rounds_of": spread}
+    report = {"machine": machine, "rows": [row.to_json() for row in rows]}
+    hardware = hardware_of(machine)
+    if scaling:
+        report["scaling"] = [
+            row.to_json() | dict(zip(("bound", "share"), row.bound_share(hardware))) for row in scaling
+        ]
+    return report
+
+
+def hardware_of(machine: dict[str, Any]) -> Hardware | None:
+    """The measured bounds in a report's `machine`."""
+    bounds = machine.get("bounds")
+    return Hardware(bounds["bandwidth"], bounds["matrix_flops"]) if bounds else None
+
+
+def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    """The main table, what is missing from it, and the machine."""
+    hardware = hardware_of(machine)
+    lines = [
+        "| work | ours | peer | ratio | bound | of the bound | our peak | peer's peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        limit, share = row.bound_share(hardware)
+        peer = shown(row.peer.value, row.work.unit) if row.work.peer else "none"
+        if row.peer.missing:
+            peer = "missing"
+        cells = [row.work.title, "failed" if row.ours.missing else shown(row.ours.value, row.work.unit), peer]
+        cells += [f"{row.ratio:.2f}x" if row.ratio else "", shown(limit, row.work.unit), percent(share)]
+        lines.append(_line(*cells, gigabytes(row.ours.peak), gigabytes(row.peer.peak)))
+    return "\n".join([*lines, "", *missing_lines(rows), describe(machine, rows)])
+
+
+def missing_lines(rows: Sequence[Row]) -> list[str]:
+    """One line per figure that could not be measured."""
+    lines = [f"- {row.work.name}: peer {row.work.peer} missing: {row.peer.missing}" for row in rows if row.peer.missing]
+    lines += [f"- {row.work.name}: ours failed: {row.ours.missing}" for row in rows if row.ours.missing]
+    return [*lines, ""] if lines else []
+
+
+def scaling_markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    """Cost against batch, response length and model size, the bound beside it."""
+    hardware = hardware_of(machine)
+    lines = [
+        "| work | batch | prompt + response | model | ours | bound | of the bound | peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        work, (limit, share) = row.work, row.bound_share(hardware)
+        ours = "failed" if row.ours.missing else shown(row.ours.value, work.unit)
+        cells = (work.kind, work.batch, f"{work.prompt} + {work.new}", work.preset, ours, shown(limit, work.unit))
+        lines.append(_line(*cells, percent(share), gigabytes(row.ours.peak)))
+    return "\n".join([*lines, "", *missing_lines(rows)])
+
+
+def gpu_markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
+    """Figure, share of the measured matrix rate and peak memory of every preset and stage."""
+    lines = ["| preset and stage | ours | MFU | peak |", "|---|---|---|---|"]
+    for row in rows:
+        ours = row.ours.missing or shown(row.ours.value, row.work.unit)
+        ours = "out of memory" if "OutOfMemoryError" in ours else ours
+        lines.append(_line(row.work.title, ours, percent(utilisation(row)), gigabytes(row.ours.peak)))
+    return "\n".join([*lines, "", describe(machine, rows)])
+
+
+def utilisation(row: Row) -> float | None:
+    """Model FLOP over the measured matrix rate; None when that was not measured."""
+    if row.ours.value is None or not row.ours.matrix_flops:
+        return None
+    return flop_share(row.work, row.ours.value, row.ours.matrix_flops)
+
+
+def describe(machine: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Machine, versions and measured bounds in a few lines."""
+    versions = {"ours": {}, "peers": {}}
+    for row in rows:
+        versions["ours"] |= row.ours.versions
+        versions["peers"] |= row.peer.versions
+    told = "; ".join(
+        f"{side}: " + ", ".join(f"{k} {v}" for k, v in sorted(v.items())) for side, v in versions.items() if v
+    )
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, {machine['os']}, Python "
+        f"{machine['python']}; medians of {machine['rounds']} rounds; load {machine['load']:.1f} at the start. {told}."
+    ]
+    bounds = machine.get("bounds")
+    if bounds:
+        products = ", ".join(f"{v:,.0f} tokens/s at batch {b}" for b, v in bounds["products_tokens_s"].items())
+        lines.append(
+            f"Threads: {bounds['threads']}. Bounds: reads at {bounds['bandwidth'] / 1e9:.1f} GB/s; bf16 matrices "
+            f"at {bounds['matrix_flops'] / 1e12:.2f} TFLOP/s; the matrix products of a decoding step alone: {products}."
+        )
+    return "\n".join(lines)
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A figure with its unit, three digits."""
+    if value is None:
+        return ""
+    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{number} {'s' if unit.startswith('s/') else unit}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage."""
+    return "" if share is None else f"{share:.0%}"
+
+
+def gigabytes(value: float | None) -> str:
+    """A peak, or nothing."""
+    return "" if value is None else f"{value:.2f} GB"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
