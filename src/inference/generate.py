@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.gpt import KVCache
+from models.vocabulary import product_dtype
 from utils.batching import left_pad
 from utils.loss import temper
 
@@ -93,7 +94,7 @@ def generate(
     uniforms = _row_uniforms(seeds, B, max_new_tokens, device) if temperature > 0 else None
 
     # The last sampled token is never fed back, so the cache is one column short of the whole sequence.
-    cache = KVCache.allocate(config, B, P + max_new_tokens - 1, device, _compute_dtype(model, device))
+    cache = KVCache.allocate(config, B, P + max_new_tokens - 1, device, _cache_dtype(model, device))
     responses = torch.full((B, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     n = torch.full((B,), max_new_tokens, dtype=torch.long, device=device)
@@ -230,7 +231,11 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _compute_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return next(model.parameters()).dtype
+def _cache_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    """Type of keys and values: that of the products, but fp32 on a CPU in half precision.
+
+    Attention of a single query is two to six times faster there in fp32 than in bf16 (torch 2.13, GPT-2 124M), which is
+    more than the reading of half as many bytes would save.
+    """
+    dtype = product_dtype(next(model.parameters()))
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype

@@ -95,7 +95,7 @@ class Decoder:
         self.position = seen.sum(1)  # (B,) of the next token
         self.bias = None
         if not bool(seen.all()):  # a mask costs a third of the attention, and rows of one length need none
-            self.bias = torch.zeros(cache.att.shape, dtype=self.dtype, device=seen.device)
+            self.bias = torch.zeros(cache.att.shape, dtype=cache.keys[0].dtype, device=seen.device)
             self.bias[:, : cache.length].masked_fill_(~seen, float("-inf"))
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -120,8 +120,8 @@ class Decoder:
             qkv = block.qkv(self._normed(block.ln_1, x)).view(B, 3, nh, 1, -1)
             q, k, v = qkv.unbind(1)  # each (B, nh, 1, hd)
             k, v = cache.append(layer, k, v)  # (B, nh, S, hd)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x = x + block.out(y.view(B, -1))
+            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask)
+            x = x + block.out(y.view(B, -1).to(self.dtype))
             x = x + block.proj(block.fc(self._normed(block.ln_2, x)))
         cache.length = S
         self.position = self.position + 1

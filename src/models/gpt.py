@@ -86,7 +86,7 @@ class MaskedMultiheadSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, L, hd)
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (B, nh, S, hd)
+            k, v = (x.to(q.dtype) for x in cache.append(layer, k, v))  # (B, nh, S, hd)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None and L > 1
         )  # (B, nh, L, hd)
