@@ -40,8 +40,10 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
             raise
         # tyro draws a box with a title; the contract is one line.
         words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue()).split())
+        words = re.sub(r"-{5,}", "", words).strip()
         words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
-        raise UserError(words.split(" For full helptext")[0]) from None
+        words = words.removeprefix("Error parsing ")
+        raise UserError(re.split(" (?:For full|Argument) helptext", words)[0].strip()) from None
 
 
 def _reject_unknown_flags(stage: type, argv: list[str]) -> None:

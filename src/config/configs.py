@@ -173,10 +173,15 @@ class RunConfig:
     """Steps (PPO: iterations) between checkpoints."""
     keep: int = 2
     """How many of the newest step checkpoints to keep (best/ and final/ come on top)."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (full disk) does: stop the run, or let it go on without it."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl and TensorBoard (PPO logs every iteration)."""
     max_length: int = 0
     """Longest row in tokens, prompt and response together; 0: the model's context."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss, gradient, reward or log-probability that is not finite does: stop the run, or skip the batch
+    without a step and count it. The rows are written to the run's folder either way."""
     skip_bad_rows: bool = False
     """Count and report malformed rows instead of stopping at the first."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -190,6 +195,10 @@ class RunConfig:
     """Where run folders are made and looked for."""
     resume: str = ""
     """auto: go on with the newest unfinished run of this name; PATH: with that run or checkpoint folder."""
+    resume_override: str = ""
+    """Settings that may differ from the run's when it is gone on with, by commas: max_steps, lr, eval_every, ..."""
+    deterministic: bool = False
+    """Choose kernels that give the same bits again on this machine, and tell what that costs."""
 
     def __post_init__(self) -> None:
         get_configs(self.config)
@@ -357,6 +366,9 @@ class PPOConfig(RunConfig):
     """Subtracted from the score of a response that never ended."""
     kl_stop: float = 0.0
     """Skip the rest of an update when approxkl passes 1.5 times this; 0: never."""
+    max_kl: float = 0.0
+    """Stop the run before the update when an iteration's KL to the reference is above this many nats per response; 0:
+    never."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance; off because the reward model is normalised already."""
     critic_warmup: int = 0
@@ -372,7 +384,7 @@ class PPOConfig(RunConfig):
             self._at_least(field, 0)
         for field in ("critic_lr", "temperature", "clip_eps"):
             self._positive(field)
-        for field in ("kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop"):
+        for field in ("kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop", "max_kl"):
             self._not_negative(field)
         for field in ("gamma", "lam"):
             _require(0 <= getattr(self, field) <= 1, f"{flag_of(field)} {getattr(self, field)}: must be in [0, 1]")

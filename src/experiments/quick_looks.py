@@ -61,7 +61,7 @@ def gpt_flags(parser: argparse.ArgumentParser) -> None:
     text = "run, checkpoint or stem of a language model (SFT or PPO); or a Hugging Face folder or hub name"
     parser.add_argument("-m", "--model", required=True, help=text)
     text = f"a question, or a dialogue that has 'Human:' in it; may be repeated (default: {_PROMPT!r})"
-    parser.add_argument("--prompt", action="append", help=text)
+    parser.add_argument("--prompt", action="append", type=_utf8, help=text)
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without the template")
     text = "longest answer (default 64, or what the context leaves)"
     parser.add_argument("--max-new-tokens", type=_at_least(1), help=text)
@@ -82,7 +82,9 @@ def look_at_gpt(flags: argparse.Namespace) -> None:
     prompts = tokenizer.encode_batch(texts)
     context, longest = model.config.block_size, max(map(len, prompts))
     room = max(0, context - longest)
-    limit = flags.max_new_tokens or max(1, min(64, room))
+    if not room:
+        raise UserError(f"--prompt: its {longest} tokens leave no room in the context of {context}; give a shorter one")
+    limit = flags.max_new_tokens or min(64, room)
     if limit > room:
         raise UserError(
             f"--max-new-tokens {limit}: with a prompt of {longest} tokens at most {room} fit the context of {context}"
@@ -139,7 +141,9 @@ def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
 
 
 def _template_of(checkpoint: Path) -> PromptTemplate:
-    return PromptTemplate.from_dict(describe(checkpoint)["template"])
+    from training.start import template_of  # seconds to import
+
+    return template_of(checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +154,8 @@ def _template_of(checkpoint: Path) -> PromptTemplate:
 def reward_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `-t reward`."""
     parser.add_argument("-m", "--model", required=True, help="run, checkpoint or stem of a reward model")
-    parser.add_argument("--prompt", required=True, help="a question, or a dialogue that has 'Human:' in it")
-    parser.add_argument("--response", action="append", required=True, help="an answer; may be repeated")
+    parser.add_argument("--prompt", required=True, type=_utf8, help="a question, or a dialogue that has 'Human:' in it")
+    parser.add_argument("--response", action="append", required=True, type=_utf8, help="an answer; may be repeated")
     parser.add_argument("--no-eos", action="store_true", help="score the answers as if they had been cut short")
     _add_machine_flags(parser)
 
@@ -279,7 +283,7 @@ def tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `-t tokenizer`."""
     text = "gpt2, demo (default), a run or checkpoint, or a Hugging Face folder"
     parser.add_argument("--tokenizer", default="demo", help=text)
-    parser.add_argument("--text", default=_TEXT, help="what to cut")
+    parser.add_argument("--text", default=_TEXT, type=_utf8, help="what to cut")
     parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
 
 
@@ -342,6 +346,15 @@ def _at_least(low: int | float) -> Callable[[str], int | float]:
 
     parse.__name__ = kind.__name__  # argparse puts it into its message
     return parse
+
+
+def _utf8(word: str) -> str:
+    """A text from the command line, where bytes that are no UTF-8 arrive as halves of surrogate pairs."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{ascii(word)[:60]} is not UTF-8 text") from None
+    return word
 
 
 def _share(text: str) -> float:

@@ -3,6 +3,7 @@
     FOLDER/model.safetensors    every tensor of the module
     FOLDER/model.json           format, role, model config, and what the caller adds (tokenizer identity, template, ...)
 
+A folder that belongs to a checkpoint says so (`"sealed": true`) and is compared with its manifest on every load.
 Loads are strict: keys may be missing only where a role is started from another one, and then exactly its new head.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from config.configs import PRESETS, GPTConfig, model_config_from_dict, resolved
 from config.user_error import UserError
 from models.lora import init_adapters, is_adapter, merge_adapters
+from models.manifest import check_files
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -33,11 +35,18 @@ _STAGE_OF_ROLE = {"lm": "an SFT or PPO model", "reward": "a reward model", "crit
 
 
 def save_model(model: nn.Module, folder: Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a model folder; `extra` entries stand beside the model config in model.json."""
+    """Write a model folder; `extra` entries stand beside the model config in model.json.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     model = getattr(model, "_orig_mod", model)  # torch.compile prefixes every key, which no plain model could read
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})  # from the tensors' own memory, without a copy
+    except SafetensorError as error:
+        raise OSError(f"{WEIGHTS}: {error}") from None
     description = {"format": FORMAT, "role": model.role, "model": resolved(model.config), **(extra or {})}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -63,6 +72,7 @@ def describe(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path}: format {description.get('format')!r}, this code reads {FORMAT}; use the version that wrote it"
         )
+    check_files(path.parent, (DESCRIPTION,), bool(description.get("sealed")))
     return description
 
 
@@ -99,6 +109,7 @@ def load_model(cls: type[Model], folder: Path, config: GPTConfig | None = None, 
         )
     config = saved if config is None else saved.with_options(config)
     path = folder / WEIGHTS
+    check_files(folder, (WEIGHTS,), bool(description.get("sealed")))
     state = _read_weights(path)
     remedy = f"does not fit its {DESCRIPTION}; take another checkpoint of the run"
     new_head = saved_role == "lm"
@@ -175,8 +186,12 @@ def _check_keys(
     own = model.state_dict()
     new = {k for k in own if (new_head and k.startswith("head.")) or (new_adapters and is_adapter(k))}
     old = set(own) - new
-    wrong = {k for k in old if k in state and own[k].shape != state[k].shape}
-    faults = {"missing": old - set(state), "unexpected": set(state) - old, "wrong shape": wrong}
+
+    def form(tensor: Tensor) -> tuple[torch.Size, bool]:
+        return tensor.shape, tensor.is_floating_point()
+
+    wrong = {k for k in old if k in state and form(own[k]) != form(state[k])}
+    faults = {"missing": old - set(state), "unexpected": set(state) - old, "wrong shape or type": wrong}
     if any(faults.values()):
         told = (
             f"{what} {', '.join(sorted(keys)[:3])}{' ...' if len(keys) > 3 else ''}"

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.configs import PPOConfig
+from training.nonfinite import check_rollout
 from training.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
+from utils.reward_function import NonFiniteReward
 from utils.tokenizer import Tokenizer
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -115,7 +117,7 @@ class Rollouts:
 
     @torch.no_grad()
     def look(self, experience: Experience, micro_batches: Sequence[np.ndarray]) -> None:
-        """Fill in log-probabilities, values, entropy and scores.
+        """Fill in log-probabilities, values, entropy and scores; raises NonFiniteRollout unless all are finite.
 
         Log-probabilities are recomputed by the training forward in the very micro-batches of the first pass and not
         taken from the sampler: cached keys and bf16 drift would make the first importance ratio differ from 1.
@@ -133,10 +135,16 @@ class Rollouts:
                 if self.reward_model is not None:
                     experience.scores[batch.rows] = self.reward_model(batch.ids, batch.att, right_padded=True)
             experience.logp_ref[batch.rows, :T] = batch.unpack(logp_ref)
+        cause = None
         if self.reward_fn is not None:
-            extra = torch.tensor(self.reward_fn(*self.texts(experience)), device=experience.scores.device)
+            try:
+                given = self.reward_fn(*self.texts(experience))
+            except NonFiniteReward as error:
+                given, cause = error.scores, error
+            extra = torch.tensor(given, device=experience.scores.device)
             # In place of the reward model the function counts in full, whatever its weight.
             experience.scores += extra if self.reward_model is None else self.config.reward_fn_weight * extra
+        check_rollout(experience, ("logp", "logp_ref", "values", "scores"), cause)
 
     def texts(self, experience: Experience) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without EOS."""

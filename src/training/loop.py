@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,18 +83,25 @@ def trainer_state(step: int, best: float, optimizer: torch.optim.Optimizer, runt
 def resume_trainer(
     state: dict[str, Any] | None, optimizer: torch.optim.Optimizer, runtime: Runtime
 ) -> tuple[int, float]:
-    """Put optimizer and random generators back; returns (step, best so far, lower is better). None starts afresh."""
+    """Put optimizer and random generators back; returns (step, best so far, lower is better). None starts afresh.
+
+    The optimizer's settings are those of this run's flags, which --resume-override may have changed.
+    """
     if state is None:
         return 0, math.inf
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
     runtime.restore_scaler(state["scaler"])
     restore_rng(state["rng"])
     return state["step"], state["best"]
 
 
-def stopped(run: Path, step: int, interrupt: Interrupt) -> int:
+def stopped(saver: Saver, step: int, interrupt: Interrupt) -> int:
     """Tell how to go on after a signal; returns the exit code."""
-    tqdm.write(f"stopped at step {step}; saved. Go on with --resume {run}")
+    saved = "saved" if saver.saved_step == step else "the step could not be saved"
+    tqdm.write(f"stopped at step {step}; {saved}. Go on with --resume {saver.run}")
     return interrupt.exit_code
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from config.user_error import UserError
+from training.determinism import set_deterministic
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TORCH_TYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,11 +57,25 @@ def choose_dtype(wanted: str, device: str) -> str:
     return wanted
 
 
+class NonFiniteStep(FloatingPointError):
+    """The loss or a gradient norm of an optimizer step is not finite; the step has not been taken.
+
+    loss: whether it is the loss. groups: the names of the broken norms.
+    """
+
+    def __init__(self, loss: bool, groups: Sequence[str]) -> None:
+        what = [*(["loss"] if loss else []), *(f"gradient of {name}" for name in groups)]
+        super().__init__(f"the {' and the '.join(what)} is not finite; the weights are left as they were")
+        self.loss = loss
+        self.groups = groups
+
+
 class Runtime:
     """Device, precision and ranks of one run."""
 
-    def __init__(self, device: str = "auto", dtype: str = "auto", seed: int = 0) -> None:
+    def __init__(self, device: str = "auto", dtype: str = "auto", seed: int = 0, deterministic: bool = False) -> None:
         kind = choose_device(device)
+        set_deterministic(deterministic)
         self.dtype = choose_dtype(dtype, kind)
         self.accelerator = Accelerator(mixed_precision=_PRECISION[self.dtype], cpu=kind == "cpu")
         self.device = self.accelerator.device
@@ -106,30 +121,56 @@ class Runtime:
         self.accelerator.backward(loss * self.world_size)
 
     def step(
-        self, optimizer: torch.optim.Optimizer, groups: dict[str, list[nn.Parameter]], max_norm: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        groups: dict[str, list[nn.Parameter]],
+        max_norm: float,
+        loss: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Unscale, clip each group of parameters by its own norm, step, zero.
 
         Clipping has to stand between the last backward pass and the step, on unscaled gradients, or it does nothing.
 
+        Args:
+            optimizer, groups, max_norm: what steps, and how it is clipped.
+            loss: [] the step's loss over all ranks, looked at together with the norms.
+
         Returns:
             The groups' norms before clipping, 0-dim tensors.
 
         Raises:
-            FloatingPointError: a norm is infinite or NaN where no loss scaling would explain it.
+            NonFiniteStep: the loss is not finite, or a norm where no loss scaling would explain it. Weights, optimizer
+                state and gradients are as they were; the caller goes on with `discard` or not at all.
         """
         self.accelerator.unscale_gradients(optimizer)
-        norms = {name: torch.nn.utils.clip_grad_norm_(group, max_norm) for name, group in groups.items()}
-        # With loss scaling an overflow is normal: the scaler skips the step and halves its scale.
-        broken = [] if self.dtype == "fp16" else [name for name, norm in norms.items() if not norm.isfinite()]
-        if broken:
-            raise FloatingPointError(
-                f"the gradient of {' and '.join(broken)} is not finite; the weights are left as they were. Look at the "
-                "last lines of metrics.jsonl, and start again with a lower learning rate"
-            )
+        gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in groups.items()}
+        norms = {name: torch.nn.utils.get_total_norm(grads) for name, grads in gradients.items()}
+        self._check_finite(norms, loss)
+        for name, group in groups.items():
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norms[name])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def _check_finite(self, norms: dict[str, Tensor], loss: Tensor | None) -> None:
+        looked_at = [*norms.values()] if loss is None else [*norms.values(), loss.detach()]
+        finite = torch.stack([x.isfinite().to(self.device) for x in looked_at]).tolist()  # the step's one wait
+        if all(finite):
+            return
+        # With loss scaling an overflow is normal: the scaler skips the step and halves its scale. At a scale of 1 there
+        # is nothing left that halving could cure.
+        scaler = self.accelerator.scaler
+        explained = scaler is not None and scaler.get_scale() > 1
+        broken = [] if explained else [name for name, ok in zip(norms, finite) if not ok]
+        loss_is_broken = loss is not None and not finite[-1]
+        if broken or loss_is_broken:
+            raise NonFiniteStep(loss_is_broken, broken)
+
+    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients of a step that `step` refused to take."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it has unscaled these gradients, and would refuse to unscale others
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the loss scaling; empty without it."""

@@ -17,8 +17,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import PPOConfig  # noqa: E402
-from config.user_error import run_main  # noqa: E402
+from config.user_error import UserError, run_main  # noqa: E402
 from models.checkpoint import describe  # noqa: E402
+from training.determinism import cost_of_determinism  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import (  # noqa: E402
     Roles,
@@ -43,8 +44,10 @@ def main() -> int:
     resumption = find_resumption("ppo", config)
     reward_fn = load_reward_function(config.reward_fn, "--reward-fn") if config.reward_fn else None
     eval_reward_fn = load_reward_function(config.eval_reward_fn, "--eval-reward-fn") if config.eval_reward_fn else None
-    runtime = Runtime(config.device, config.dtype, config.seed)
+    runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
     require_one_process(runtime)
+    if config.deterministic:
+        print(f"deterministic: {cost_of_determinism(runtime.device)}")
     roles = ppo_start(config, resumption, runtime.matrix_dtype)
     tokenizer, template = load_tokenizer(roles.sft), template_of(roles.sft)
     limit, prompts = row_limit(config, roles.actor), prompt_limit(config, roles.actor)
@@ -75,6 +78,10 @@ def report_reward_model(roles: Roles, config: PPOConfig) -> None:
         return
     description = describe(roles.rm)
     held_out, normalised = description.get("held_out"), description.get("normalised")
+    for record, keys in ((held_out, {"accuracy", "longer_wins"}), (normalised, {"step", "temperature"})):
+        if record and not (isinstance(record, dict) and keys <= set(record)):
+            names = " and ".join(sorted(keys))
+            raise UserError(f"{roles.rm}: model.json has a record without {names}; take another checkpoint")
     gain, bias = roles.reward_model.normalisation
     if not held_out:
         print(f"warning: {roles.rm} records no held-out accuracy; PPO optimises whatever it learned")

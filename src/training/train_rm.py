@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
+from training.determinism import cost_of_determinism  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import (  # noqa: E402
     describe_model,
@@ -35,8 +36,10 @@ def main() -> int:
     """Parse, seed, model, data, trainer, fit."""
     config = parse_cli(RMConfig)
     resumption = find_resumption("rm", config)
-    runtime = Runtime(config.device, config.dtype, config.seed)
+    runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
     require_one_process(runtime)
+    if config.deterministic:
+        print(f"deterministic: {cost_of_determinism(runtime.device)}")
     model, sft, tokenizer, template, source = rm_start(config, resumption, runtime.matrix_dtype)
     prompt_limit(config, model)  # room for the samples that the scores are normalised on; told before any work
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}

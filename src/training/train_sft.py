@@ -16,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import SFTConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
+from training.determinism import cost_of_determinism  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import describe_model, find_resumption, freeze, open_run, require_one_process, row_limit, sft_start  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
@@ -26,8 +27,10 @@ def main() -> int:
     """Parse, seed, data, model, trainer, fit."""
     config = parse_cli(SFTConfig)
     resumption = find_resumption("sft", config)
-    runtime = Runtime(config.device, config.dtype, config.seed)
+    runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
     require_one_process(runtime)
+    if config.deterministic:
+        print(f"deterministic: {cost_of_determinism(runtime.device)}")
     model, tokenizer, template, source = sft_start(config, resumption)
     freeze(model, config, runtime.matrix_dtype)
     stage = "text" if config.dataset == "demo-text" else "sft"

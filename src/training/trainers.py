@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.configs import PPOConfig, RMConfig, SFTConfig
+from config.user_error import RunStopped
 from training import loop
 from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, minibatch_plan
 from training.held_out import evaluate_policy, evaluate_ranking, sample_answers
 from training.invariants import check_first_minibatch, check_frozen, check_reference, parameter_hash
+from training.nonfinite import Guard, NonFiniteRollout, RowView
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from training.reward_scale import RewardScale
 from training.runtime import Interrupt, Runtime, adamw, set_lr, trainable, update_ratios
@@ -70,8 +72,9 @@ class SFTTrainer:
         self.trainable = trainable(model)
         self.total_steps = loop.optimizer_steps(train.lengths, config)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
-        self.log = MetricsLog(run, self.step)
-        self.saver = Saver(run, {"": model}, tokenizer, description, config.keep)
+        self.guard = Guard("sft", run, config.on_nonfinite, tokenizer, state)
+        self.log = MetricsLog(run, state and state.get("logs"))
+        self.saver = Saver(run, {"": model}, tokenizer, description, config.keep, config.on_save_error, self.log)
         self.interrupt = Interrupt()
 
     def fit(self) -> int:
@@ -95,7 +98,7 @@ class SFTTrainer:
                 if self.step % config.save_every == 0 or (self.interrupt.signal and not last):
                     self.saver.save_step(self.step, self.state())
                 if self.interrupt.signal and not last:
-                    return loop.stopped(self.run, self.step, self.interrupt)
+                    return loop.stopped(self.saver, self.step, self.interrupt)
             return loop.finished(self.saver, self.step, self.state())
 
     def train_step(self, rows: np.ndarray) -> dict[str, float | Tensor]:
@@ -112,10 +115,14 @@ class SFTTrainer:
                 loss = self.token_loss_sum(batch) / targets
                 self.runtime.backward(loss)
             total += loss.detach()
-        norms = self.runtime.step(self.optimizer, {"model": self.trainable}, self.config.max_grad_norm)
-        return {
-            "train/loss": self.runtime.sum_over_ranks(total),
-            "train/grad_norm": norms["model"],
+        total = self.runtime.sum_over_ranks(total)
+        norms = self.guard.step(
+            self.step + 1, self.runtime, self.model, self.optimizer, {"model": self.trainable},
+            self.config.max_grad_norm, total, rows, self.view(self.train),
+        )  # fmt: skip
+        return self.guard.metrics() | {
+            "train/loss": total,
+            "train/grad_norm": norms["model"] if norms else math.nan,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/epoch": (self.step + 1) / loop.steps_per_epoch(self.train.lengths, self.config),
             "time/tokens_s": sum(int(b.length.sum()) for b in batches) / (time.perf_counter() - started),
@@ -125,6 +132,13 @@ class SFTTrainer:
         """Sum of the response tokens' losses of a micro-batch, in nats; only their columns meet the vocabulary."""
         ids, att, at = (x.to(self.runtime.device) for x in (batch.ids, batch.att, sft_targets(batch)))
         return self.model(ids, att, right_padded=True, at=at, targets=ids.flatten()[at + 1])
+
+    def view(self, data: SFTDataset) -> RowView:
+        """Data row by row, to tell which row of a batch is to blame for a loss that is not finite."""
+        return RowView(
+            loss=lambda i: self.token_loss_sum(collate_sft([data[i]], self.tokenizer.pad_id)),
+            sequences=lambda i: [(data[i].prompt_ids, data[i].response_ids)],
+        )
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -137,13 +151,13 @@ class SFTTrainer:
             total += float(self.token_loss_sum(batch))
             count += len(sft_targets(batch))
         loss = total / count
-        metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(50.0, loss)), **self.sample()}
+        self.guard.evaluation(self.step, loss, np.concatenate(parts), self.view(self.validation))
+        metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0)), **self.sample()}
         self.log.log(self.step, metrics)
         ends = f", {metrics['resp/eos_rate']:.0%} of samples end" if "resp/eos_rate" in metrics else ""
         tqdm.write(f"step {self.step}: held-out loss {loss:.4f} nats/token{ends}")
-        if self.step > 0 and loss < self.best:
+        if self.step > 0 and loss < self.best and self.saver.save_best(self.step, "eval/loss", loss):
             self.best = loss
-            self.saver.save_best(self.step, "eval/loss", loss)
 
     def sample(self) -> dict[str, float]:
         """Sample answers to held-out prompts at temperature 0.7: does the model end what it says?"""
@@ -161,7 +175,7 @@ class SFTTrainer:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; the data order follows from the step."""
-        return loop.trainer_state(self.step, self.best, self.optimizer, self.runtime)
+        return loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | self.guard.state()
 
 
 def sft_targets(batch: Batch) -> Tensor:
@@ -188,8 +202,9 @@ class RewardModelTrainer:
         self.total_steps = loop.optimizer_steps(train.lengths, config)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
         self.scale = self.scale_of(sft)
-        self.log = MetricsLog(run, self.step)
-        self.saver = Saver(run, {"": model}, tokenizer, description, config.keep)
+        self.guard = Guard("rm", run, config.on_nonfinite, tokenizer, state)
+        self.log = MetricsLog(run, state and state.get("logs"))
+        self.saver = Saver(run, {"": model}, tokenizer, description, config.keep, config.on_save_error, self.log)
         if state:
             self.saver.description["held_out"] = state["held_out"]
         self.interrupt = Interrupt()
@@ -225,7 +240,7 @@ class RewardModelTrainer:
                 if self.step % config.save_every == 0 or (self.interrupt.signal and not last):
                     self.saver.save_step(self.step, self.state())
                 if self.interrupt.signal and not last:
-                    return loop.stopped(self.run, self.step, self.interrupt)
+                    return loop.stopped(self.saver, self.step, self.interrupt)
             self.normalise()
             return loop.finished(self.saver, self.step, self.state())
 
@@ -248,11 +263,15 @@ class RewardModelTrainer:
             right += masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), ranked)
             pairs += ranked.sum()
             tokens += batch.rows.length.sum()
-        norms = self.runtime.step(self.optimizer, {"model": self.trainable}, self.config.max_grad_norm)
-        return {
-            "train/loss": self.runtime.sum_over_ranks(total),
+        total = self.runtime.sum_over_ranks(total)
+        norms = self.guard.step(
+            self.step + 1, self.runtime, self.model, self.optimizer, {"model": self.trainable},
+            self.config.max_grad_norm, total, prompts, self.view(self.train),
+        )  # fmt: skip
+        return self.guard.metrics() | {
+            "train/loss": total,
             "train/accuracy": self.runtime.sum_over_ranks(right) / self.runtime.sum_over_ranks(pairs).clamp(min=1),
-            "train/grad_norm": norms["model"],
+            "train/grad_norm": norms["model"] if norms else math.nan,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/epoch": (self.step + 1) / loop.steps_per_epoch(self.train.lengths, self.config),
             "time/tokens_s": float(tokens) / (time.perf_counter() - started),
@@ -263,6 +282,13 @@ class RewardModelTrainer:
         rows, mask = batch.rows.to(self.runtime.device), batch.mask.to(self.runtime.device)
         flat = self.model(rows.ids, rows.att, right_padded=True)  # (all completions,)
         return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat), mask
+
+    def view(self, data: RankedDataset) -> RowView:
+        """Data row by row, to tell which row of a batch is to blame for a loss that is not finite."""
+        return RowView(
+            loss=lambda i: ranking_loss(*self.scores(collate_ranked([data[i]], self.tokenizer.pad_id))).sum(),
+            sequences=lambda i: list(zip(data[i].prompt_ids, data[i].response_ids)),
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -275,6 +301,7 @@ class RewardModelTrainer:
         examples = [[self.validation[i] for i in part] for part in parts]
         batches = [collate_ranked(part, self.tokenizer.pad_id) for part in examples]
         report = evaluate_ranking(batches, self.scores)
+        self.guard.evaluation(self.step, report["nll"], np.concatenate(parts), self.view(self.validation))
         self.log.log(self.step, {f"eval/{key}": value for key, value in report.items()})
         tqdm.write(
             f"step {self.step}: held-out accuracy {report['accuracy']:.3f} (chance 0.500, longer wins "
@@ -284,9 +311,9 @@ class RewardModelTrainer:
         figures = {key: value if math.isfinite(value) else None for key, value in report.items()}
         self.saver.description["held_out"] = {"prompts": sum(map(len, parts)), "step": self.step, **figures}
         if self.step > 0 and report["nll"] < self.best:
-            self.best = report["nll"]
             with self.normalised():
-                self.saver.save_best(self.step, "eval/nll", report["nll"])
+                saved = self.saver.save_best(self.step, "eval/nll", report["nll"])
+            self.best = report["nll"] if saved else self.best
         return report
 
     def normalise(self) -> None:
@@ -301,7 +328,10 @@ class RewardModelTrainer:
     def measure_scale(self) -> dict[str, float]:
         """Set the model's affine and note in the checkpoint how it was measured."""
         config, model = self.config, self.runtime.unwrap(self.model)
-        raw = self.scale.measure(model)
+        try:
+            raw = self.scale.measure(model)
+        except ValueError as error:
+            raise RunStopped(f"step {self.step}: {error} ({self.guard.last_good()}); lower --lr") from error
         sampled = {"samples": len(raw), "temperature": config.temperature, "response_length": config.response_length}
         self.saver.description["normalised"] = {"step": self.step, **sampled}
         gain, bias = model.normalisation
@@ -320,7 +350,8 @@ class RewardModelTrainer:
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; the data order follows from the step."""
         held_out = {"held_out": self.saver.description["held_out"]}
-        return loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | held_out
+        state = loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | self.guard.state()
+        return state | held_out
 
 
 class PPOTrainer:
@@ -346,8 +377,10 @@ class PPOTrainer:
         self.total_steps = min(config.iterations, config.max_steps or config.iterations)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
         self.kl_coef = state["kl_coef"] if state else config.kl_coef
-        self.log = MetricsLog(run, self.step)
-        self.saver = Saver(run, {"": actor, "critic": critic}, tokenizer, description, config.keep)
+        self.guard = Guard("ppo", run, config.on_nonfinite, tokenizer, state)
+        self.log = MetricsLog(run, state and state.get("logs"))
+        models = {"": actor, "critic": critic}
+        self.saver = Saver(run, models, tokenizer, description, config.keep, config.on_save_error, self.log)
         self.interrupt = Interrupt()
 
     def fit(self) -> int:
@@ -367,15 +400,16 @@ class PPOTrainer:
                 self.step = update
                 bar.update()
                 values = self.log.log(self.step, metrics)
-                shown = {k: f"{values[f'objective/{k}']:.2f}" for k in ("score", "kl")}
-                bar.set_postfix(shown | {"len": f"{values['resp/len_mean']:.0f}"})
+                if "resp/len_mean" in values:
+                    shown = {k: f"{values[f'objective/{k}']:.2f}" for k in ("score", "kl")}
+                    bar.set_postfix(shown | {"len": f"{values['resp/len_mean']:.0f}"})
                 last = self.step == self.total_steps
                 if self.step % config.eval_every == 0 or last:
                     self.evaluate()
                 if self.step % config.save_every == 0 or (self.interrupt.signal and not last):
                     self.saver.save_step(self.step, self.state())
                 if self.interrupt.signal and not last:
-                    return loop.stopped(self.run, self.step, self.interrupt)
+                    return loop.stopped(self.saver, self.step, self.interrupt)
             check_frozen(before, {name: parameter_hash(model) for name, model in self.frozen.items()})
             return loop.finished(self.saver, self.step, self.state())
 
@@ -389,7 +423,11 @@ class PPOTrainer:
 
         plans = self.plans(experience, update)
         self.policy.train()  # no role has dropout, so this changes no figure; the first-minibatch check would tell
-        self.rollouts.look(experience, [part for minibatch in plans[0] for part in minibatch])
+        try:
+            self.rollouts.look(experience, [part for minibatch in plans[0] for part in minibatch])
+        except NonFiniteRollout as error:
+            self.guard.rollout(update, error, rows)
+            return self.guard.metrics()
         if update == 1:
             check_reference(experience, self.runtime.dtype)
         penalised = penalise_missing_eos(experience.scores, experience.ended, config.missing_eos_penalty)
@@ -402,10 +440,11 @@ class PPOTrainer:
         stats = self.moments_over_ranks(advantages, experience.rmask)
         whitened = masked_whiten(advantages, experience.rmask, stats=stats)
         metrics = rollout_metrics(experience, penalised, self.kl_coef)
+        self.guard.check_kl(update, experience, rows, metrics["objective/kl"], config.max_kl)
         metrics |= value_metrics(experience.values, returns, advantages, experience.rmask)
         clock.append(time.perf_counter())
 
-        metrics |= self.update(experience, whitened, returns, plans)
+        metrics |= self.update(experience, whitened, returns, plans) | self.guard.metrics()
         clock.append(time.perf_counter())
         if config.kl_target:
             episodes = len(rows) * self.runtime.world_size
@@ -422,19 +461,24 @@ class PPOTrainer:
     ) -> dict[str, float | Tensor]:
         """ppo_epochs x minibatches optimizer steps; micro-batches only accumulate."""
         config = self.config
-        epochs, norms, stop = [], [], False  # epochs: one (PolicyStats, ValueStats) per pass
+        epochs, norms, stop, dropped = [], [], False, False  # epochs: one (PolicyStats, ValueStats) per pass
         for plan in plans:
             stats_of_pass = []
             for minibatch in plan:
                 stats = self.optimizer_step(experience, advantages, returns, minibatch, norms)
+                if stats is None:  # not finite: the rest of this rollout is dropped with it
+                    dropped = True
+                    break
                 stats_of_pass.append(stats)
                 # The statistics are from before the step that they belong to; the step itself has been taken.
                 stop = bool(config.kl_stop) and kl_stop_reached(float(stats[0].means()["approx_kl"]), config.kl_stop)
                 if stop:
                     break
-            epochs.append(add_all(stats_of_pass))
-            if stop:
+            epochs += [add_all(stats_of_pass)] if stats_of_pass else []
+            if stop or dropped:
                 break
+        if not epochs:
+            return {"train/optimizer_steps": 0}
         policy, value = add_all(epochs)
         metrics = update_metrics(policy.means(), value.means())
         metrics |= {f"policy/approxkl_epoch{e + 1}": stats[0].means()["approx_kl"] for e, stats in enumerate(epochs)}
@@ -446,31 +490,51 @@ class PPOTrainer:
     def optimizer_step(
         self, experience: Experience, advantages: Tensor, returns: Tensor, minibatch: list[np.ndarray],
         norms: list[dict[str, Tensor]],
-    ) -> tuple[PolicyStats, ValueStats]:  # fmt: skip
+    ) -> tuple[PolicyStats, ValueStats] | None:  # fmt: skip
         """One step on a minibatch: each micro-batch adds its share of the minibatch's token mean.
 
         Appends the gradient norms to `norms`; the first step of an iteration finds it empty and checks the invariants.
+        None: the loss or a gradient was not finite, and the step was skipped.
         """
         config = self.config
         tokens = sum(int(experience.n[part].sum()) for part in minibatch)
         denom = self.runtime.sum_over_ranks(torch.tensor(tokens, device=self.runtime.device))
         value_clip = config.value_clip_eps or math.inf
-        stats = []
-        for i, part in enumerate(minibatch):
+
+        def losses(part: np.ndarray) -> tuple[Tensor, tuple[PolicyStats, ValueStats]]:
             batch = experience.micro_batch(part)
             at = (batch.rows, slice(batch.rmask.shape[1]))
+            logp, values, _ = self.policy(batch, config.temperature)
+            pi = policy_loss(logp, experience.logp[at], advantages[at], batch.rmask, config.clip_eps, denom)
+            v = value_loss(values, experience.values[at], returns[at], batch.rmask, value_clip, denom)
+            return pi.loss + config.vf_coef * v.loss, (pi.stats, v.stats)
+
+        stats, total = [], torch.zeros((), device=self.runtime.device)
+        for i, part in enumerate(minibatch):
             with self.runtime.micro_step(self.policy, last=i == len(minibatch) - 1):
-                logp, values, _ = self.policy(batch, config.temperature)
-                pi = policy_loss(logp, experience.logp[at], advantages[at], batch.rmask, config.clip_eps, denom)
-                v = value_loss(values, experience.values[at], returns[at], batch.rmask, value_clip, denom)
-                self.runtime.backward(pi.loss + config.vf_coef * v.loss)
-            stats.append((pi.stats, v.stats))
+                loss, of_part = losses(part)
+                self.runtime.backward(loss)
+            total += loss.detach()
+            stats.append(of_part)
         policy, value = (
             type(x)(self.runtime.sum_over_ranks(x.sums), self.runtime.max_over_ranks(x.maxima)) for x in add_all(stats)
         )
-        if not norms:
+        total = self.runtime.sum_over_ranks(total)
+        if not norms and bool(total.isfinite()):  # what is not finite is told below, with its rows
             check_first_minibatch(policy.means(), value.means(), self.runtime.dtype)
-        norms.append(self.runtime.step(self.optimizer, self.parameters, config.max_grad_norm))
+        rows = loop.prompt_order(len(self.train), config.global_batch_size, config.seed, self.step + 1)
+        view = RowView(
+            loss=lambda i: losses(np.array([i]))[0],
+            sequences=lambda i: [(experience.prompts()[i], experience.responses()[i])],
+            index=lambda i: int(rows[i]),
+        )
+        taken = self.guard.step(
+            self.step + 1, self.runtime, self.policy, self.optimizer, self.parameters, config.max_grad_norm,
+            total, np.concatenate(minibatch), view,
+        )  # fmt: skip
+        if taken is None:
+            return None
+        norms.append(taken)
         return policy, value
 
     def plans(self, experience: Experience, update: int) -> list[list[list[np.ndarray]]]:
@@ -488,15 +552,18 @@ class PPOTrainer:
         count = min(self.config.eval_examples, len(self.validation))
         prompts = [self.validation[i] for i in range(count)]
         seeds = loop.row_seeds(self.config.seed, loop.EVALUATION_SAMPLES, count)
-        figures, shown = evaluate_policy(self.rollouts, prompts, seeds, self.eval_reward_fn)
+        try:
+            figures, shown = evaluate_policy(self.rollouts, prompts, seeds, self.eval_reward_fn)
+        except NonFiniteRollout as error:
+            self.guard.rollout(self.step, error, range(count), drop=False)
+            return
         self.log.log(self.step, figures)
         self.log.samples(self.step, shown)
         told = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in figures.items())
         tqdm.write(f"iteration {self.step}: held-out {told}")
         reward = figures["eval/rlhf_reward"]
-        if self.step > 0 and -reward < self.best:
+        if self.step > 0 and -reward < self.best and self.saver.save_best(self.step, "eval/rlhf_reward", reward):
             self.best = -reward
-            self.saver.save_best(self.step, "eval/rlhf_reward", reward)
 
     def moments_over_ranks(self, x: Tensor, mask: Tensor) -> Moments:
         """Count, sum and sum of squares of the whole rollout batch of all ranks."""
@@ -504,4 +571,5 @@ class PPOTrainer:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; prompts and sampling seeds follow from the iteration."""
-        return loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | {"kl_coef": self.kl_coef}
+        state = loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | self.guard.state()
+        return state | {"kl_coef": self.kl_coef}

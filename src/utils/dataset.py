@@ -222,6 +222,9 @@ def load_dataset(
         write_arrays(folder, key, table.to_arrays() | {"report": _json_array(asdict(report))})
     else:
         table, report = cached
+        # The entry may have been made from a copy of the data under another name.
+        if report.first_bad.startswith(f"{report.name}:"):
+            report.first_bad = source.name + report.first_bad.removeprefix(report.name)
         report.name = source.name
     return _DATASET_OF_STAGE[stage](table, report, key)
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from config.user_error import UserError
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
+
+TELL_EVERY = 30.0
+"""Seconds between lines on stderr while a reward function is at work."""
+
+_LARGEST = 3.4e38  # what single precision holds
+
+
+class NonFiniteReward(UserError):
+    """A reward function gave a number that is none; `scores` are all that it gave."""
+
+    def __init__(self, message: str, scores: list[float]):
+        super().__init__(message)
+        self.scores = scores
 
 
 def load_reward_function(spec: str, flag: str) -> RewardFunction:
@@ -22,7 +39,9 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         flag: named in the errors.
 
     Returns:
-        A function that raises UserError when the user's raises, or returns anything but one finite number per response.
+        A function that raises UserError when the user's raises or returns anything but one number per response, and
+        NonFiniteReward (which is one) when a number is not finite. While it works, a line on stderr tells every
+        `TELL_EVERY` seconds what is being waited for.
 
     Raises:
         UserError: the file cannot be imported or has no such function.
@@ -36,7 +55,7 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
     sys.modules[module_spec.name] = module  # dataclasses and pickles in the file look their module up
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{flag} {spec}: importing {file} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -46,8 +65,9 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         try:
-            scores = [float(score) for score in function(list(prompts), list(responses))]
-        except Exception as error:
+            with _telling(f"{flag} {spec}", len(responses)):
+                scores = [float(score) for score in function(list(prompts), list(responses))]
+        except (Exception, SystemExit) as error:  # exit(0) in it would end the run as if all were well
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{flag} {spec}: failed with {reason}; it must return one float per response") from error
         if len(scores) != len(responses):
@@ -55,8 +75,31 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
                 f"{flag} {spec}: gave {len(scores)} scores for {len(responses)} responses; it must give one float each"
             )
         for response, score in zip(responses, scores):
-            if not math.isfinite(score):
-                raise UserError(f"{flag} {spec}: gave {score} for {response[:60]!r}; scores must be finite")
+            if not abs(score) <= _LARGEST:
+                message = f"{flag} {spec}: gave {score} for {response[:60]!r}; scores must be finite"
+                raise NonFiniteReward(message, scores)
         return scores
 
     return checked
+
+
+@contextlib.contextmanager
+def _telling(name: str, count: int) -> Iterator[None]:
+    """Tells on stderr from time to time that the body is still at work, so that nothing hangs in silence.
+
+    The user's function itself stays in the main thread, where it may use signals; another one watches the clock.
+    """
+    done, started = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not done.wait(TELL_EVERY):
+            waited = time.monotonic() - started
+            tqdm.write(f"waiting for {name}: {waited:.0f} s so far for {count} responses", file=sys.stderr)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

@@ -28,7 +28,7 @@ from typing import Any
 
 from config.user_error import UserError
 from utils.prompt_split import SplitOptions
-from utils.rows import STAGES, BadRow, Row, open_binary, parse_row, read_jsonl
+from utils.rows import FORMS, STAGES, BadRow, Row, open_binary, parse_row, read_jsonl
 from utils.template import PromptTemplate
 from utils.token_table import Counts
 from utils.tokenizer import REPO_ROOT
@@ -158,8 +158,9 @@ class JSONLDataset(RowSource):
                 prompts.add(self.options.point(_whole_key(row)))
                 is_ranked = is_ranked or "rejected" in data or "completions" in data
         if not usable:
-            bad = f"; {self.counts.bad} bad, the first: {self.counts.first_bad}" if self.counts.bad else ""
-            raise UserError(f"{self.path}: has no rows for stage {self.stage}{bad}")
+            bad = f"{self.counts.bad} bad, the first: {self.counts.first_bad}"
+            told = bad if self.counts.bad else f"one JSON object per line is needed; {FORMS[self.stage]}"
+            raise UserError(f"{self.path}: has no rows for stage {self.stage}; {told}")
         # A few openings over many prompts are a fixed preamble, not conversations that belong together.
         by_opening = len(openings) >= _FEW_OPENINGS or len(openings) == len(prompts)
         return (openings if by_opening else prompts), is_ranked, by_opening

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 import re
 import subprocess
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
+from utils.durable import standing, write_file
 
 REPO = Path(__file__).resolve().parents[2]
+HYPERPARAMS, LOCK = "hyperparams.json", ".lock"
 _PACKAGES = ("torch", "numpy", "transformers", "datasets", "accelerate", "loralib", "tiktoken", "safetensors")
 
 
@@ -35,6 +39,7 @@ def create_run(stage: str, name: str, runs_dir: str) -> Path:
         folder = root / f"{stage}_{name}_{time.strftime('%Y%m%d%H%M%S', time.localtime(moment))}"
         try:
             folder.mkdir(parents=True)
+            lock_run(folder)
             return folder
         except FileExistsError:
             moment += 1
@@ -42,6 +47,39 @@ def create_run(stage: str, name: str, runs_dir: str) -> Path:
             raise UserError(
                 f"--runs-dir {runs_dir}: cannot write there ({error.strerror}); give a folder that can be written"
             ) from None
+
+
+_locks: dict[Path, int] = {}  # open files, to be kept: a lock lasts as long as the process that holds its file
+
+
+def lock_run(run: Path) -> None:
+    """Keep other processes from writing to a run, until this one ends, however it ends.
+
+    Raises:
+        UserError: another process has it, or it cannot be written to.
+    """
+    run = run.resolve()
+    if run in _locks:
+        return
+    try:
+        handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot write there ({error.strerror}); a run needs a folder that can be written"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 100).decode(errors="replace").strip()
+        os.close(handle)
+        raise UserError(f"{run}: another process writes to it ({holder}); wait for its end, or stop it") from None
+    except OSError as error:  # some network file systems have no locks
+        print(
+            f"warning: {run}: cannot be locked ({error.strerror}); let no second process write there", file=sys.stderr
+        )
+    _locks[run] = handle
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
 def write_hyperparams(
@@ -55,11 +93,16 @@ def write_hyperparams(
         "seed": config["seed"],
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in _PACKAGES}},
+        "versions": versions(),
         "machine": platform.platform(),
         **extra,
     }
-    (folder / "hyperparams.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_file(folder / HYPERPARAMS, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in _PACKAGES}}
 
 
 def _commit() -> str:
@@ -108,8 +151,8 @@ def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
     candidates = [*places(argument, runs_dir), *runs_named(argument, runs_dir)[:1]]
     for folder in candidates:
         for inner in (folder, folder / "final", folder / "best", *reversed(step_checkpoints(folder))):
-            if (inner / "model.json").is_file():
-                return inner.resolve()
+            if (standing(inner) / "model.json").is_file():
+                return standing(inner).resolve()
     empty = next((folder for folder in reversed(candidates) if folder.is_dir()), None)
     if empty is not None:
         raise UserError(

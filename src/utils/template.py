@@ -116,6 +116,8 @@ class PromptTemplate:
             ValueError: a key is missing, unknown, or not a string.
         """
         names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict):
+            raise ValueError(f"a prompt template has the strings {sorted(names)}, found {data!r}")
         if set(data) != names or not all(isinstance(value, str) for value in data.values()):
             raise ValueError(f"a prompt template has the strings {sorted(names)}, found {sorted(data)}")
         return cls(**data)

@@ -323,6 +323,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         kind, name, sha256 = (identity[key] for key in ("kind", "name", "sha256"))
         if not all(isinstance(value, str) for value in (kind, name, sha256)):
             raise TypeError("kind, name and sha256 are strings")
+        if kind not in (HuggingFaceTokenizer.kind, "tiktoken", "demo"):
+            raise ValueError(f"no tokenizer is of the kind {kind!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{saved / _IDENTITY_FILE}: is not the identity of a tokenizer ({type(error).__name__}: {error})"
@@ -336,7 +338,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"{saved}: the vocabulary is not the one recorded in {_IDENTITY_FILE}; it was altered or mixed up"
         )
+    _check_model(Path(folder) / "model.json", tokenizer)
     return tokenizer
+
+
+def _check_model(path: Path, tokenizer: Tokenizer) -> None:
+    """Ids mean what the model beside the tokenizer learned: its model.json, if there is one, names this tokenizer.
+
+    Raises:
+        UserError: it names another one, or one of another size.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        recorded, size = description.get("tokenizer"), description["model"]["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # not a model folder of ours; who loads the model tells what is wrong with it
+    if isinstance(recorded, dict) and recorded.get("sha256") != tokenizer.identity()["sha256"]:
+        raise UserError(f"{path.parent}: its tokenizer is not the one that model.json names; put the model's own back")
+    if size != tokenizer.vocab_size:
+        has = f"its tokenizer has {tokenizer.vocab_size} ids and its model {size}"
+        raise UserError(f"{path.parent}: {has}; put the model's own back")
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

@@ -38,3 +38,16 @@ def test_a_message_that_the_terminal_cannot_show_is_escaped(tmp_path):
         [sys.executable, "-c", script], capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""}
     )
     assert (done.returncode, done.stderr) == (2, b"error: no file \\udcff\\xe4\n")
+
+
+def test_a_place_without_permission_is_the_users(capsys) -> None:
+    def main() -> None:
+        raise PermissionError(13, "Permission denied", "/root/private")
+
+    with pytest.raises(SystemExit) as stop:
+        run_main(main)
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == "error: /root/private: permission denied; give a place that can be read and written\n"
+    )

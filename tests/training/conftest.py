@@ -26,12 +26,12 @@ def runtime() -> Runtime:
 def sft_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., SFTTrainer]:
     """`sft_trainer(train, batch_size=2, ...)`: a trainer of a tiny model, a run folder of its own each time."""
 
-    def make(train=None, validation=None, model=None, state=None, run=None, **settings) -> SFTTrainer:
+    def make(train=None, validation=None, model=None, state=None, run=None, on=None, **settings) -> SFTTrainer:
         config = SFTConfig(**{**dict(batch_size=4, global_batch_size=8, warmup_steps=0, sample_tokens=6), **settings})
         model = make_model(GPT, std=0.1) if model is None else model
         train, validation = train or sft_examples(24), validation or sft_examples(10, seed=9)
         run = run or new_run(tmp_path)
-        return SFTTrainer(config, model, tokenizer, train, validation, run, runtime, {"stage": "sft"}, state)
+        return SFTTrainer(config, model, tokenizer, train, validation, run, on or runtime, {"stage": "sft"}, state)
 
     return make
 
@@ -40,7 +40,9 @@ def sft_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., SFTTr
 def rm_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., RewardModelTrainer]:
     """`rm_trainer(train, batch_size=2, ...)`, see `sft_trainer`; `sft` is the model whose samples set the scale."""
 
-    def make(train=None, validation=None, model=None, sft=None, state=None, run=None, **settings) -> RewardModelTrainer:
+    def make(
+        train=None, validation=None, model=None, sft=None, state=None, run=None, on=None, **settings
+    ) -> RewardModelTrainer:  # fmt: skip
         defaults = dict(
             batch_size=4, global_batch_size=8, warmup_steps=0, normalise_prompts=16, response_length=8, lr=1e-3
         )
@@ -49,8 +51,8 @@ def rm_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., Reward
         sft = frozen(make_model(GPT, std=0.1)) if sft is None else sft
         train, validation = train or ranked_examples(24), validation or ranked_examples(10, seed=9)
         run = run or new_run(tmp_path)
-        description = {"stage": "rm"}
-        return RewardModelTrainer(config, model, sft, tokenizer, train, validation, run, runtime, description, state)
+        description, on = {"stage": "rm"}, on or runtime
+        return RewardModelTrainer(config, model, sft, tokenizer, train, validation, run, on, description, state)
 
     return make
 

@@ -67,10 +67,10 @@ def run(stage: str, arguments: str, runs: Path, folder: str = "") -> Result:
 def call(stage: str, arguments: str, runs: Path) -> Result:
     """A script's main in this process, with the exit code it would have."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    script = importlib.import_module(f"training.train_{stage}")
     out, err = io.StringIO(), io.StringIO()
-    # Importing a script moves src/ to the front of sys.path; that stays harmless but need not last.
+    # Importing a script puts src/ in the place of the first entry of sys.path; that must not last.
     with mock.patch.object(sys, "argv", command(stage, arguments, runs)), mock.patch.object(sys, "path", [*sys.path]):
+        script = importlib.import_module(f"training.train_{stage}")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 run_main(script.main)

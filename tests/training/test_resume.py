@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 
 import pytest
+import torch
 from scripts import call, newest, process, run
 from setups import read_metrics
 
@@ -32,15 +34,15 @@ ARGUMENTS = {
 TRAINERS = {"sft": "SFTTrainer", "rm": "RewardModelTrainer", "ppo": "PPOTrainer"}
 
 
-def interrupt_at(stage: str, step: int, monkeypatch) -> None:
-    """Send SIGINT to this process while the trainer is in the middle of a step."""
+def interrupt_at(stage: str, step: int, monkeypatch, number: int = signal.SIGINT) -> None:
+    """Send a signal to this process while the trainer is in the middle of a step."""
     cls = getattr(trainers, TRAINERS[stage])
     name = "iteration" if stage == "ppo" else "train_step"
     original = getattr(cls, name)
 
     def interrupted(self, *args):
         if self.step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(self, *args)
 
     monkeypatch.setattr(cls, name, interrupted)
@@ -122,6 +124,12 @@ def test_a_second_ctrl_c_stops_at_once(runs, monkeypatch) -> None:
     assert not step_checkpoints(newest(runs, "sft_impatient"))
 
 
+def test_a_termination_request_ends_a_run_in_order(runs, monkeypatch) -> None:
+    interrupt_at("sft", 2, monkeypatch, signal.SIGTERM)
+    stopped = call("sft", "-n preempted", runs)
+    assert stopped.code == 143 and "stopped at step 2; saved" in stopped.out
+
+
 def test_a_signal_in_the_last_step_changes_nothing(runs, monkeypatch) -> None:
     interrupt_at("sft", 3, monkeypatch)
     result = call("sft", "-n last", runs)
@@ -168,6 +176,105 @@ def test_settings_must_be_the_runs_own_unless_they_change_nothing(runs, monkeypa
     assert "no trainer_state.pt in it; give a folder under checkpoints/" in error
 
 
+def stop_at(stage: str, step: int, arguments: str, runs, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(stage, step, patch)
+        assert call(stage, arguments, runs).code == 130
+
+
+def torn(checkpoint) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
+
+
+def test_a_torn_checkpoint_is_named_and_passed_over(runs, monkeypatch) -> None:
+    assert call("sft", f"-n unharmed {ARGUMENTS['sft']}", runs).code == 0
+    arguments = f"-n harmed {ARGUMENTS['sft']}"
+    stop_at("sft", 5, arguments, runs, monkeypatch)
+    run_folder = newest(runs, "sft_harmed")
+    older, newer = step_checkpoints(run_folder)
+    torn(newer)
+    error = call("sft", f"{arguments} --resume {newer}", runs).error
+    assert "model.safetensors is not what was saved" in error and "give an earlier checkpoint" in error
+    resumed = call("sft", f"{arguments} --resume auto", runs)
+    assert resumed.code == 0, resumed.err
+    assert f"passed over: {newer} model.safetensors is not what was saved" in resumed.err
+    assert f"going on with {older}" in resumed.out
+    assert_same_run(newest(runs, "sft_unharmed"), run_folder, STEPS["sft"])
+    assert newer.exists()  # and nobody deleted it
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_started_again_unasked(runs, monkeypatch) -> None:
+    stop_at("sft", 1, "-n lost", runs, monkeypatch)
+    (checkpoint,) = step_checkpoints(newest(runs, "sft_lost"))
+    (checkpoint / "manifest.json").unlink()
+    error = call("sft", "-n lost --resume auto", runs).error
+    assert f"has no whole checkpoint to go on from ({checkpoint} has no manifest.json" in error
+
+
+def test_what_may_change_and_what_may_not(runs, monkeypatch) -> None:
+    stop_at("sft", 2, "-n longer", runs, monkeypatch)
+    folder = newest(runs, "sft_longer")
+    before = (folder / "hyperparams.json").read_bytes()
+    longer = "-n longer --resume auto --max-steps 5 --lr 0.001 --seed 3"
+    error = call("sft", longer, runs).error
+    for difference in ("max_steps: 3 -> 5", "lr: 0.003 -> 0.001", "seed: 0 -> 3"):
+        assert difference in error
+    error = call("sft", f"{longer} --resume-override max_steps,lr", runs).error
+    assert "seed: 0 -> 3" in error and "max_steps: 3" not in error
+    error = call("sft", f"{longer} --resume-override seed,max-steps", runs).error
+    assert "--resume-override seed: may not change; these may: max_steps" in error
+    error = call("sft", "-n longer --resume-override lr", runs).error
+    assert "needs --resume" in error
+    assert (folder / "hyperparams.json").read_bytes() == before
+    arguments = "-n longer --resume auto --max-steps 5 --lr 0.001"
+    result = call("sft", f"{arguments} --resume-override max-steps,lr", runs)
+    assert result.code == 0 and "; lr: 0.003 -> 0.001; max_steps: 3 -> 5\n" in result.out
+    rates = {x["step"]: x["train/lr"] for x in read_metrics(folder) if "train/lr" in x}
+    assert sorted(rates) == [1, 2, 3, 4, 5] and rates[3] <= 0.001  # the new peak holds
+    record = json.loads((folder / "hyperparams.json").read_text())
+    assert record["config"]["max_steps"] == 5  # what goes on from here repeats the new flags
+    assert record["overridden"] == [{"step": 2, "settings": {"lr": [0.003, 0.001], "max_steps": [3, 5]}}]
+
+
+def test_an_earlier_checkpoint_makes_the_later_ones_give_way(runs) -> None:
+    assert call("sft", f"-n back {ARGUMENTS['sft']}", runs).code == 0
+    folder = newest(runs, "sft_back")
+    first, second = step_checkpoints(folder)
+    result = call("sft", f"-n back {ARGUMENTS['sft']} --resume {first}", runs)
+    assert result.code == 0, result.err
+    for name in (second.name, "final"):
+        assert f"{name} is ahead of step {int(first.name[5:])} and is kept as {name}.superseded1" in result.out
+    assert_same_run(newest(runs, "sft_unharmed"), folder, STEPS["sft"])
+
+
+def test_a_finished_run_can_be_made_longer(runs) -> None:
+    arguments = "-n more --save-every 1"
+    assert call("sft", f"{arguments} --max-steps 2", runs).code == 0
+    folder = newest(runs, "sft_more")
+    longer = f"{arguments} --max-steps 4"
+    result = call("sft", f"{longer} --resume {folder}/final --resume-override max_steps", runs)
+    assert result.code == 0 and json.loads((folder / "final" / "model.json").read_text())["step"] == 4
+    assert [x["step"] for x in read_metrics(folder) if "train/loss" in x] == [1, 2, 3, 4]
+
+
+def test_deterministic_runs_repeat_and_keep_to_their_machine(runs, monkeypatch) -> None:
+    for name in ("one", "two"):
+        result = call("ppo", f"-n {name} -a sft_base -c rm_base --deterministic", runs)
+        assert result.code == 0, result.err
+        assert "deterministic: the same bits with " in result.out and "costs" in result.out
+        assert torch.are_deterministic_algorithms_enabled()
+    assert_same_run(newest(runs, "ppo_one"), newest(runs, "ppo_two"), 2)
+    stop_at("sft", 2, "-n fixed --deterministic", runs, monkeypatch)
+    record = newest(runs, "sft_fixed") / "hyperparams.json"
+    record.write_text(re.sub(r"\(\d+ threads\)", "(64 threads)", record.read_text()))
+    error = call("sft", "-n fixed --deterministic --resume auto", runs).error
+    assert "--deterministic: the run was started elsewhere (runs_on: cpu (64 threads)" in error
+    result = call("sft", "-n fixed --no-deterministic --resume auto --resume-override deterministic", runs)
+    assert result.code == 0 and "note: not as when the run was started (runs_on" in result.out
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_the_data_must_be_the_runs_own(runs, tmp_path, monkeypatch) -> None:
     data = tmp_path / "data.jsonl"
     rows = [json.dumps({"prompt": f"Question {i}?", "response": f"Answer {i}."}) for i in range(40)]
@@ -190,4 +297,4 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(runs) -> None:
     assert "no run folder or checkpoint inside one" in error
     (newest(runs, "sft_unsaved") / "hyperparams.json").write_text("{torn")
     error = call("sft", f"-n unsaved --resume {newest(runs, 'sft_unsaved') / 'final'}", runs).error
-    assert "hyperparams.json" in error and "cannot be read" in error
+    assert "hyperparams.json" in error and "is no record of a run" in error

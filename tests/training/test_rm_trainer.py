@@ -8,6 +8,7 @@ import pytest
 import torch
 from setups import EOS, VOCAB, Examples, assert_equal_weights, prompt_examples, ranked_examples, read_metrics, weights
 
+from config.user_error import RunStopped
 from models.checkpoint import describe
 from models.gpt import GPT, GPTRewardModel
 from training.start import frozen
@@ -147,7 +148,7 @@ def test_prompts_for_the_scale_leave_room_for_a_response(rm_trainer) -> None:
 def test_scores_that_do_not_vary_are_an_error(rm_trainer, make_model) -> None:
     model = make_model(GPTRewardModel)
     torch.nn.init.zeros_(model.head.weight)
-    with pytest.raises(ValueError, match="cannot normalise"):
+    with pytest.raises(RunStopped, match="step 0: cannot normalise scores of mean .*no checkpoint has been saved yet"):
         rm_trainer(model=model).fit()
 
 

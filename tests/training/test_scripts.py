@@ -12,6 +12,7 @@ from setups import assert_equal_weights, read_metrics, weights
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import is_adapter
+from models.manifest import MANIFEST, write_manifest
 from training.saving import STATE
 from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
 
@@ -45,12 +46,12 @@ def contents(folder) -> list[str]:
 def test_a_runs_folder(runs, stage: str) -> None:
     run_folder = newest(runs, f"{stage}_one")
     assert re.fullmatch(rf"{stage}_one_\d{{14}}", run_folder.name)
-    files = ["best", "checkpoints", "final", "hyperparams.json", "logs", "metrics.jsonl"]
+    files = [".lock", "best", "checkpoints", "final", "hyperparams.json", "logs", "metrics.jsonl"]
     assert contents(run_folder) == sorted(files + (["samples.jsonl"] if stage != "rm" else []))
     assert contents(run_folder / "checkpoints") == (
         ["step_00000001", "step_00000002"] if stage == "ppo" else ["step_00000002"]
     )
-    model = ["model.json", "model.safetensors", "tokenizer"] + (["critic"] if stage == "ppo" else [])
+    model = ["manifest.json", "model.json", "model.safetensors", "tokenizer"] + (["critic"] if stage == "ppo" else [])
     assert contents(run_folder / "best") == sorted(model)
     last = contents(run_folder / "checkpoints")[-1]
     for folder in ("final", f"checkpoints/{last}"):
@@ -199,10 +200,12 @@ def test_warnings_about_the_reward_model(runs) -> None:
     try:
         for text, change in {"": {}, **cases}.items():
             file.write_text(json.dumps({**json.loads(original), **good, **change}))
+            write_manifest(file.parent / MANIFEST)
             out = call("ppo", "-n warned -a sft_one -c rm_one --max-steps 1 --ppo-epochs 1", runs).out
             assert out.count("warning") == (1 if text else 0) and text in out
     finally:
         file.write_text(original)
+        write_manifest(file.parent / MANIFEST)
     step = newest(runs, "rm_one") / "checkpoints" / "step_00000002"
     out = call("ppo", f"-n warned -a sft_one -c {step} --max-steps 1 --ppo-epochs 1", runs).out
     assert "were not normalised after its last step" in out
@@ -265,8 +268,12 @@ def test_a_reward_model_of_another_vocabulary(runs, tmp_path) -> None:
     error = call("ppo", f"-n wrong -a sft_one -c {copy}", runs).error
     assert "tokenizer" in error or "vocabulary" in error
     identity = copy / "tokenizer" / "identity.json"
-    TiktokenTokenizer("demo", read_ranks(ranks), "demo").save(copy)
+    other = TiktokenTokenizer("demo", read_ranks(ranks), "demo")
+    other.save(copy)
     assert identity.is_file()
+    description = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps({**description, "tokenizer": other.identity()}))
+    write_manifest(copy / MANIFEST)
     error = call("ppo", f"-n wrong -a sft_one -c {copy}", runs).error
     assert "its tokenizer is not that of -a sft_one" in error
 

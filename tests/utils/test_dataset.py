@@ -382,6 +382,10 @@ def test_a_malformed_row_is_named_or_counted(load, tmp_path):
     assert str(caught.value).endswith("(--skip-bad-rows passes over such rows)")
     report = load(path, "rm", skip_bad_rows=True).report
     assert (report.read, report.bad) == (51, 2) and f"{path}:18" in report.first_bad
+    copy = path.with_name("copy.jsonl")
+    copy.write_bytes(path.read_bytes())
+    report = load(copy, "rm", skip_bad_rows=True).report  # from the cache, which knows the rows under another name
+    assert report.first_bad.startswith(f"{copy}:18: ") and report.name == str(copy)
     with pytest.raises(UserError, match=f"{path}:51: not JSON"):
         load(path, "ppo")
 

@@ -1,7 +1,9 @@
 """Figures and texts of a run: one line a step, also after a resume, and the same in TensorBoard."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -58,14 +60,18 @@ def test_a_resume_drops_what_will_be_run_again(tmp_path) -> None:
         for step in (0, 1, 2, 3):
             log.log(step, {"x": step})
             log.samples(step, [{"prompt": "a\u2028b", "response": "c"}])
+            if step == 2:
+                position = log.position()
+                log.log(step, {"end": 1.0})  # behind the checkpoint, although of its step
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1, "cut sh')
     path = tmp_path / "metrics.jsonl"
     before = lines_of(path)[2]
-    with MetricsLog(tmp_path, resume_step=2) as log:
-        assert lines_of(path)[-1] == before
-        log.log(3, {"x": 30})
-        log.samples(3, [{"prompt": "new", "response": "d"}])
+    for _ in range(2):  # killed once more before another checkpoint was saved
+        with MetricsLog(tmp_path, position) as log:
+            assert lines_of(path)[-1] == before
+            log.log(3, {"x": 30})
+            log.samples(3, [{"prompt": "new", "response": "d"}])
     assert [(line["step"], line["x"]) for line in lines(path)] == [(0, 0), (1, 1), (2, 2), (3, 30)]
     times = [line["time"] for line in lines(path)]
     assert times == sorted(times)  # the clock goes on
@@ -73,6 +79,70 @@ def test_a_resume_drops_what_will_be_run_again(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "metrics.jsonl", "samples.jsonl"]
     points = [(p.step, p.value) for p in events(tmp_path).Scalars("x")]
     assert points == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
+    assert len(events(tmp_path).Tensors("samples/text_summary")) == 4
+    assert [p.stat().st_size > 0 for p in sorted((tmp_path / "logs").iterdir())] == [False, True]
+
+
+def test_a_tensorboard_that_looks_on_sees_no_point_twice(tmp_path) -> None:
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2):
+            log.log(step, {"x": step})
+        position = log.position()
+        log.log(3, {"x": 3})
+        looking = events(tmp_path)
+        assert [p.step for p in looking.Scalars("x")] == [1, 2, 3]
+    with MetricsLog(tmp_path, position) as log:
+        log.log(3, {"x": 30})
+        looking.Reload()
+    assert [(p.step, p.value) for p in looking.Scalars("x")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_what_a_kill_leaves_is_all_that_was_logged(tmp_path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in (1, 2):
+        log.log(step, {"x": step})
+    assert [p.step for p in events(tmp_path).Scalars("x")] == [1, 2]  # nobody has closed or flushed anything
+
+
+def test_a_log_that_was_cut_by_hand_is_told(tmp_path, capfd) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.log(1, {"x": 1})
+        log.log(2, {"x": 2})
+        position = log.position()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines_of(path)[0] + "\n")
+    with MetricsLog(tmp_path, position) as log:
+        log.log(3, {"x": 3})
+    assert f"{path}: is shorter than the checkpoint says; lines are missing" in capfd.readouterr().err
+    assert [line["step"] for line in lines(path)] == [1, 3]
+
+
+def test_a_full_disk_keeps_lines_in_memory_until_they_fit(tmp_path, monkeypatch, capfd) -> None:
+    log = MetricsLog(tmp_path)
+    log.log(1, {"x": 1})
+    room, write = [5], os.pwrite
+
+    def full(handle: int, data: bytes, offset: int) -> int:
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = write(handle, data[: room[0]], offset)
+        room[0] -= done
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        log.log(2, {"x": 2})
+        log.log(3, {"x": 3})
+        assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1]  # and no half line
+        with pytest.raises(OSError):
+            log.sync()
+        log.close()
+    warned = capfd.readouterr().err
+    assert warned.count("kept in memory until it fits") == 2 and "could not be written" in warned
+    log.log(4, {"x": 4})
+    log.sync()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [p.step for p in events(tmp_path).Scalars("x")] == [1, 2, 3, 4]
 
 
 def lines_of(path: Path) -> list[str]:

@@ -1,9 +1,13 @@
 """Rewards written in Python: what is accepted, and one-line errors for everything else."""
 
+import math
+import threading
+
 import pytest
 
 from config.user_error import UserError
-from utils.reward_function import load_reward_function
+from utils import reward_function
+from utils.reward_function import NonFiniteReward, load_reward_function
 
 FLAG = "--reward-fn"
 
@@ -72,6 +76,7 @@ def test_a_spec_that_names_no_file(spec: str, tmp_path, monkeypatch) -> None:
         ("import not_a_package", "importing .* failed: ModuleNotFoundError"),
         ("def other(p, r): return []", "has no function score"),
         ("score = 3", "has no function score"),
+        ("raise SystemExit(0)", "importing .* failed: SystemExit"),
     ],
 )
 def test_a_file_without_the_function(write, text: str, message: str) -> None:
@@ -85,6 +90,7 @@ def test_a_file_without_the_function(write, text: str, message: str) -> None:
     [
         ("raise KeyError('x')", "failed with KeyError"),
         ("raise RuntimeError('two\\nlines')", "failed with RuntimeError: two lines"),
+        ("raise SystemExit(0)", "failed with SystemExit"),
         ("return None", "failed with TypeError"),
         ("return 1.0", "failed with TypeError"),
         ("return ['a', 'b']", "failed with ValueError"),
@@ -92,6 +98,7 @@ def test_a_file_without_the_function(write, text: str, message: str) -> None:
         ("return [0.0] * 3", "gave 3 scores for 2 responses"),
         ("return [0.0, float('nan')]", "gave nan for 'the second'"),
         ("return [float('-inf'), 0.0]", "gave -inf for 'the first'"),
+        ("return [1e39, 0.0]", "gave 1e\\+39 for 'the first'"),
     ],
 )
 def test_what_the_function_gives_is_checked(write, body: str, message: str) -> None:
@@ -100,3 +107,25 @@ def test_what_the_function_gives_is_checked(write, body: str, message: str) -> N
     with pytest.raises(UserError, match=message) as error:
         function(["p", "q"], ["the first", "the second"])
     check_is_one_line(error)
+
+
+def test_scores_that_are_not_finite_come_with_the_error(write) -> None:
+    path = write("def score(p, r): return [1, float('nan')]")
+    function = load_reward_function(f"{path}:score", FLAG)
+    with pytest.raises(NonFiniteReward) as error:
+        function(["p", "q"], ["a", "b"])
+    assert error.value.scores[0] == 1.0 and math.isnan(error.value.scores[1])
+
+
+def test_a_slow_function_is_not_waited_for_in_silence(write, monkeypatch, capsys) -> None:
+    """A line on stderr from time to time, none for a quick function, and no thread is left behind."""
+    monkeypatch.setattr(reward_function, "TELL_EVERY", 0.05)
+    path = write(
+        "import time\ndef slow(p, r):\n    time.sleep(0.18)\n    return [1.0]\ndef quick(p, r): return [1.0]\n"
+    )
+    assert load_reward_function(f"{path}:quick", FLAG)(["p"], ["r"]) == [1.0]
+    assert capsys.readouterr().err == ""
+    assert load_reward_function(f"{path}:slow", FLAG)(["p"], ["r"]) == [1.0]
+    told = capsys.readouterr().err
+    assert told.startswith(f"waiting for {FLAG} {path}:slow: 0 s so far for 1 responses") and told.count("waiting") >= 2
+    assert not [thread for thread in threading.enumerate() if "watch" in thread.name]

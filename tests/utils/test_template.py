@@ -105,7 +105,7 @@ def test_round_trip_through_plain_data():
     assert PromptTemplate.from_dict(other.to_dict()) == other
     assert other.prompt("<u>hi<a>") == "<u>hi<a>"
     assert other.prompt("hi") == "<u>hi<a>"
-    for data in ({"human": "x"}, T.to_dict() | {"more": "x"}, T.to_dict() | {"human": 1}):
+    for data in ({"human": "x"}, T.to_dict() | {"more": "x"}, T.to_dict() | {"human": 1}, "human", [], 3, None):
         with pytest.raises(ValueError):
             PromptTemplate.from_dict(data)
     with pytest.raises(ValueError):

@@ -257,10 +257,30 @@ def test_an_altered_checkpoint_tokenizer_is_refused(demo, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load_tokenizer(tmp_path)
-    for broken in ("[]", "{", '{"kind": 1, "name": "x", "sha256": "y"}'):
+    for broken in ("[]", "{", '{"kind": 1, "name": "x", "sha256": "y"}', '{"kind": "a", "name": "x", "sha256": "y"}'):
         (tmp_path / "tokenizer" / "identity.json").write_text(broken)
         with pytest.raises(UserError, match="is not the identity of a tokenizer"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "description,message",
+    [
+        ({"tokenizer": {"sha256": "0" * 64}, "model": {"vocab_size": 1024}}, "not the one that model.json names"),
+        ({"model": {"vocab_size": 1000}}, "has 1024 ids and its model 1000"),
+        ({"tokenizer": None, "model": {"vocab_size": 1024}}, None),
+        ([], None),
+    ],
+)
+def test_a_tokenizer_has_to_be_the_models_own(demo, tmp_path, description, message):
+    """model.json beside it says which one the model learned; one that says nothing is judged by who loads the model."""
+    demo.save(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    if message is None:
+        assert load_tokenizer(tmp_path).identity() == demo.identity()
+        return
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
 
 
 def test_unknown_names_and_unusable_folders(tmp_path):

@@ -1,0 +1,116 @@
+"""The seal of a checkpoint: manifest.json lists the size and SHA-256 of every file in it.
+
+It is written last and checked on every load, so a copy that was cut short, a flipped bit or an edited file is told and
+not trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from config.user_error import UserError
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(path: Path) -> None:
+    """Write `path`, the manifest of all files in the folder around it."""
+    folder = path.parent
+    files = {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != path
+    }
+    path.write_text(json.dumps({"files": files}, indent=1) + "\n")
+
+
+def fault_of(checkpoint: Path, contents: bool = True) -> str | None:
+    """Why a checkpoint is not whole, in words that follow its name; None when it is.
+
+    Args:
+        checkpoint: the folder with the manifest.
+        contents: False looks at names and sizes only.
+    """
+    try:
+        files = _listed(checkpoint)
+    except FileNotFoundError:
+        return f"has no {MANIFEST}: it is half copied, or an older version wrote it"
+    except (OSError, ValueError) as error:
+        return f"has a {MANIFEST} that cannot be read ({error})"
+    faults = (_fault_of_file(checkpoint, name, entry, contents) for name, entry in files.items())
+    return next((fault for fault in faults if fault), None)
+
+
+def check_files(folder: Path, names: tuple[str, ...], sealed: bool) -> None:
+    """Compare files of a model folder with the manifest, which stands there or one folder up (PPO's critic/).
+
+    Args:
+        folder: a model folder.
+        names: the files that are about to be read.
+        sealed: whether there must be a manifest; a folder that was written without one has none to check.
+
+    Raises:
+        UserError: a file is not what was saved.
+    """
+    for root, prefix in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        if (root / MANIFEST).is_file():
+            try:
+                files = _listed(root)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{root / MANIFEST}: cannot be read ({error}); take another checkpoint") from None
+            if root == folder or any(name.startswith(prefix) for name in files):
+                break
+    else:
+        if sealed:
+            raise UserError(f"{folder}: has no {MANIFEST}, so it is half copied; copy the whole checkpoint folder")
+        return
+    for name in names:
+        entry = files.get(prefix + name)
+        fault = _fault_of_file(root, prefix + name, entry, True) if entry else f"{MANIFEST} lists no {prefix}{name}"
+        if fault:
+            raise UserError(f"{root}: {fault}; take another checkpoint of the run")
+
+
+def _listed(folder: Path) -> dict[str, dict]:
+    """The files of a manifest.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is none.
+    """
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in files.values()
+    ):
+        raise ValueError("it is no list of files")
+    return files
+
+
+def _fault_of_file(root: Path, name: str, entry: dict, contents: bool) -> str | None:
+    path = root / name
+    try:
+        status = path.stat()
+        if status.st_size != entry["size"]:
+            return f"{name} has {status.st_size} bytes, {MANIFEST} says {entry['size']}"
+        if contents and _sha256(path) != entry["sha256"]:
+            return f"{name} is not what was saved (its SHA-256 is not that of {MANIFEST})"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _digest(path: Path, size: int, changed_ns: int, inode: int) -> str:
+    """Read once for a file that stays as it is: a resume looks at a checkpoint first and loads it then."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
