@@ -101,7 +101,7 @@ def test_every_flag_is_read_by_the_stage_that_has_it(stage) -> None:
 
 
 def test_devices_and_workers_are_chosen_in_one_place() -> None:
-    """Outside the runtime, its kernels, the saving of generators and flags no code names a device or asks for workers."""
+    """Only the runtime, its kernels, the saving of generators and flags name a device; nothing asks for workers."""
     for path, tree in trees("training", "utils", "models", "inference").items():
         for node in ast.walk(tree):
             assert not (isinstance(node, ast.keyword) and node.arg == "num_workers"), path.name

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from config.configs import GPTConfig
 from models import checkpoint as model_checkpoint
 from models import huggingface, vocabulary
+from models.attention import attend
 from models.decoding import Decoder
 from models.lora import freeze_weights, projection
 from models.roles import CriticRole, RewardRole
@@ -69,6 +70,11 @@ class KVCache:
         self.att = self.att[rows]
 
 
+def pick(x: Tensor, at: Tensor | None) -> Tensor:
+    """The columns `at` [N] of x [B, L, d] as [N, d]; all of x without `at`."""
+    return x if at is None else x.flatten(0, 1)[at]
+
+
 class MaskedMultiheadSelfAttention(nn.Module):
     """Causal self-attention with one fused projection for queries, keys and values."""
 
@@ -80,17 +86,22 @@ class MaskedMultiheadSelfAttention(nn.Module):
         self.c_proj = projection(config, config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        """x [B, L, d]; mask bool [B, 1, L, S], true where a query may look, or None for plain causal attention."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None = None
+    ) -> Tensor:
+        """x [B, L, d] -> [B, L, d], or [N, d] at the flattened columns `at`.
+
+        mask: bool [B, 1, L, S], true where a query may look, or None for plain causal attention.
+        """
         B, L, d = x.shape
         qkv = self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, L, hd)
         if cache is not None:
             k, v = (x.to(q.dtype) for x in cache.append(layer, k, v))  # (B, nh, S, hd)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None and L > 1
-        )  # (B, nh, L, hd)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, L, d)))
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, mask, causal=mask is None and L > 1, dropout=dropout)  # (B, nh, L, hd)
+        y = y.transpose(1, 2).reshape(B, L, d)
+        return self.resid_dropout(self.c_proj(pick(y, at)))
 
 
 class FeedForwardNetworks(nn.Module):
@@ -117,9 +128,11 @@ class TransformerDecoderBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
         self.mlp = FeedForwardNetworks(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        """x [B, L, d] -> [B, L, d]."""
-        x = x + self.attn(self.ln_1(x), mask, cache, layer)
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None = None
+    ) -> Tensor:
+        """x [B, L, d] -> [B, L, d], or [N, d] at the flattened columns `at`."""
+        x = pick(x, at) + self.attn(self.ln_1(x), mask, cache, layer, at)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -135,17 +148,21 @@ class TransformerDecoder(nn.Module):
         self.h = nn.ModuleList(TransformerDecoderBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool) -> Tensor:
-        """ids, att [B, L] -> final hidden states [B, L, d]."""
+    def forward(
+        self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool, at: Tensor | None = None
+    ) -> Tensor:
+        """ids, att [B, L] -> final hidden states [B, L, d], or [N, d] at the flattened columns `at`."""
         ids, positions, mask = self._inputs(ids, None if att is None else att.bool(), cache, right_padded)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, L, d)
         recompute = self.config.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
+            # Behind the last attention no column looks at another: the rest is computed where it is asked for.
+            wanted = at if layer == len(self.h) - 1 else None
             if recompute:
                 # Non-reentrant: the reentrant form gives adapters no gradient when the embeddings are frozen.
-                x = checkpoint(block, x, mask, None, layer, use_reentrant=False)
+                x = checkpoint(block, x, mask, None, layer, wanted, use_reentrant=False)
             else:
-                x = block(x, mask, cache, layer)
+                x = block(x, mask, cache, layer, wanted)
         if cache is not None:
             cache.length += ids.shape[1]
         return self.ln_f(x)
@@ -203,8 +220,9 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, std)
 
     def hidden(
-        self, ids: Tensor, att: Tensor | None = None, cache: KVCache | None = None, right_padded: bool = False
-    ) -> Tensor:
+        self, ids: Tensor, att: Tensor | None = None, cache: KVCache | None = None, right_padded: bool = False,
+        at: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Final hidden states.
 
         Args:
@@ -212,14 +230,16 @@ class GPT(nn.Module):
             att: [B, L] bool (or 0 and 1), true on real tokens; None when all are. Padding may be on either side.
             cache: keys and values of the tokens before these; this call's are appended.
             right_padded: promise that every row starts at column 0, which saves building a mask.
+            at: [N] int64 indices into the B * L flattened columns; the last block's second half and the final LayerNorm
+                are computed only there.
 
         Returns:
-            [B, L, d]; the states at padding are meaningless but finite.
+            [B, L, d], or [N, d] with `at`; the states at padding are meaningless but finite.
 
         Raises:
             ValueError: more tokens than the context holds.
         """
-        return self.transformer(ids, att, cache, right_padded)
+        return self.transformer(ids, att, cache, right_padded, at)
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 from hidden states [..., d].
@@ -262,8 +282,7 @@ class GPT(nn.Module):
         Returns:
             [B, L, V], or [N, V] with `at`; with `targets` the sum of their cross-entropies in nats [].
         """
-        h = self.hidden(ids, att, right_padded=right_padded)
-        h = h if at is None else h.flatten(0, 1)[at]
+        h = self.hidden(ids, att, right_padded=right_padded, at=at)
         return self.lm_head(h) if targets is None else self.token_loss_sum(h, targets)
 
     def freeze_weights(self, method: str) -> None:

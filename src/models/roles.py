@@ -74,10 +74,10 @@ class RewardRole(ScalarRole):
 
     def forward(self, ids: Tensor, att: Tensor, right_padded: bool = False) -> Tensor:
         """Scores [B] fp32 of rows ids, att [B, L] with padding on either side."""
-        h = self.hidden(ids, att, right_padded=right_padded)  # (B, L, d)
-        columns = torch.arange(att.shape[1], device=att.device)
-        last = (att * columns).argmax(1)  # (B,)
-        return self.head(h[torch.arange(len(h), device=h.device), last])
+        B, L = att.shape
+        last = (att * torch.arange(L, device=att.device)).argmax(1)  # (B,)
+        at = last + L * torch.arange(B, device=att.device)
+        return self.head(self.hidden(ids, att, right_padded=right_padded, at=at))
 
 
 class CriticRole(ScalarRole):
@@ -90,5 +90,4 @@ class CriticRole(ScalarRole):
 
         With `at`, [N] int64 indices into the B * L flattened columns, only those: [N].
         """
-        h = self.hidden(ids, att, right_padded=right_padded)
-        return self.head(h if at is None else h.flatten(0, 1)[at])
+        return self.head(self.hidden(ids, att, right_padded=right_padded, at=at))

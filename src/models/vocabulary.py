@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.linear import product
 from models.packing import kept_with, pack, packed_linear, packed_linear_minus
 
 BLOCK = 2**25
@@ -76,7 +77,7 @@ class OutputTable:
         """[c, V] in fp32 (fp64 stays fp64) from hidden states [c, d]; in half precision up to a constant per row."""
         hidden = hidden.to(self.weight.dtype)
         if not _is_half(self.weight):
-            return F.linear(hidden, self.weight)
+            return product(hidden, self.weight)
         if self.packed is not None:
             first = packed_linear(hidden, self.packed, None)
             rest = packed_linear_minus(hidden, self.packed, first)
@@ -207,23 +208,17 @@ def _sweep(
             output.correct(z, h, token)
             if tau != 1:
                 z /= tau
-            z -= z.amax(-1, keepdim=True)
-            chosen = z.gather(-1, token)
-            e = z.exp() if entropy else z.exp_()
-            total = e.sum(-1, keepdim=True)
-            logp[at] = (chosen - total.log()).squeeze(-1)
+            z = z.log_softmax(-1)
+            logp[at] = z.gather(-1, token).squeeze(-1)
             if entropy:
-                found_entropy[at] = total.log().squeeze(-1) - (e * z).sum(-1) / total.squeeze(-1)
+                found_entropy[at] = -(z.exp() * z).sum(-1)
             if slope or weights is not None:
-                p = e.div_(total * tau).to(half)  # softmax / tau
+                # The derivative by z is (1 at the token, 0 elsewhere) - softmax; here with its sign turned.
+                p = z.exp_().scatter_add_(-1, token, z.new_full(token.shape, -1.0)).to(half)
             if slope:
-                # d logp / d h = (w_token - sum_v p_v w_v) / tau; the mean over the vocabulary cancels
-                found_slope[at] = output.weight[token.squeeze(-1)] / tau - p @ output.weight
+                found_slope[at] = product(p, output.weight.t()) / -tau
             if weights is not None:
-                # A hidden state also pulls its own token's row, and pushes every row by its probability.
-                scaled = (h.to(wide) * weights[at, None]).to(half)
-                to_table -= p.t() @ scaled
-                to_table.index_add_(0, token.squeeze(-1), scaled.to(wide) / tau)
+                to_table -= product(p.t(), (h.to(wide) * (weights[at, None] / tau)).to(half).t())
         return logp, found_entropy, found_slope, to_table
 
 

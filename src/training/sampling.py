@@ -46,7 +46,7 @@ class MicroBatch:
 
     def states(self, model: nn.Module) -> Tensor:
         """The model's final hidden states [N, d] in which the response tokens were chosen."""
-        return model.hidden(self.ids, self.att, right_padded=True).flatten(0, 1)[self.at]
+        return model.hidden(self.ids, self.att, right_padded=True, at=self.at)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[N] values of the response tokens -> [b, T], 0 where there is no token."""

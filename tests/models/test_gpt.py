@@ -330,3 +330,22 @@ def test_logits_keep_their_digits_in_any_autocast(make_model, random_rows, dtype
     assert (logits.log_softmax(-1) - exact.log_softmax(-1)).abs().max() < 2e-2
     rounded = exact.to(torch.bfloat16).float()
     assert (rounded.log_softmax(-1) - exact.log_softmax(-1)).abs().max() > 5e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("cls", [GPTActor, GPTCritic])
+def test_asking_for_some_columns_gives_those_of_all(make_model, padded, random_rows, cls, checkpointing):
+    """Behind the last attention only the wanted columns are computed: same values, same gradients."""
+    ids, att = padded(random_rows([9, 4, 12]), 2)
+    at = torch.tensor([0, 3, 8, 14, 17, 30, 39])
+    found = []
+    for some in (False, True):
+        model = make_model(cls, activation_checkpointing=checkpointing).train()
+        h = model.hidden(ids, att, right_padded=True, at=at if some else None)
+        h = h if some else h.flatten(0, 1)[at]
+        h.square().sum().backward()
+        found.append((h, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-4, rtol=1e-4)
