@@ -101,7 +101,7 @@ def test_reward_model_accuracy_keeps_pairs_together(monkeypatch):
 
 def test_ppo_keeps_ten_checkpoints_for_the_picture():
     plan = {stage.name: stage.flags for stage in stages("x", ("kl0",))}
-    assert plan["PPO"][-4:] == ("--save-every", "3", "--keep", "10")
+    assert plan["PPO"][-4:] == ("--save-every", "4", "--keep", "10")
     assert plan["PPO, KL coefficient 0"][-2:] == ("--kl-coef", "0")
 
 
