@@ -371,6 +371,10 @@ class PPOConfig(RunConfig):
     never."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance; off because the reward model is normalised already."""
+    share_adapter: bool = False
+    """With a LoRA preset: actor and critic are one trunk pass through one adapter, and the critic is a head on it that
+    starts from zero (J-Hydra, Santacroce et al. 2023). Less time and memory; the value loss then moves the policy, so
+    --vf-coef matters."""
     critic_warmup: int = 0
     """Iterations in which only the critic learns."""
     warmup_iterations: int = 0

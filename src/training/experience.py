@@ -64,7 +64,10 @@ class ActorCritic(nn.Module):
             logp, entropy = self.actor.token_logprobs_and_entropy(h, batch.tokens, tau)
         else:
             logp, entropy = self.actor.token_logprobs(h, batch.tokens, tau), None
-        values = self.critic(batch.ids, batch.att, right_padded=True, at=batch.at)
+        if self.critic.transformer is self.actor.transformer:  # --share-adapter
+            values = self.critic.head(h)
+        else:
+            values = self.critic(batch.ids, batch.att, right_padded=True, at=batch.at)
         return batch.unpack(logp), batch.unpack(values), None if entropy is None else batch.unpack(entropy)
 
 

@@ -402,10 +402,29 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
         raise UserError(
             f"-c {config.critic}: its sizes are not those of -a {config.actor}; train the reward model from that one"
         )
+    if config.share_adapter:
+        share_trunk(actor, critic, fresh=resumption is None)
     freeze(actor, config, dtype)
     freeze(critic, config, dtype)
     models = [reference, actor, critic] + ([reward_model] if reward_model is not None else [])
     return Roles(actor, critic, reference, reward_model, sft, rm, share_base(models))
+
+
+def share_trunk(actor: nn.Module, critic: nn.Module, fresh: bool) -> None:
+    """Put the critic's head on the actor's trunk; a fresh one predicts 0 everywhere.
+
+    The reward model's head would read states that it was not trained on: its own adapter made them.
+
+    Raises:
+        UserError: the actor has no adapter, so that the value loss would train all of the policy's weights.
+    """
+    if not actor.config.lora_rank:
+        raise UserError("--share-adapter: the model has no adapters; give a --config that ends in /lora")
+    critic.transformer, critic.config = actor.transformer, actor.config
+    if fresh:
+        torch.nn.init.zeros_(critic.head.weight)
+        torch.nn.init.zeros_(critic.head.bias)
+        critic.set_normalisation(1.0, 0.0)
 
 
 def without_dropout(config: GPTConfig) -> GPTConfig:

@@ -3,7 +3,8 @@
 Shapes: B rows, K completions of a prompt, L columns, T response columns.
 
 What the loops do NOT do: no packing of several examples into a row (rows are padded on the right and bucketed by
-length), no shared trunk of actor and critic, no reward or advantage clipping beyond PPO's own, no entropy bonus.
+length), no trunk shared by actor and critic unless --share-adapter asks for it, no reward or advantage clipping beyond
+PPO's own, no entropy bonus.
 """
 
 from __future__ import annotations
@@ -365,7 +366,9 @@ class PPOTrainer:
     ) -> None:  # fmt: skip
         self.config, self.runtime, self.run = config, runtime, run
         self.train, self.validation, self.eval_reward_fn = train, validation, eval_reward_fn
-        self.parameters = {"actor": trainable(actor), "critic": trainable(critic)}
+        of_actor = trainable(actor)
+        seen = {id(p) for p in of_actor}  # with --share-adapter the critic's own part is its head
+        self.parameters = {"actor": of_actor, "critic": [p for p in trainable(critic) if id(p) not in seen]}
         groups = [
             {"name": "actor", "params": self.parameters["actor"], "lr": config.lr},
             {"name": "critic", "params": self.parameters["critic"], "lr": config.critic_lr},

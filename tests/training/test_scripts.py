@@ -16,6 +16,8 @@ from models.manifest import MANIFEST, write_manifest
 from training.saving import STATE
 from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
 
+ROLES_OF_PPO = {"": GPTActor, "critic": GPTCritic}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -291,3 +293,25 @@ def test_bf16_with_adapters_shares_one_rounded_base_and_resumes(runs) -> None:
     shutil.rmtree(run / "final")
     again = call("ppo", f"{flags} --max-steps 1 --resume {run}", runs)
     assert again.code == 0 and float(re.search(r"shared between the roles: ([\d.]+) MB", again.out)[1]) == shared
+
+
+def test_actor_and_critic_on_one_adapter(runs) -> None:
+    """One trunk in both folders of the checkpoint, a critic that starts at 0, and a resumption with the same bits."""
+    flags = "-a sft_one -c rm_one --config gpt2-nano/lora --share-adapter"
+    assert call("ppo", f"{flags} -n joint", runs).code == 0
+    run = newest(runs, "ppo_joint")
+    final = {name: weights(cls.from_checkpoint(run / "final" / name)) for name, cls in ROLES_OF_PPO.items()}
+    trunk = {key: value for key, value in final[""].items() if key.startswith("transformer.")}
+    assert_equal_weights({key: final["critic"][key] for key in trunk}, trunk)
+    assert final["critic"]["head.norm_gain"] == 1 and final["critic"]["head.weight"].any()
+    assert read_metrics(run)[1]["val/mean"] == 0 or any(line.get("val/mean") == 0 for line in read_metrics(run))
+    shutil.rmtree(run / "final")
+    again = call("ppo", f"{flags} -n joint --resume {run / 'checkpoints' / 'step_00000001'}", runs)
+    assert again.code == 0, again.err
+    for name, cls in ROLES_OF_PPO.items():
+        assert_equal_weights(weights(cls.from_checkpoint(run / "final" / name)), final[name])
+
+
+def test_sharing_an_adapter_needs_one(runs) -> None:
+    result = call("ppo", "-n no -a sft_one -c rm_one --config gpt2-nano --share-adapter", runs)
+    assert result.error == "error: --share-adapter: the model has no adapters; give a --config that ends in /lora"
