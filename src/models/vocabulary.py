@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.linear import product
+from models.linear import fill_rows, product
 from models.packing import kept_with, pack, packed_linear, packed_linear_minus
 
 BLOCK = 2**25
@@ -202,23 +202,29 @@ def _sweep(
         found_slope = hidden.new_empty(N, d) if slope else None
         to_table = hidden.new_zeros(V, d, dtype=wide) if weights is not None else None
         rows = max(1, BLOCK // V)
-        for at in (slice(i, i + rows) for i in range(0, N, rows)):
-            h, token = hidden[at].detach(), tokens[at, None]
-            z = output.logits(h)  # (c, V)
+        for i in range(0, N, rows):
+            c = min(rows, N - i)
+            at = slice(i, i + c)
+            h, token = (
+                fill_rows(hidden[at].detach()),
+                fill_rows(tokens[at, None]),
+            )  # the rows filled in count for nothing
+            z = output.logits(h)  # (c or a little more, V)
             output.correct(z, h, token)
             if tau != 1:
                 z /= tau
             z = z.log_softmax(-1)
-            logp[at] = z.gather(-1, token).squeeze(-1)
+            logp[at] = z[:c].gather(-1, token[:c]).squeeze(-1)
             if entropy:
-                found_entropy[at] = -(z.exp() * z).sum(-1)
+                found_entropy[at] = -(z[:c].exp() * z[:c]).sum(-1)
             if slope or weights is not None:
                 # The derivative by z is (1 at the token, 0 elsewhere) - softmax; here with its sign turned.
                 p = z.exp_().scatter_add_(-1, token, z.new_full(token.shape, -1.0)).to(half)
             if slope:
-                found_slope[at] = product(p, output.weight.t()) / -tau
+                found_slope[at] = product(p, output.weight.t())[:c] / -tau
             if weights is not None:
-                to_table -= product(p.t(), (h.to(wide) * (weights[at, None] / tau)).to(half).t())
+                scaled = h.to(wide) * (fill_rows(weights[at, None]) / tau)
+                to_table -= product(p.t(), scaled.to(half).t())
         return logp, found_entropy, found_slope, to_table
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models import linear as module
-from models.linear import Linear, linear, product
+from models.linear import Linear, fill_rows, linear, product
 
 
 @pytest.fixture
@@ -62,3 +62,11 @@ def test_the_layer_and_products_of_views(made, calls):
     a, b = x[0], x[1]
     torch.testing.assert_close(product(a.t(), b.t()), a.t() @ b, atol=1e-4, rtol=0)
     assert len(calls) == 2
+
+
+def test_rows_are_filled_up_to_few_sizes():
+    sizes = {len(fill_rows(torch.ones(n, 2))) for n in range(1, 4097)}
+    assert len(sizes) < 60
+    for n in range(1, 4097, 37):
+        filled = fill_rows(torch.ones(n, 2))
+        assert len(filled) - n < max(8, n / 8) and filled.sum() == 2 * n and filled[:n].all()
