@@ -7,7 +7,7 @@ import difflib
 import io
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import tyro
 
@@ -31,6 +31,9 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
         elif word.startswith("--config="):
             preset = word.split("=", 1)[1]
     defaults = stage_defaults(stage, preset)
+    given = {word.split("=", 1)[0].replace("_", "-") for word in argv}
+    if given & {"-b", "--batch-size"} and "--tokens-per-micro-batch" not in given:
+        defaults = replace(defaults, tokens_per_micro_batch=0)  # whoever counts rows does not mean tokens
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):

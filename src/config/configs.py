@@ -152,7 +152,13 @@ class RunConfig:
     strategy: Annotated[Literal["naive"], arg(aliases=["-s"])] = "naive"
     """How the work is spread over devices: naive is one device."""
     batch_size: Annotated[int, arg(aliases=["-b"])] = 8
-    """Rows in one forward and backward pass: the knob for memory. Results do not depend on it."""
+    """Rows in one forward and backward pass: the knob for memory. Results do not depend on it. Given alone, it switches
+    a preset's --tokens-per-micro-batch off."""
+    tokens_per_micro_batch: int | Literal["auto"] = 0
+    """Bound a pass by its tokens, padding included (rows x longest), in place of --batch-size; a longer row has a pass
+    of its own. auto: as many as fit, by the plan, with a tenth of the memory to spare. 0: off."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: far less memory for about a third more time; same results."""
     global_batch_size: int = 32
     """Rows (SFT, PPO) or prompts (RM) behind one optimizer step; micro-batches of -b rows are accumulated to it."""
     lr: float = 1e-5
@@ -199,6 +205,10 @@ class RunConfig:
     """Settings that may differ from the run's when it is gone on with, by commas: max_steps, lr, eval_every, ..."""
     deterministic: bool = False
     """Choose kernels that give the same bits again on this machine, and tell what that costs."""
+    plan: bool = False
+    """Print what will be in memory, item by item, and stop: nothing is loaded, no run folder is made."""
+    plan_gb: float = 0.0
+    """--plan for a GPU of so many GB (1e9 bytes) that need not be there; with --device cpu for such a machine."""
 
     def __post_init__(self) -> None:
         get_configs(self.config)
@@ -218,6 +228,11 @@ class RunConfig:
             self._at_least(field, 1)
         for field in ("max_steps", "max_length", "seed"):
             self._at_least(field, 0)
+        if self.tokens_per_micro_batch != "auto":
+            self._at_least("tokens_per_micro_batch", 0)
+        self._not_negative("plan_gb")
+        if self.plan_gb:
+            object.__setattr__(self, "plan", True)
         self._positive("lr")
         self._positive("max_grad_norm")
         self._positive("adam_eps")
@@ -409,6 +424,10 @@ class PPOConfig(RunConfig):
         )
 
 
+# Tokens of a pass by size: what a GPU of 16 GB holds in every stage that it holds at all (docs/memory.md). Results do
+# not depend on it.
+_TOKENS_PER_PASS = {"gpt2": 8192, "gpt2-medium": 4096, "gpt2-large": 2048, "gpt2-xl": 1024}
+
 StageConfig = TypeVar("StageConfig", SFTConfig, RMConfig, PPOConfig)
 
 # Recipes. GPT-2 sizes: SFT with a peak of 2e-5..1e-4 and a cosine to 10 % (OpenRLHF); reward model one epoch at
@@ -450,7 +469,7 @@ def stage_defaults(stage: type[StageConfig], preset: str) -> StageConfig:
     """
     model = get_configs(preset)
     family = "gpt2-nano" if preset.startswith("gpt2-nano") else "gpt2"
-    values = dict(_RECIPES[family][stage])
+    values = {"tokens_per_micro_batch": _TOKENS_PER_PASS.get(model.family, 0), **_RECIPES[family][stage]}
     if model.lora_rank:
         values |= _LORA_RECIPES[family][stage]
     return stage(config=preset, **values)

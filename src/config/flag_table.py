@@ -68,7 +68,12 @@ def tables() -> str:
             defaults = {shown_value(value) for value in _defaults(stage, name)}
             default = defaults.pop() if len(defaults) == 1 else "by preset"
             lines.append(f"| {shown_flag(cls, name)} | {default} | {_cell(texts[cls.__name__, name])} |")
-    lines += ["", "**Defaults by preset** (`gpt2*` stands for its four sizes, plain or `/dropout`).", ""]
+    lines += [
+        "",
+        "**Defaults by preset** (`gpt2*` stands for its four sizes, plain or `/dropout`; their "
+        "`--tokens-per-micro-batch` is 8192, 4096, 2048 and 1024 from small to XL).",
+        "",
+    ]
     lines += [f"| stage | flag | {' | '.join(PRESETS)} |", "|---|---|" + "---|" * len(PRESETS)]
     for stage, cls in STAGES.items():
         for field in fields(cls):

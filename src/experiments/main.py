@@ -9,6 +9,7 @@ demo       the whole offline demo on one seed (what `make demo` runs)
 results    the demo over several seeds and variants: the README's table and picture
 overoptimisation    proxy and gold reward over the distance from SFT, of a PPO run and of best-of-n, as a picture
 doctor     what is wrong with a run of any stage, from its figures, and what to change
+memory     what every preset and stage needs on a GPU; --check: the plan against measured runs
 bench      speed and memory beside transformers and TRL (what `make bench` runs)
 soak       PPO killed at random moments and gone on with: the bits of an undisturbed run, steady memory
 """
@@ -25,7 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
-OWN_MODULE = ("overoptimisation", "doctor", "bench", "soak")  # experiments/TASK.py with run(parser, rest)
+OWN_MODULE = ("overoptimisation", "doctor", "memory", "bench", "soak")  # experiments/TASK.py with run(parser, rest)
 TASKS = (*QUICK_LOOKS, "demo", "results", *OWN_MODULE)
 
 

@@ -17,6 +17,7 @@ from config.configs import PPOConfig
 from training.nonfinite import check_rollout
 from training.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
+from utils.batching import micro_batches
 from utils.reward_function import NonFiniteReward
 from utils.tokenizer import Tokenizer
 
@@ -72,13 +73,14 @@ class ActorCritic(nn.Module):
 
 
 def minibatch_plan(
-    length: np.ndarray, minibatches: int, micro_batch: int, generator: np.random.Generator
+    length: np.ndarray, minibatches: int, micro_batch: int, generator: np.random.Generator, max_tokens: int = 0
 ) -> list[list[np.ndarray]]:
     """Split B rows into minibatches at random, and each into micro-batches of like length.
 
     Args:
         length: [B] tokens of each row.
-        minibatches: optimizer steps per pass. micro_batch: rows per forward pass.
+        minibatches: optimizer steps per pass. micro_batch: rows per forward pass, or with `max_tokens` as many as have
+            no more than so many padded tokens; see `utils.batching.micro_batches`.
 
     Returns:
         Row indices: one list of micro-batches per minibatch; every row is in exactly one.
@@ -87,7 +89,7 @@ def minibatch_plan(
     plan = []
     for part in np.array_split(shuffled, minibatches):
         part = part[np.argsort(length[part], kind="stable")]
-        plan.append([part[i : i + micro_batch] for i in range(0, len(part), micro_batch)])
+        plan.append(micro_batches(part, length, micro_batch, max_tokens))
     return plan
 
 
@@ -112,21 +114,21 @@ class Rollouts:
         self.config = config
         self.tokenizer = tokenizer
         self.runtime = runtime
-        self.sampler = Sampler(tokenizer, runtime, config.temperature, config.response_length, config.batch_size)
+        self.sampler = Sampler.of(config, tokenizer, runtime, config.temperature, config.response_length)
 
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> Experience:
         """One response per prompt; the roles' outputs are still to be filled in by `look`."""
         return Experience.of(self.sampler.sample(self.actor, prompts, seeds))
 
     @torch.no_grad()
-    def look(self, experience: Experience, micro_batches: Sequence[np.ndarray]) -> None:
+    def look(self, experience: Experience, parts: Sequence[np.ndarray]) -> None:
         """Fill in log-probabilities, values, entropy and scores; raises NonFiniteRollout unless all are finite.
 
         Log-probabilities are recomputed by the training forward in the very micro-batches of the first pass and not
         taken from the sampler: cached keys and bf16 drift would make the first importance ratio differ from 1.
         """
         tau = self.config.temperature
-        for rows in tqdm(micro_batches, desc="scoring", unit="batch", leave=False, delay=3):
+        for rows in tqdm(parts, desc="scoring", unit="batch", leave=False, delay=3):
             batch = experience.micro_batch(rows)
             T = batch.rmask.shape[1]
             logp, values, entropy = self.policy(batch, tau, with_entropy=True)

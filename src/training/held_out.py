@@ -67,7 +67,8 @@ def evaluate_policy(
     """
     config = rollouts.config
     experience = rollouts.sample(prompts, seeds)
-    rollouts.look(experience, minibatch_plan(experience.lengths, 1, config.batch_size, np.random.default_rng(0))[0])
+    sizes = (1, config.batch_size, np.random.default_rng(0), config.tokens_per_micro_batch)
+    rollouts.look(experience, minibatch_plan(experience.lengths, *sizes)[0])
     k1 = kl_k1(experience.logp, experience.logp_ref)
     kl = masked_sum(k1, experience.rmask, dim=1)  # (N,) nats per response
     penalised = penalise_missing_eos(experience.scores, experience.ended, config.missing_eos_penalty)

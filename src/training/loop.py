@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config.configs import RunConfig
 from training.runtime import Interrupt, Runtime
 from training.saving import Saver, capture_rng, restore_rng
-from utils.batching import epoch_batches
+from utils import batching
 
 
 def steps_per_epoch(lengths: np.ndarray, config: RunConfig) -> int:
@@ -35,19 +35,22 @@ def data_order(lengths: np.ndarray, config: RunConfig, start: int, stop: int) ->
     """Row indices of optimizer steps start .. stop - 1: every row exactly once an epoch, like lengths together."""
     size = steps_per_epoch(lengths, config)
     for epoch in range(start // size, math.ceil(stop / size)):
-        batches = epoch_batches(lengths, config.global_batch_size, config.seed, epoch, drop_last=False)
+        batches = batching.epoch_batches(lengths, config.global_batch_size, config.seed, epoch, drop_last=False)
         yield from batches[max(0, start - epoch * size) : stop - epoch * size]
 
 
-def micro_batches(rows: np.ndarray, config: RunConfig) -> list[np.ndarray]:
-    """Cut the rows of one optimizer step into passes of at most --batch-size."""
-    return [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+def micro_batches(
+    rows: np.ndarray, lengths: np.ndarray, config: RunConfig, sequences: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Cut the rows of one optimizer step, sorted by length, into passes of at most --batch-size rows, or of at most
+    --tokens-per-micro-batch; see `utils.batching.micro_batches`."""
+    return batching.micro_batches(rows, lengths, config.batch_size, config.tokens_per_micro_batch, sequences)
 
 
 def evaluation_batches(lengths: np.ndarray, config: RunConfig) -> list[np.ndarray]:
     """The held-out rows of an evaluation, always the same, sorted by length."""
     rows = np.arange(min(len(lengths), config.eval_examples))
-    return micro_batches(rows[np.argsort(lengths[rows], kind="stable")], config)
+    return micro_batches(rows[np.argsort(lengths[rows], kind="stable")], lengths, config)
 
 
 def prompt_order(count: int, batch: int, seed: int, iteration: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.sampling import SampledRows, Sampler
+from utils.batching import micro_batches
 from utils.loss import reward_affine
 
 
@@ -45,8 +46,9 @@ class RewardScale:
         assert model.normalisation == (1.0, 0.0)
         rows = np.argsort(self.samples.lengths, kind="stable")
         raw = torch.zeros(len(rows), device=self.sampler.runtime.device)
-        for start in range(0, len(rows), self.sampler.batch_size):
-            batch = self.samples.micro_batch(rows[start : start + self.sampler.batch_size])
+        sizes = (self.sampler.batch_size, self.sampler.max_tokens)
+        for part in micro_batches(rows, self.samples.lengths, *sizes):
+            batch = self.samples.micro_batch(part)
             with self.sampler.runtime.autocast():
                 raw[batch.rows] = model(batch.ids, batch.att, right_padded=True)
         gain, bias = reward_affine(raw)

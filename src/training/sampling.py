@@ -18,14 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config.configs import RunConfig
 from inference.generate import Generation, generate
 from training.runtime import Runtime
 from utils.loss import response_mask
 from utils.tokenizer import Tokenizer
 
-# Keys and values of one row take about an eighth of what a row takes in a training pass (two tensors of d channels per
-# layer against some seventeen), so this many rows for each of --batch-size fit where training fits.
-_CACHED_ROWS_PER_TRAINED = 8
+SFT_SAMPLES = 64  # held-out prompts at most that an SFT evaluation answers
+
+# Keys and values of a token take about an eighth of what it takes in a training pass (two tensors of d channels per
+# layer against some eighteen), so this many for each trained one fit where training fits.
+_CACHED_PER_TRAINED = 8
+
+
+def cached_tokens(context: int, batch_size: int, max_tokens: int, recomputes: bool) -> int:
+    """Tokens of rows that are sampled together, longest row x rows: what the cache may hold."""
+    trained = max_tokens or batch_size * context
+    # With recomputed blocks a trained token keeps about as much as a cached one.
+    return trained if recomputes else _CACHED_PER_TRAINED * trained
 
 
 @dataclass
@@ -145,8 +155,9 @@ def join(parts: Sequence[SampledRows], order: np.ndarray, pad_id: int) -> Sample
 class Sampler:
     """How responses are sampled: by a policy itself at a temperature, so without top-k or top-p.
 
-    batch_size is the --batch-size of training; it bounds how many rows are in work at once and has no influence on what
-    they say, since every row has a random stream of its own.
+    batch_size, max_tokens and recomputes are --batch-size, --tokens-per-micro-batch and --activation-checkpointing of
+    training; they bound how many rows are in work at once and have no influence on what they say, since every row has a
+    random stream of its own.
     """
 
     tokenizer: Tokenizer
@@ -154,6 +165,16 @@ class Sampler:
     temperature: float
     response_length: int
     batch_size: int
+    max_tokens: int = 0
+    recomputes: bool = False
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, tokenizer: Tokenizer, runtime: Runtime, temperature: float, response_length: int
+    ) -> Sampler:
+        """A sampler that needs no more room than a run's training does."""
+        sizes = (config.batch_size, config.tokens_per_micro_batch, config.activation_checkpointing)
+        return cls(tokenizer, runtime, temperature, response_length, *sizes)
 
     @torch.no_grad()
     def sample(self, model: nn.Module, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> SampledRows:
@@ -173,7 +194,7 @@ class Sampler:
 
     def _parts(self, prompt_len: list[int], block_size: int) -> Iterator[np.ndarray]:
         """Rows to sample together: prompts of like length, and not more cache than training has room for."""
-        budget = _CACHED_ROWS_PER_TRAINED * self.batch_size * block_size
+        budget = cached_tokens(block_size, self.batch_size, self.max_tokens, self.recomputes)
         order = np.argsort([-n for n in prompt_len], kind="stable")
         while len(order):
             # The longest come first, so the first row's width is that of the part.

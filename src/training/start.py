@@ -36,7 +36,10 @@ from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 # Settings that may differ between a run and its resumption: where it runs, what it keeps, not what it computes.
-_MAY_CHANGE = ("resume", "resume_override", "runs_dir", "device", "keep", "save_every", "on_save_error", "batch_size")
+_MAY_CHANGE = (
+    "resume", "resume_override", "runs_dir", "device", "keep", "save_every", "on_save_error", "batch_size",
+    "tokens_per_micro_batch", "activation_checkpointing", "plan", "plan_gb",
+)  # fmt: skip
 
 # Settings that --resume-override lets differ: how long, how fast and how closely watched. All others decide what the
 # numbers of a checkpoint mean (its data, its model, its objective): with another one it is another run.
@@ -276,12 +279,17 @@ def template_of(folder: Path) -> PromptTemplate:
 
 
 def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig, dtype: torch.dtype) -> nn.Module:
-    """Apply --freeze, auto being lora for a model with adapters and none otherwise; round what it froze to `dtype`."""
+    """Apply --freeze, auto being lora for a model with adapters and none otherwise; round what it froze to `dtype`.
+
+    Sets --activation-checkpointing, too: a resumed run may have saved its model with another choice.
+    """
     method = config.freeze
     if method == "auto":
         method = "lora" if model.config.lora_rank else "none"
     freeze_weights(model, method)
     round_frozen(model, dtype)
+    options = replace(model.config, activation_checkpointing=config.activation_checkpointing)
+    model.config = model.transformer.config = options
     return model
 
 
@@ -302,7 +310,7 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
         tokenizer = get_tokenizer(own if config.tokenizer == "auto" else config.tokenizer)
         sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
         return GPT(sizes), tokenizer, PromptTemplate(), "scratch"
-    folder = _our_checkpoint(config)
+    folder = our_checkpoint(config)
     if folder is not None:
         model = GPT.from_checkpoint(folder, preset, adapters="fresh")
         return model, load_tokenizer(folder), template_of(folder), str(folder)
@@ -312,7 +320,7 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
     return model, tokenizer, PromptTemplate(), source
 
 
-def _our_checkpoint(config: SFTConfig) -> Path | None:
+def our_checkpoint(config: SFTConfig) -> Path | None:
     """The checkpoint of ours that -p means; None when it means a Hugging Face model."""
     source = config.pretrain
     if source == "huggingface" or (Path(source) / "config.json").is_file():
@@ -369,12 +377,14 @@ class Roles:
 def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dtype) -> Roles:
     """Load actor, critic, reference and reward model; what is frozen is held in `dtype`, that of the matrix products.
 
+    Each is frozen and shares the reference's base before the next is loaded, so that two of them in full is the most
+    that is there at a time.
+
     Raises:
         UserError: a checkpoint is missing, of the wrong stage, or the two were made with different tokenizers.
     """
     options = without_dropout(get_configs(config.config))
-    needs_reward_model = not config.reward_fn or config.reward_fn_weight != 0
-    rm_argument = config.critic if config.critic != "auto" else "rm_demo" if needs_reward_model else "none"
+    rm_argument, needs_reward_model = reward_source(config)
     if rm_argument == "none" and needs_reward_model:
         raise UserError("-c none: PPO needs a reward: give a reward model with -c, or --reward-fn FILE.py:FUNCTION")
     if resumption is not None:
@@ -390,11 +400,15 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
         )
     reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)), dtype)
     reward_model = frozen(GPTRewardModel.from_checkpoint(rm), dtype) if rm and needs_reward_model else None
+    shared = share_base([reference, reward_model]) if reward_model is not None else 0
     if resumption is not None:
         actor = GPTActor.from_checkpoint(resumption.checkpoint)
-        critic = GPTCritic.from_checkpoint(resumption.checkpoint / "critic")
     else:
         actor = GPTActor.from_checkpoint(sft, options, adapters="fresh")
+    shared += share_base([reference, freeze(actor, config, dtype)])
+    if resumption is not None:
+        critic = GPTCritic.from_checkpoint(resumption.checkpoint / "critic")
+    else:
         critic = GPTCritic.from_checkpoint(rm if rm is not None else sft, options, adapters="keep")
         if rm is None:
             torch.nn.init.zeros_(critic.head.weight)
@@ -404,10 +418,14 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
         )
     if config.share_adapter:
         share_trunk(actor, critic, fresh=resumption is None)
-    freeze(actor, config, dtype)
-    freeze(critic, config, dtype)
-    models = [reference, actor, critic] + ([reward_model] if reward_model is not None else [])
-    return Roles(actor, critic, reference, reward_model, sft, rm, share_base(models))
+    shared += share_base([reference, freeze(critic, config, dtype)])
+    return Roles(actor, critic, reference, reward_model, sft, rm, shared)
+
+
+def reward_source(config: PPOConfig) -> tuple[str, bool]:
+    """What -c means once auto is resolved ("none": no reward model), and whether a reward model is needed."""
+    needed = not config.reward_fn or config.reward_fn_weight != 0
+    return config.critic if config.critic != "auto" else "rm_demo" if needed else "none", needed
 
 
 def share_trunk(actor: nn.Module, critic: nn.Module, fresh: bool) -> None:

@@ -20,6 +20,7 @@ from config.configs import PPOConfig  # noqa: E402
 from config.user_error import UserError, run_main  # noqa: E402
 from models.checkpoint import describe  # noqa: E402
 from training.determinism import cost_of_determinism  # noqa: E402
+from training.preflight import fit, preflight  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import (  # noqa: E402
     Roles,
@@ -42,6 +43,9 @@ def main() -> int:
     """Parse, seed, models, data, trainer, fit."""
     config = parse_cli(PPOConfig)
     resumption = find_resumption("ppo", config)
+    config = preflight(config, resumption)
+    if config.plan:
+        return 0
     reward_fn = load_reward_function(config.reward_fn, "--reward-fn") if config.reward_fn else None
     eval_reward_fn = load_reward_function(config.eval_reward_fn, "--eval-reward-fn") if config.eval_reward_fn else None
     runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
@@ -68,7 +72,7 @@ def main() -> int:
         runtime, describe_model("ppo", tokenizer, template, str(roles.sft)), reward_fn, eval_reward_fn,
         resumption and resumption.state,
     )  # fmt: skip
-    return trainer.fit()
+    return fit(trainer, config)
 
 
 def report_reward_model(roles: Roles, config: PPOConfig) -> None:

@@ -18,6 +18,7 @@ from config.command_line import parse_cli  # noqa: E402
 from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.determinism import cost_of_determinism  # noqa: E402
+from training.preflight import fit, preflight  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import (  # noqa: E402
     describe_model,
@@ -36,6 +37,9 @@ def main() -> int:
     """Parse, seed, model, data, trainer, fit."""
     config = parse_cli(RMConfig)
     resumption = find_resumption("rm", config)
+    config = preflight(config, resumption)
+    if config.plan:
+        return 0
     runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
     require_one_process(runtime)
     if config.deterministic:
@@ -55,7 +59,7 @@ def main() -> int:
         config, model, runtime.place(sft), tokenizer, splits["train"], splits["validation"], run, runtime,
         describe_model("rm", tokenizer, template, str(source)), resumption and resumption.state,
     )  # fmt: skip
-    return trainer.fit()
+    return fit(trainer, config)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from config.command_line import parse_cli  # noqa: E402
 from config.configs import SFTConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.determinism import cost_of_determinism  # noqa: E402
+from training.preflight import fit, preflight  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import describe_model, find_resumption, freeze, open_run, require_one_process, row_limit, sft_start  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
@@ -27,6 +28,9 @@ def main() -> int:
     """Parse, seed, data, model, trainer, fit."""
     config = parse_cli(SFTConfig)
     resumption = find_resumption("sft", config)
+    config = preflight(config, resumption)
+    if config.plan:
+        return 0
     runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
     require_one_process(runtime)
     if config.deterministic:
@@ -47,7 +51,7 @@ def main() -> int:
         config, model, tokenizer, splits["train"], splits["validation"], run, runtime,
         describe_model("sft", tokenizer, template, source), resumption and resumption.state,
     )  # fmt: skip
-    return trainer.fit()
+    return fit(trainer, config)
 
 
 if __name__ == "__main__":

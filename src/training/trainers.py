@@ -31,7 +31,7 @@ from training.nonfinite import Guard, NonFiniteRollout, RowView
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from training.reward_scale import RewardScale
 from training.runtime import Interrupt, Runtime, adamw, set_lr, trainable, update_ratios
-from training.sampling import Sampler, state_columns
+from training.sampling import SFT_SAMPLES, Sampler, state_columns
 from training.saving import Saver
 from utils.batching import Batch, RankedBatch, collate_ranked, collate_sft
 from utils.dataset import PromptDataset, RankedDataset, SFTDataset
@@ -106,7 +106,8 @@ class SFTTrainer:
         """One optimizer step on the examples `rows`, in micro-batches; the figures to log."""
         self.model.train()
         started = time.perf_counter()
-        parts = [[self.train[i] for i in part] for part in loop.micro_batches(rows, self.config)]
+        cut = loop.micro_batches(rows, self.train.lengths, self.config)
+        parts = [[self.train[i] for i in part] for part in cut]
         batches = [collate_sft(part, self.tokenizer.pad_id) for part in parts]
         here = sum(len(sft_targets(b)) for b in batches)
         targets = self.runtime.sum_over_ranks(torch.tensor(here, device=self.runtime.device))
@@ -164,11 +165,12 @@ class SFTTrainer:
         """Sample answers to held-out prompts at temperature 0.7: does the model end what it says?"""
         config, model = self.config, self.runtime.unwrap(self.model)
         room = model.config.block_size - config.sample_tokens
-        examples = [self.validation[i].prompt_ids for i in range(min(64, len(self.validation)))]
+        count = min(SFT_SAMPLES, config.eval_examples, len(self.validation))
+        examples = [self.validation[i].prompt_ids for i in range(count)]
         prompts = [p[-room:] for p in examples if len(p)] if room > 0 else []
         if not prompts:
             return {}
-        sampler = Sampler(self.tokenizer, self.runtime, 0.7, config.sample_tokens, config.batch_size)
+        sampler = Sampler.of(config, self.tokenizer, self.runtime, 0.7, config.sample_tokens)
         seeds = loop.row_seeds(config.seed, loop.SFT_SAMPLES, len(prompts))
         figures, shown = sample_answers(model, prompts, seeds, sampler)
         self.log.samples(self.step, shown)
@@ -216,7 +218,7 @@ class RewardModelTrainer:
         room = (config.max_length or sft.config.block_size) - config.response_length
         order = np.random.default_rng(config.seed).permutation(len(self.train))[: config.normalise_prompts]
         prompts = [self.train[i].prompt_ids[0][-room:] for i in order]
-        sampler = Sampler(self.tokenizer, self.runtime, config.temperature, config.response_length, config.batch_size)
+        sampler = Sampler.of(config, self.tokenizer, self.runtime, config.temperature, config.response_length)
         return RewardScale(sft, prompts, loop.row_seeds(config.seed, loop.SCALE_SAMPLES, len(prompts)), sampler)
 
     def fit(self) -> int:
@@ -251,7 +253,8 @@ class RewardModelTrainer:
         started = time.perf_counter()
         count = self.runtime.sum_over_ranks(torch.tensor(len(prompts), device=self.runtime.device))
         total, right, pairs, tokens = (torch.zeros((), device=self.runtime.device) for _ in range(4))
-        parts = loop.micro_batches(prompts, self.config)
+        completions = [len(self.train[i].response_ids) for i in prompts]
+        parts = loop.micro_batches(prompts, self.train.lengths, self.config, completions)
         for i, part in enumerate(parts):
             batch = collate_ranked([self.train[j] for j in part], self.tokenizer.pad_id)
             with self.runtime.micro_step(self.model, last=i == len(parts) - 1):
@@ -547,8 +550,8 @@ class PPOTrainer:
         """
         config = self.config
         generator = np.random.default_rng([config.seed, 1, update])
-        sizes = (config.minibatches, config.batch_size)
-        return [minibatch_plan(experience.lengths, *sizes, generator) for _ in range(config.ppo_epochs)]
+        sizes = (config.minibatches, config.batch_size, generator, config.tokens_per_micro_batch)
+        return [minibatch_plan(experience.lengths, *sizes) for _ in range(config.ppo_epochs)]
 
     def evaluate(self) -> None:
         """Score, KL and length on fixed held-out prompts with fixed sampling seeds; keeps the best model."""

@@ -122,6 +122,30 @@ def epoch_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def micro_batches(
+    rows: np.ndarray, lengths: np.ndarray, max_rows: int, max_tokens: int = 0, sequences: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Cut the rows of one optimizer step into passes, each a slice of `rows`.
+
+    Args:
+        rows: [B] row indices, sorted by length.
+        lengths: [N] tokens of each row, indexed by the values of `rows`.
+        max_rows: rows of a pass; without meaning when `max_tokens` is given.
+        max_tokens: padded tokens of a pass, sequences x longest; a row that is longer has a pass of its own. 0: off.
+        sequences: [B] sequences behind each entry of `rows`, for rankings; None: one each.
+    """
+    if not max_tokens:
+        return [rows[i : i + max_rows] for i in range(0, len(rows), max_rows)]
+    starts, count, longest = [0], 0, 0
+    for i, length in enumerate(np.asarray(lengths)[rows]):
+        more = 1 if sequences is None else int(sequences[i])
+        if i > starts[-1] and (count + more) * max(longest, length) > max_tokens:
+            starts.append(i)
+            count, longest = 0, 0
+        count, longest = count + more, max(longest, length)
+    return np.split(rows, starts[1:]) if len(rows) else []
+
+
 def shard(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     """The rows of one process: every `world_size`-th, so that all get rows of all lengths, still sorted.
 

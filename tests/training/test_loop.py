@@ -48,7 +48,7 @@ def test_max_steps_ends_early_and_another_seed_is_another_order() -> None:
 
 def test_micro_batches_are_slices_of_a_step() -> None:
     rows = next(loop.data_order(LENGTHS, config(), 0, 1))
-    parts = loop.micro_batches(rows, config(batch_size=3))
+    parts = loop.micro_batches(rows, LENGTHS, config(batch_size=3))
     assert np.concatenate(parts).tolist() == rows.tolist() and [len(p) for p in parts] == [3, 3, 2]
     assert (np.diff(LENGTHS[rows]) >= 0).all()
 

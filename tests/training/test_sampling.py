@@ -5,6 +5,7 @@ import pytest
 import torch
 from setups import EOS, VOCAB, LetterTokenizer, prompt_examples
 
+from config.configs import SFTConfig
 from inference.generate import Generation
 from models.gpt import GPTActor
 from training import sampling
@@ -45,7 +46,7 @@ def test_compact_moves_prompt_and_response_together() -> None:
 def test_how_many_rows_are_sampled_at_once_changes_nothing(actor, runtime, monkeypatch) -> None:
     prompts, seeds = list(prompt_examples(9)), list(range(9))
     whole = sampler(runtime, batch_size=64).sample(actor, prompts, seeds)
-    monkeypatch.setattr(sampling, "_CACHED_ROWS_PER_TRAINED", 1)
+    monkeypatch.setattr(sampling, "_CACHED_PER_TRAINED", 1)
     divided = sampler(runtime, batch_size=1)
     parts = list(divided._parts([len(p) for p in prompts], actor.config.block_size))
     assert len(parts) > 2 and sorted(np.concatenate(parts)) == list(range(9))
@@ -104,3 +105,13 @@ def test_micro_batch_points_at_the_state_before_each_token(actor, runtime) -> No
 
 def test_state_columns_of_a_one_token_prompt() -> None:
     assert state_columns(torch.tensor([1, 2]), torch.tensor([2, 1]), 4).tolist() == [0, 1, 5]
+
+
+def test_rows_at_once_follow_what_training_has_room_for(runtime) -> None:
+    """A token budget counts as such; with recomputed blocks there is room for no more tokens than are trained."""
+    made = Sampler.of(SFTConfig(tokens_per_micro_batch=64), LetterTokenizer(), runtime, 1.0, 6)
+    recomputing = Sampler.of(
+        SFTConfig(tokens_per_micro_batch=64, activation_checkpointing=True), LetterTokenizer(), runtime, 1.0, 6
+    )
+    sizes = [[len(part) for part in s._parts([10] * 40, block_size=1000)] for s in (made, recomputing)]
+    assert sizes == [[32, 8], [4] * 10]

@@ -62,7 +62,7 @@ def test_evaluation_is_the_loss_per_response_token(sft_trainer) -> None:
         "resp/repetition", "resp/duplicate_rate",
     }  # fmt: skip
     samples = [json.loads(row) for row in (trainer.run / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 8 and all(set(row) == {"step", "prompt", "response"} for row in samples)
+    assert len(samples) == 7 and all(set(row) == {"step", "prompt", "response"} for row in samples)
 
 
 def test_evaluation_has_no_dropout_and_disturbs_nothing(sft_trainer, make_model) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from config.user_error import UserError
-from utils.batching import Batch, collate_ranked, collate_sft, epoch_batches, left_pad, shard
+from utils.batching import Batch, collate_ranked, collate_sft, epoch_batches, left_pad, micro_batches, shard
 from utils.dataset import RankedExample, SFTExample
 
 EOS = 50256
@@ -126,3 +126,29 @@ def test_shards_partition_a_batch_and_stay_sorted(world):
     assert all(np.all(np.diff(share) > 0) for share in shares)
     with pytest.raises(ValueError):
         shard(batch, world, world)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 64, 1000])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_token_budget_takes_every_row_once_and_pads_no_further(budget, ranked):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 40, 50)
+    rows = rng.permutation(50)[:30]
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    sequences = rng.integers(2, 5, 30) if ranked else np.ones(30, dtype=int)
+    parts = micro_batches(rows, lengths, 4, budget, sequences if ranked else None)
+    assert np.concatenate(parts).tolist() == rows.tolist()
+    start = 0
+    for i, part in enumerate(parts):
+        count = sequences[start : start + len(part)].sum()
+        assert len(part) == 1 or count * lengths[part].max() <= budget
+        if i + 1 < len(parts):  # the next row would have been too much
+            row = start + len(part)
+            assert (count + sequences[row]) * lengths[rows[row]] > budget
+        start += len(part)
+
+
+def test_without_a_token_budget_rows_are_counted():
+    rows = np.arange(7)
+    assert [p.tolist() for p in micro_batches(rows, np.ones(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert micro_batches(rows[:0], np.ones(7), 3) == micro_batches(rows[:0], np.ones(7), 3, 10) == []
