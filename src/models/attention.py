@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Up to this length torch's fused CPU kernel in bf16 is slower than three plain operations: forward and backward of
 # 8 x 128 tokens of GPT-2 124M took 34 ms against 9 ms on one core (torch 2.13); of 4 x 512 tokens 151 against 233 ms.
-_SHORT = 256
+SHORT = 256
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0) -> Tensor:
@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, d
         causal: query i sees keys 0 .. i; needs L = S. dropout: on the attention weights.
     """
     half_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if half_on_cpu and causal and mask is None and dropout == 0.0 and 1 < q.shape[2] <= _SHORT:
+    if half_on_cpu and causal and mask is None and dropout == 0.0 and 1 < q.shape[2] <= SHORT:
         return _plain_causal(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from config.configs import GPTConfig
+from models.attention import SHORT
 from models.gpt import GPT, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, is_adapter, round_frozen
 
@@ -64,6 +65,9 @@ def kept_per_token(model: GPTConfig, dtype: torch.dtype, device: str, length: in
         kept += d * DROPOUT_MASKS * size
         if device == "cpu":
             kept += ATTENTION_DROPOUT * model.n_head * length * size
+    elif device == "cpu" and dtype == torch.bfloat16 and length <= SHORT:
+        # Attention in plain operations (models/attention.py) keeps its weights, in fp32 and in bf16, and no log-sum.
+        kept += 6 * model.n_head * length - 4 * model.n_head
     return kept
 
 

@@ -67,20 +67,22 @@ def _sft_sources(config: SFTConfig, preset: GPTConfig, resumption: Resumption | 
         return Sources(_described(folder).with_options(preset))
     description = Path(config.pretrain) / "config.json"
     if description.is_file():
-        return Sources(_huggingface_sizes(description, config.pretrain).with_options(preset))
+        sizes = _huggingface_sizes(description, config.pretrain)
+        if sizes is not None:  # else loading it tells what is wrong
+            return Sources(sizes.with_options(preset))
     if config.pretrain in ("huggingface", preset.family):
         return Sources(preset)
     note = f"-p {config.pretrain} is not on this disk: planned with the sizes of {config.config}"
     return Sources(preset, notes=(note,))
 
 
-def _huggingface_sizes(path: Path, name: str) -> GPTConfig:
-    """Sizes of a Hugging Face GPT-2 from its config.json."""
+def _huggingface_sizes(path: Path, name: str) -> GPTConfig | None:
+    """Sizes of a Hugging Face GPT-2 from its config.json; None when it is not one."""
     try:
         found = json.loads(path.read_text())
         return GPTConfig(
             name=name, n_layer=found["n_layer"], n_head=found["n_head"], n_embd=found["n_embd"],
             block_size=found["n_positions"], vocab_size=found["vocab_size"],
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"-p {name}: config.json is not that of a GPT-2 ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None

@@ -98,7 +98,7 @@ def test_a_missing_penalty_is_found_without_a_gold_reward(runs):
         record = read_run(runs[f"ppo_demo_s{seed}_kl0"])
         del record.series["eval/gold"]
         findings, unclear = examine(record)
-        assert findings[0].code == "kl-without-score" and findings[0].causes[0].change == "--kl-coef 0.1"
+        assert findings[0].code == "kl-without-score" and findings[0].causes[0].change == "--kl-coef 0.08"
         assert [u.code for u in unclear] == ["over-optimised"]
 
 
@@ -127,7 +127,7 @@ def test_a_visit_with_findings(runs, capsys):
     assert told.startswith(f"{folder}: PPO, 30 of 30 iterations, finished\n")
     assert "1. over-optimised: the gold reward falls" in told and "2. kl-without-score" in told
     assert "eval/gold is 0.8922 at step 20; healthy: 1.709 or more" in told
-    assert "the KL coefficient is 0 -> --kl-coef 0.1" in told
+    assert "the KL coefficient is 0 -> --kl-coef 0.08" in told
     pictures = [Path(words) for words in re.findall(r"^ +picture +(.+)$", told, re.M)]
     assert sorted(pictures) == sorted((folder / "doctor").iterdir()) and len(pictures) >= 2
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)

@@ -151,7 +151,7 @@ def test_the_flags_of_a_run_decide_which_cause_comes_first():
     assert "30 times" in examine(ppo(changes, critic_lr=0.015))[0][0].causes[0].why
     assert "30 times" not in examine(ppo(changes))[0][0].causes[0].why
     rising = {"objective/kl": RISE}
-    assert examine(ppo(rising, kl_coef=0.0))[0][0].causes[0].change == "--kl-coef 0.1"
+    assert examine(ppo(rising, kl_coef=0.0))[0][0].causes[0].change == "--kl-coef 0.08"
     assert "coefficient is" not in examine(ppo(rising))[0][0].causes[0].why
     assert "coefficient is" not in examine(ppo(rising, kl_coef=0.0, kl_target=6.0))[0][0].causes[0].why
     still = {"objective/kl": level(0), "objective/kl_k3": level(0), "policy/approxkl": level(0)}
