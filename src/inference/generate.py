@@ -234,8 +234,8 @@ def _wide(device: torch.device) -> torch.dtype:
 def _cache_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
     """Type of keys and values: that of the products, but fp32 on a CPU in half precision.
 
-    Attention of a single query is two to six times faster there in fp32 than in bf16 (torch 2.13, GPT-2 124M), which is
-    more than the reading of half as many bytes would save.
+    Attention of a single query is three to six times faster there in fp32 than in bf16 (torch 2.13, GPT-2 124M), which
+    is more than the reading of half as many bytes would save.
     """
     dtype = product_dtype(next(model.parameters()))
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype

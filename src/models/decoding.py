@@ -94,7 +94,7 @@ class Decoder:
         seen = cache.att[:, : cache.length]
         self.position = seen.sum(1)  # (B,) of the next token
         self.bias = None
-        if not bool(seen.all()):  # a mask costs a third of the attention, and rows of one length need none
+        if not bool(seen.all()):  # rows of one length need no mask
             self.bias = torch.zeros(cache.att.shape, dtype=cache.keys[0].dtype, device=seen.device)
             self.bias[:, : cache.length].masked_fill_(~seen, float("-inf"))
 

@@ -1,9 +1,9 @@
 """Linear layers whose fp32 products go through oneDNN on a CPU.
 
 torch takes fp32 matrix products from MKL, which keeps to AVX2 on AMD processors: on a Zen 5 core oneDNN's products with
-AVX-512 are 2.3 times faster (225 against 97 GFLOP/s, torch 2.13), and no slower elsewhere. In half precision torch goes
-to oneDNN by itself. The operator is the one to which torch.compile lowers a linear layer (torch/_inductor/fx_passes/
-mkldnn_fusion.py); where it is missing everything falls back to `F.linear`.
+AVX-512 are 2.3 times faster (225 against 97 GFLOP/s, torch 2.13). Other processors were not measured. In half precision
+torch goes to oneDNN by itself. The operator is the one to which torch.compile lowers a linear layer (torch/_inductor/
+fx_passes/mkldnn_fusion.py); where it is missing everything falls back to `F.linear`.
 
 oneDNN makes code for every shape it meets and keeps it, up to a megabyte each. Rows are therefore filled up with zeros
 to one of eight sizes between a power of two and the next; 3,000 batches of different sizes took 2 GB otherwise.

@@ -4,7 +4,7 @@ Shapes: N positions, d channels, V vocabulary, c positions of one block.
 
 Log-probabilities of chosen tokens need one row of V logits per position, and nothing of it afterwards. So the logits
 are made for a block of positions at a time, forward and backward; all [N, V] of them never exist at once. (The idea is
-that of fused linear cross-entropy, Hsu et al. 2024, "Liger Kernel", section 3.2; theirs needs the loss to be a mean
+that of fused linear cross-entropy, Hsu et al. 2024, "Liger Kernel"; theirs needs the loss to be a mean
 that is known in the forward pass. A PPO loss is not, but the derivative of a token's log-probability by its hidden
 state is: it is kept, [N, d], and the backward pass scales it.)
 
