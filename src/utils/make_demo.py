@@ -36,7 +36,7 @@ SIZES = {
     "prompts-test": 800,
     "sft-train": 12000,
     "sft-validation": 500,
-    "pairs-train": 30000,
+    "pairs-train": 40000,
     "pairs-validation": 1000,
     "pairs-test": 2000,
 }
