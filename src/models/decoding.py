@@ -108,7 +108,7 @@ class Decoder:
     def step(self, token: Tensor) -> Tensor:
         """Logits [B, V] fp32 after one more token [B] per row; in half precision up to a constant per row."""
         with torch.autocast(token.device.type, enabled=False):
-            return self.output.logits(self._hidden(token))
+            return self.output.sampling_logits(self._hidden(token))
 
     def _hidden(self, token: Tensor) -> Tensor:
         cache, B, nh = self.cache, len(token), self.config.n_head

@@ -8,14 +8,16 @@ that of fused linear cross-entropy, Hsu et al. 2024, "Liger Kernel"; theirs need
 that is known in the forward pass. A PPO loss is not, but the derivative of a token's log-probability by its hidden
 state is: it is kept, [N, d], and the backward pass scales it.)
 
-Under bf16 or fp16 autocast both factors are rounded to that type, with two precautions, because GPT-2's logits share a
-large offset (some -30 to -100), where bf16 is spaced 0.25 to 0.5 apart, as much as PPO's clip range:
+Under bf16 or fp16 autocast both factors are rounded to that type, with three precautions, because GPT-2's logits share
+a large offset (some -30 to -100), where bf16 is spaced 0.25 to 0.5 apart, as much as PPO's clip range:
 
 - the token table is centred over the vocabulary. That shifts all logits of a position by the same number, which no
   softmax sees, and takes the offset away before it meets a rounding;
-- the product is taken twice. The second pass starts from minus the rounded result of the first, inside the fp32
-  accumulator, and so returns what the rounding lost; their sum is good to about 16 bits. Two bf16 products are cheaper
-  than one in fp32.
+- for PPO's log-probabilities the product is taken twice. The second pass starts from minus the rounded result of the
+  first, inside the fp32 accumulator, and so returns what the rounding lost; their sum is good to about 16 bits. Two
+  bf16 products are cheaper than one in fp32;
+- elsewhere it is taken once. The sampler then takes those logits again in fp32 that stand high enough for the rounding
+  to matter; the loss of fine-tuning is left with the rounding, which its many tokens average away.
 
 What is left is the rounding of the factors, about 0.02 in the worst logit. Where a log-probability is wanted, the logit
 of its token is taken once more in fp32, one dot product per position; the errors of the others partly cancel.
@@ -23,17 +25,24 @@ of its token is taken once more in fp32, one dot product per position; the error
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.linear import fill_rows, product
-from models.packing import kept_with, pack, packed_linear, packed_linear_minus
+from models.packing import kept_with, pack, packed_linear
 
-BLOCK = 2**25
-"""Logits that exist at the same time: 128 MB in fp32, 667 positions of GPT-2's vocabulary."""
+BLOCK = 2**28
+"""Bytes of the logits that exist at the same time: 1,335 positions of GPT-2's vocabulary, or twice as many where half
+precision takes them once."""
+
+SURE = 8.0
+"""A logit up to here loses at most 1/64 when it is rounded to bf16."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -47,12 +56,10 @@ class OutputTable:
     """A token table [V, d] as the output projection uses it.
 
     weight: [V, d]; in half precision centred over the vocabulary.
-    packed: the same in the layout that oneDNN's matrix product reads fastest, on a CPU in half precision; else None.
     exact: the unrounded table [>= V, d] and its mean over the vocabulary [d]; None where `weight` is exact.
     """
 
     weight: Tensor
-    packed: Tensor | None = None
     exact: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -70,21 +77,53 @@ class OutputTable:
     @classmethod
     def _centred(cls, rows: Tensor, dtype: torch.dtype) -> OutputTable:
         mean = rows.mean(0, dtype=torch.float32)
-        weight = (rows - mean).to(dtype)
-        return cls(weight, pack(weight), (rows, mean))
+        weight = torch.empty_like(rows, dtype=dtype)
+        for part, out in zip(rows.split(4096), weight.split(4096), strict=True):  # no copy of the whole table in fp32
+            out.copy_(part - mean)
+        return cls(weight, (rows, mean))
+
+    @cached_property
+    def packed(self) -> Tensor | None:
+        """`weight` in the layout in which a few rows are multiplied fastest, made when it is first asked for."""
+        return pack(self.weight) if self.exact is not None else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[c, V] in fp32 (fp64 stays fp64) from hidden states [c, d]; in half precision up to a constant per row."""
-        hidden = hidden.to(self.weight.dtype)
-        if not _is_half(self.weight):
-            return product(hidden, self.weight)
-        if self.packed is not None:
-            first = packed_linear(hidden, self.packed, None)
-            rest = packed_linear_minus(hidden, self.packed, first)
-        else:
-            first = F.linear(hidden, self.weight)
-            rest = torch.addmm(first, hidden, self.weight.t(), beta=-1)
-        return first.float().add_(rest)
+        first, rest = self.rounded(hidden.to(self.weight.dtype), twice=True)
+        return first if rest is None else first.float().add_(rest)
+
+    def rounded(
+        self, hidden: Tensor, twice: bool, out: tuple[Tensor, Tensor | None] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product [c, V] with hidden states [c, d] in the table's type and, if wanted, what its rounding lost.
+
+        out: where half precision writes them, as `buffers` made it. In fp32 and fp64 nothing is lost that counts.
+        """
+        if self.exact is None:
+            return product(hidden, self.weight), None
+        first, rest = out or self.buffers(len(hidden), twice)
+        torch.mm(hidden, self.weight.t(), out=first)
+        return first, torch.addmm(first, hidden, self.weight.t(), beta=-1, out=rest) if twice else None
+
+    def buffers(self, rows: int, twice: bool) -> tuple[Tensor, Tensor | None]:
+        """Memory for `rounded`: that of one block serves the next, since fresh memory costs as much as the product."""
+        shape = (rows, len(self.weight))
+        return self.weight.new_empty(shape), self.weight.new_empty(shape) if twice else None
+
+    def sampling_logits(self, hidden: Tensor) -> Tensor:
+        """`logits` for a sampler: a decoding step's time is the reading of weights, so they are read once.
+
+        Logits above `SURE` are taken in fp32 instead, which are few: it lies eight units above the mean of all.
+        """
+        if self.exact is None:
+            return self.logits(hidden)
+        z = (F.linear(hidden, self.weight) if self.packed is None else packed_linear(hidden, self.packed, None)).float()
+        at, token = (z > SURE).nonzero(as_tuple=True)
+        if len(at) > 128 * len(z):
+            return self.logits(hidden)
+        rows, mean = self.exact
+        z[at, token] = ((rows[token] - mean) * hidden[at].float()).sum(-1)
+        return z
 
     def correct(self, logits: Tensor, hidden: Tensor, tokens: Tensor) -> None:
         """Put the fp32 product in place of the logit of each position's token [c, 1]."""
@@ -137,7 +176,8 @@ def token_loss_sum(hidden: Tensor, table: nn.Parameter, vocab_size: int, tokens:
     """Sum of the tokens' cross-entropies in nats, differentiable; its gradients are made with it, block by block.
 
     The same sum as `-token_logprobs(...).sum()`, and cheaper where the table trains: its gradient needs no second
-    forward pass, since every token counts alike.
+    forward pass, since every token counts alike. In half precision the logits but those of the tokens themselves keep
+    the rounding of the product.
     """
     return _TokenLossSum.apply(hidden, table, vocab_size, tokens, product_dtype(hidden))
 
@@ -158,8 +198,7 @@ class _TokenLogprobs(torch.autograd.Function):
         to_table = None
         if ctx.wants_table:  # what each token counts for is known only now, so the softmax is made again
             output = OutputTable.of(ctx.table, ctx.vocab_size, ctx.dtype)
-            to_table = _sweep(hidden, output, tokens, ctx.tau, weights=grad)[3]
-            to_table = _like_table(to_table, ctx.table)
+            to_table = _like_table(_sweep(hidden, output, tokens, ctx.tau, weights=grad)[3], ctx.table)
         return None if slope is None else grad[:, None].to(slope.dtype) * slope, to_table, None, None, None, None
 
 
@@ -169,7 +208,7 @@ class _TokenLossSum(torch.autograd.Function):
         wants_hidden, wants_table = ctx.needs_input_grad[:2]
         output = OutputTable.of(table, vocab_size, dtype)
         weights = hidden.new_full(tokens.shape, -1.0, dtype=_wide(hidden)) if wants_table else None
-        logp, _, slope, to_table = _sweep(hidden, output, tokens, 1.0, slope=wants_hidden, weights=weights)
+        logp, _, slope, to_table = _sweep(hidden, output, tokens, 1.0, slope=wants_hidden, weights=weights, twice=False)
         ctx.save_for_backward(slope, to_table)
         ctx.table = table
         return -logp.sum()
@@ -178,61 +217,103 @@ class _TokenLossSum(torch.autograd.Function):
     def backward(ctx, grad):
         slope, to_table = ctx.saved_tensors
         if to_table is not None:
-            to_table = _like_table(to_table * grad, ctx.table)
+            to_table = _like_table(to_table, ctx.table).mul_(grad)
         return None if slope is None else slope * -grad, to_table, None, None, None
 
 
 def _sweep(
     hidden: Tensor, output: OutputTable, tokens: Tensor, tau: float, *,
-    entropy: bool = False, slope: bool = False, weights: Tensor | None = None,
+    entropy: bool = False, slope: bool = False, weights: Tensor | None = None, twice: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """One pass over all positions, a block of logits at a time.
 
     Args:
         hidden: [N, d]. tokens: [N]. weights: [N] or None, what each log-probability counts for in a loss.
+        twice: whether half precision takes the product twice.
 
     Returns:
-        logp [N]; with `entropy` the entropy [N]; with `slope` d logp / d hidden [N, d]; with `weights` the gradient
-        [V, d] of sum(weights * logp) by the table.
+        logp [N]; with `entropy` the entropy [N]; with `slope` d logp / d hidden [N, d]; with `weights` the gradient of
+        sum(weights * logp) by the table, transposed [d, V].
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        N, (V, d), wide, half = len(tokens), output.weight.shape, _wide(hidden), output.weight.dtype
+        N, wide, half = len(tokens), _wide(hidden), output.weight.dtype
+        twice = twice and _is_half(output.weight)
         logp = hidden.new_empty(N, dtype=wide)
         found_entropy = torch.empty_like(logp) if entropy else None
-        found_slope = hidden.new_empty(N, d) if slope else None
-        to_table = hidden.new_zeros(V, d, dtype=wide) if weights is not None else None
-        rows = max(1, BLOCK // V)
-        for i in range(0, N, rows):
-            c = min(rows, N - i)
-            at = slice(i, i + c)
-            h, token = (
-                fill_rows(hidden[at].detach()),
-                fill_rows(tokens[at, None]),
-            )  # the rows filled in count for nothing
-            z = output.logits(h)  # (c or a little more, V)
-            output.correct(z, h, token)
-            if tau != 1:
-                z /= tau
-            z = z.log_softmax(-1)
-            logp[at] = z[:c].gather(-1, token[:c]).squeeze(-1)
+        found_slope = torch.empty_like(hidden) if slope else None
+        to_table, memory = None, None
+        for at in _blocks(N, output.weight, twice):
+            # The rows filled in count for nothing.
+            h, token = fill_rows(hidden[at].detach()), fill_rows(tokens[at, None])
+            if memory is None and output.exact is not None:
+                memory = output.buffers(len(h), twice)  # no later block is larger
+            out = memory and tuple(x if x is None else x[: len(h)] for x in memory)
+            z, rest = output.rounded(h.to(half), twice, out)  # (c or a little more, V)
+            found, spread = _log_softmax(z, rest, h, token, output, tau, entropy, slope or weights is not None)
+            c = len(logp[at])
+            logp[at] = found[:c]
             if entropy:
-                found_entropy[at] = -(z[:c].exp() * z[:c]).sum(-1)
-            if slope or weights is not None:
-                # The derivative by z is (1 at the token, 0 elsewhere) - softmax; here with its sign turned.
-                p = z.exp_().scatter_add_(-1, token, z.new_full(token.shape, -1.0)).to(half)
-            if slope:
-                found_slope[at] = product(p, output.weight.t())[:c] / -tau
+                found_entropy[at] = spread[:c]
+            if slope:  # z holds the derivative of logp by the logits now, with its sign turned
+                found_slope[at] = product(z, output.weight.t())[:c] / -tau
             if weights is not None:
-                scaled = h.to(wide) * (fill_rows(weights[at, None]) / tau)
-                to_table -= product(p.t(), scaled.to(half).t())
+                scaled = h.to(wide) * (fill_rows(weights[at, None]) / -tau)
+                share = product(scaled.to(half).t(), z.t())
+                to_table = share if to_table is None else to_table.to(wide).add_(share)
         return logp, found_entropy, found_slope, to_table
+
+
+def _blocks(positions: int, weight: Tensor, twice: bool) -> Iterator[slice]:
+    """Blocks of at most `BLOCK` bytes of logits, all but the last of one size."""
+    most = max(1, BLOCK // (len(weight) * weight.element_size() * (2 if twice else 1)))
+    count = math.ceil(positions / most)
+    size = math.ceil(positions / max(1, count))
+    yield from (slice(i, min(i + size, positions)) for i in range(0, positions, max(1, size)))
+
+
+def _log_softmax(
+    z: Tensor, rest: Tensor | None, hidden: Tensor, token: Tensor, output: OutputTable, tau: float,
+    entropy: bool, slope: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities [c] of the tokens [c, 1] and entropies [c], from logits z + rest [c, V], a slice at a time.
+
+    z is memory to work in. With `slope` it ends as softmax - (1 at the token): minus d logp / d (logits / tau).
+    """
+    logp, found_entropy = (z.new_empty(len(z), dtype=_wide(z)) for _ in range(2))
+    rows = max(1, slice_size(z.device.type) // z.shape[1])
+    for i in range(0, len(z), rows):
+        at = slice(i, i + rows)
+        x = z[at].to(logp.dtype)  # in fp32 and fp64 this is z itself
+        if rest is not None:
+            x += rest[at]
+        output.correct(x, hidden[at], token[at])
+        if tau != 1:
+            x /= tau
+        x -= x.amax(-1, keepdim=True)
+        chosen = x.gather(-1, token[at])
+        e = x.exp() if entropy else x.exp_()
+        total = e.sum(-1, keepdim=True)
+        logp[at] = (chosen - total.log()).squeeze(-1)
+        if entropy:
+            found_entropy[at] = (total.log() - (e * x).sum(-1, keepdim=True) / total).squeeze(-1)
+        if slope:
+            z[at] = e.div_(total).scatter_add_(-1, token[at], -torch.ones_like(total))
+    return logp, found_entropy
+
+
+def slice_size(device: str) -> int:
+    """Logits worked on at a time in fp32: as many as a CPU's cache holds, or as make a kernel worth its start."""
+    return 2**20 if device == "cpu" else 2**24
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _like_table(gradient: Tensor, table: Tensor) -> Tensor:
-    """The gradient [V, d] with rows of zeros for a table's padding."""
-    padding = len(table) - len(gradient)
-    return (F.pad(gradient, (0, 0, 0, padding)) if padding else gradient).to(table.dtype)
+def _like_table(transposed: Tensor, table: Tensor) -> Tensor:
+    """A gradient [d, V] in the form of the table [>= V, d], with zeros for its padding."""
+    V = transposed.shape[1]
+    gradient = torch.empty_like(table)
+    gradient[:V].copy_(transposed.t())
+    gradient[V:].zero_()
+    return gradient

@@ -18,7 +18,7 @@ def by_definition(q, k, v):
     return scores.masked_fill(ahead, float("-inf")).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("length", [1, 2, 33, 256, 257])
+@pytest.mark.parametrize("length", [1, 2, 33, 64, 65, 129, 300])
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_causal_attention_and_its_gradients(length, dtype, bound):
     tensors = made(length, dtype)
@@ -32,13 +32,37 @@ def test_causal_attention_and_its_gradients(length, dtype, bound):
         assert (a - b).norm() <= bound * b.norm() + bound
 
 
-def test_the_plain_way_is_for_short_rows_in_bf16(monkeypatch):
+def test_blocks_are_for_causal_rows_in_bf16(monkeypatch):
     used = []
-    original = attention._plain_causal
-    monkeypatch.setattr(attention, "_plain_causal", lambda *args: used.append(args[0].shape[2]) or original(*args))
+
+    class Watched(attention._CausalByBlocks):
+        @classmethod
+        def apply(cls, q, k, v):
+            used.append(q.shape[2])
+            return attention.F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    monkeypatch.setattr(attention, "_CausalByBlocks", Watched)
     for length in (1, 2, 256, 257):
         attend(*made(length, torch.bfloat16), None, causal=length > 1)
         attend(*made(length, torch.float32), None, causal=length > 1)
     attend(*made(8, torch.bfloat16), torch.ones(2, 1, 8, 8, dtype=torch.bool), causal=False)
     attend(*made(8, torch.bfloat16), None, causal=True, dropout=0.5)
-    assert used == [2, 256]
+    assert used == [2, 256, 257]
+
+
+@pytest.mark.parametrize("length", [65, 300])
+def test_no_query_sees_a_later_key(length):
+    q, k, v = (x.detach() for x in made(length, torch.bfloat16))
+    before = attend(q, k, v, None, causal=True)
+    k[:, :, 40:], v[:, :, 40:] = 7.0, -7.0
+    after = attend(q, k, v, None, causal=True)
+    assert torch.equal(before[:, :, :40], after[:, :, :40])
+    assert not torch.equal(before[:, :, 40:], after[:, :, 40:])
+
+
+def test_blocks_keep_no_weights_for_the_backward_pass():
+    """Memory grows with the length and not with its square."""
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x.numel()) or x, lambda x: x):
+        attend(*made(200, torch.bfloat16), None, causal=True)
+    assert found == 3 * [2 * 3 * 200 * 16]

@@ -15,7 +15,7 @@ N, D, V, ROWS = 37, 16, 100, 103  # three rows of the table are padding without 
 @pytest.fixture
 def setup(monkeypatch):
     """Hidden states, table, tokens and weights in float64; a block holds seven positions, so that six are needed."""
-    monkeypatch.setattr(vocabulary, "BLOCK", 7 * V)
+    monkeypatch.setattr(vocabulary, "BLOCK", 7 * V * 8)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, dtype=torch.float64, generator=generator).requires_grad_()
     table = nn.Parameter(torch.randn(ROWS, D, dtype=torch.float64, generator=generator))
@@ -73,15 +73,15 @@ def test_entropy_and_logprobs_without_gradients(setup, tau):
 def test_the_number_of_blocks_changes_no_bit_of_the_logprobs(setup, monkeypatch):
     hidden, table, tokens, _ = setup
     several = token_logprobs(hidden.float(), table.float(), V, tokens)
-    monkeypatch.setattr(vocabulary, "BLOCK", N * V)
+    monkeypatch.setattr(vocabulary, "BLOCK", N * V * 4)
     torch.testing.assert_close(token_logprobs(hidden.float(), table.float(), V, tokens), several, atol=1e-6, rtol=0)
 
 
 def test_no_block_is_larger_than_stated(setup, monkeypatch):
     hidden, table, tokens, weights = setup
     seen = []
-    original = OutputTable.logits
-    monkeypatch.setattr(OutputTable, "logits", lambda self, h: seen.append(len(h)) or original(self, h))
+    original = OutputTable.rounded
+    monkeypatch.setattr(OutputTable, "rounded", lambda self, h, *rest: seen.append(len(h)) or original(self, h, *rest))
     (token_logprobs(hidden, table, V, tokens) * weights).sum().backward()
     assert (
         max(seen) == 8 and len(seen) == 2 * 6
@@ -140,8 +140,63 @@ def test_a_kept_table_follows_the_parameter():
     torch.testing.assert_close(moved, hidden.sum(1), atol=0.1, rtol=0.02)
 
 
-def test_without_packed_weights_the_logits_are_the_same(monkeypatch):
+def test_without_packed_weights_the_logits_are_the_same():
     hidden, table, _ = gpt2_like(8)
-    packed = OutputTable.of(table, 5000, torch.bfloat16)
-    plain_table = OutputTable(packed.weight)
-    torch.testing.assert_close(plain_table.logits(hidden), packed.logits(hidden), atol=2e-3, rtol=0)
+    output = OutputTable.of(table, 5000, torch.bfloat16)
+    plain_table = OutputTable(output.weight, output.exact)
+    plain_table.packed = None
+    hidden = hidden.bfloat16()
+    torch.testing.assert_close(plain_table.sampling_logits(hidden), output.sampling_logits(hidden), atol=2e-3, rtol=0)
+
+
+def sharp(rows: int) -> tuple[torch.Tensor, nn.Parameter]:
+    """States that each point at one token, whose logit stands some 20 above the mean, as where GPT-2 is sure."""
+    hidden, table, tokens = gpt2_like(rows)
+    towards = table.detach()[tokens] - table.detach().mean(0)
+    return hidden + 20 * towards / (towards * towards).sum(-1, keepdim=True), table
+
+
+@pytest.mark.parametrize("made", [lambda n: gpt2_like(n)[:2], sharp])
+def test_the_sampler_reads_the_weights_once_and_loses_no_more(made):
+    """What PPO samples from has to be what its log-probabilities are of: to within what rounding one logit costs."""
+    hidden, table = made(64)
+    exact = (hidden.double() @ table.detach().double().t()).log_softmax(-1)
+    output = OutputTable.of(table, 5000, torch.bfloat16)
+    once, twice = (f(hidden.bfloat16()).double().log_softmax(-1) for f in (output.sampling_logits, output.logits))
+    likely = exact > -12
+    worst = (twice - exact)[likely].abs().max()
+    assert worst < 7e-2 and (once - exact)[likely].abs().max() < worst + 1 / 64
+    assert (once.exp() - exact.exp()).abs().sum(-1).max() / 2 < 1e-2  # total variation
+    rounded = F.linear(hidden.bfloat16(), table.detach().bfloat16()).double().log_softmax(-1)
+    assert (rounded - exact)[likely].abs().max() > 0.1
+
+
+def test_with_many_large_logits_the_sampler_takes_the_product_twice():
+    hidden, table, _ = gpt2_like(4)
+    output = OutputTable.of(table, 5000, torch.bfloat16)
+    large = (10 * hidden).bfloat16()
+    assert (output.logits(large) > vocabulary.SURE).sum() > 4 * 128
+    assert torch.equal(output.sampling_logits(large), output.logits(large))
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_the_loss_in_half_precision_and_its_gradients(rows, monkeypatch):
+    """One product is enough for fine-tuning: the loss to 1e-3 of a nat per token, the gradients to 1 %."""
+    monkeypatch.setattr(vocabulary, "BLOCK", 17 * 5000 * 2)  # one block, or three
+    hidden, table, tokens = gpt2_like(rows)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = token_loss_sum(hidden, table, 5000, tokens)
+    wide, wide_table = hidden.detach().double().requires_grad_(), table.detach().double().requires_grad_()
+    exact = F.cross_entropy(wide @ wide_table.t(), tokens, reduction="sum")
+    assert (ours - exact).abs() < 1e-3 * rows
+    grads = torch.autograd.grad(0.5 * ours, (hidden, table))
+    for a, b in zip(grads, torch.autograd.grad(0.5 * exact, (wide, wide_table)), strict=True):
+        assert (a - b).norm() < 1e-2 * b.norm()
+
+
+def test_a_row_s_logprob_does_not_depend_on_the_slices(setup, monkeypatch):
+    hidden, table, tokens, _ = setup
+    whole = token_logprobs(hidden.float(), table.float(), V, tokens)
+    monkeypatch.setattr(vocabulary, "slice_size", lambda device: 3 * V)
+    assert torch.equal(token_logprobs(hidden.float(), table.float(), V, tokens), whole)
