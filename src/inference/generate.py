@@ -4,7 +4,7 @@ Shapes: B prompts, P padded prompt width, T longest response, V vocabulary.
 
 Prompts are left-padded, so that all rows write the same cache column at each step. A row stops at EOS; once a quarter
 of the rows still in work have stopped, the stopped ones are dropped from the batch and the cache, so at most a quarter
-of any step's work is spent on rows that have ended. The loop ends when all have.
+of any step's work is spent on rows that have ended. The loop ends when all have. Stop strings end a row like EOS.
 
 Every row draws from a random stream of its own, so that what a row says depends on its seed and not on its batch mates.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inference.stop_strings import StopStrings
 from models.gpt import KVCache
 from models.vocabulary import product_dtype
 from utils.batching import left_pad
@@ -31,7 +32,8 @@ class Generation:
 
     prompts: [B, P] int64, left-padded. prompt_len: [B] int64.
     responses: [B, T] int64, EOS included, PAD behind it; T is the longest response of the batch.
-    n: [B] int64, real response tokens. ended: [B] bool, whether the row stopped at EOS.
+    n: [B] int64, real response tokens. ended: [B] bool, whether the row stopped at EOS. stopped: [B] bool, whether at a
+    stop string, whose last token is the row's last (`StopStrings.cut` takes it off the text).
     logprobs: [B, T] fp32, the sampler's own log-probability of each token under the distribution it was drawn from, 0
     behind the end.
     """
@@ -41,6 +43,7 @@ class Generation:
     responses: Tensor
     n: Tensor
     ended: Tensor
+    stopped: Tensor
     logprobs: Tensor
 
     def row(self, b: int) -> Tensor:
@@ -60,6 +63,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
+    stop: StopStrings | None = None,
 ) -> Generation:
     """Sample one response per prompt.
 
@@ -73,6 +77,7 @@ def generate(
         top_p: sample among the smallest set of most likely ids with at least this mass; 1: all. PPO uses neither: it
             needs samples from the very distribution whose log-probabilities it takes.
         seeds: one per row; None draws from torch's global generator.
+        stop: texts that end a row, beside EOS; the newest tokens of each row are then decoded at every step.
 
     Raises:
         ValueError: no prompt, a prompt that is empty, holds ids outside the vocabulary or leaves no room for
@@ -98,7 +103,7 @@ def generate(
     responses = torch.full((B, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     n = torch.full((B,), max_new_tokens, dtype=torch.long, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    ended, at_string = (torch.zeros(B, dtype=torch.bool, device=device) for _ in range(2))
 
     rows = torch.arange(B, device=device)  # which rows of the batch are still in work
     alive = torch.ones(B, dtype=torch.bool, device=device)
@@ -111,9 +116,11 @@ def generate(
             token, logp = sample(logits, temperature, top_k, top_p, None if uniforms is None else uniforms[rows, t])
             responses[rows, t] = torch.where(alive, token, pad_id)
             logprobs[rows, t] = torch.where(alive, logp, 0.0)
-            stopped = alive & (token == eos_id)
+            ended[rows] |= alive & (token == eos_id)
+            if stop is not None:
+                at_string[rows] |= alive & ~ended[rows] & _reached(stop, responses[rows, : t + 1], alive)
+            stopped = alive & (ended | at_string)[rows]
             n[rows[stopped]] = t + 1
-            ended[rows[stopped]] = True
             alive = alive & ~stopped
             left = int(alive.sum())
             if left == 0 or t + 1 == max_new_tokens:
@@ -126,7 +133,14 @@ def generate(
     finally:
         model.train(was_training)
     width = int(n.max())
-    return Generation(prompt_ids, att.sum(1), responses[:, :width], n, ended, logprobs[:, :width])
+    return Generation(prompt_ids, att.sum(1), responses[:, :width], n, ended, at_string, logprobs[:, :width])
+
+
+def _reached(stop: StopStrings, responses: Tensor, alive: Tensor) -> Tensor:
+    """Which of the rows [b, t] still in work [b] have come to a stop string with their last token."""
+    newest = responses[:, -stop.window :].tolist()
+    found = [live and stop.reached(ids) for ids, live in zip(newest, alive.tolist(), strict=True)]
+    return torch.tensor(found, device=responses.device)
 
 
 def sample(

@@ -30,6 +30,7 @@ def test_compact_moves_prompt_and_response_together() -> None:
         responses=torch.tensor([[11, EOS, PAD], [12, 13, 14]]),
         n=torch.tensor([2, 3]),
         ended=torch.tensor([True, False]),
+        stopped=torch.tensor([False, False]),
         logprobs=torch.tensor([[-1.0, -2.0, 99.0], [-3.0, -4.0, -5.0]]),
     )
     rows = compact(generation, PAD, torch.device("cpu"))
