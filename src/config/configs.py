@@ -159,6 +159,9 @@ class RunConfig:
     of its own. auto: as many as fit, by the plan, with a tenth of the memory to spare. 0: off."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: far less memory for about a third more time; same results."""
+    compile: bool = False
+    """Run the blocks of what trains through torch.compile; where that fails, a line says so and the run goes on. It
+    takes a minute at the start. On a CPU it gained nothing; on a GPU it was not measured."""
     global_batch_size: int = 32
     """Rows (SFT, PPO) or prompts (RM) behind one optimizer step; micro-batches of -b rows are accumulated to it."""
     lr: float = 1e-5

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import signal
 import statistics
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.user_error import UserError
+from training.host_memory import resident_bytes
 from utils.run_folder import REPO, newest_run, runs_root
 
 _GROWTH = 0.02  # of the memory after the warm-up: what an allocator's rounding may add
@@ -91,15 +91,6 @@ class Soak:
         if child.returncode:
             log = runs_root(self.runs_dir) / f"ppo_{name}.log"
             raise UserError(f"-t soak: train_ppo.py -n {name} ended with exit code {child.returncode}; see {log}")
-
-
-def resident_bytes(process: int) -> int:
-    """Memory of a process as the kernel counts it; 0 when that is not told here."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def figures(run: Path) -> list[dict]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import resource
-import sys
 from pathlib import Path
 
 import torch
 
 from config.configs import RunConfig
+from training.host_memory import resident_bytes
 from training.runtime import choose_device, choose_dtype
 
 # What a process on a CPU takes later beside what is planned: lazy imports, a tokenizer, the scratch of threads and
@@ -33,14 +32,6 @@ def target(config: RunConfig) -> tuple[str, str]:
 def base_bytes(device: str) -> float:
     """What is taken beside models and their passes: this process with its imports done, or the GPU's context."""
     return CUDA_CONTEXT if device != "cpu" else resident_bytes() + CPU_LATER
-
-
-def resident_bytes() -> float:
-    """What this process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:  # not Linux: the most it has held; macOS counts in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def available_bytes(device: str) -> float:

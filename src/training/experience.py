@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from config.configs import PPOConfig
 from training.nonfinite import check_rollout
+from training.phases import Phases
 from training.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
 from utils.batching import micro_batches
@@ -121,35 +122,46 @@ class Rollouts:
         return Experience.of(self.sampler.sample(self.actor, prompts, seeds))
 
     @torch.no_grad()
-    def look(self, experience: Experience, parts: Sequence[np.ndarray]) -> None:
+    def look(self, experience: Experience, parts: Sequence[np.ndarray], phases: Phases | None = None) -> None:
         """Fill in log-probabilities, values, entropy and scores; raises NonFiniteRollout unless all are finite.
 
         Log-probabilities are recomputed by the training forward in the very micro-batches of the first pass and not
         taken from the sampler: cached keys and bf16 drift would make the first importance ratio differ from 1.
         """
-        tau = self.config.temperature
-        for rows in tqdm(parts, desc="scoring", unit="batch", leave=False, delay=3):
-            batch = experience.micro_batch(rows)
-            T = batch.rmask.shape[1]
-            logp, values, entropy = self.policy(batch, tau, with_entropy=True)
-            experience.logp[batch.rows, :T] = logp
-            experience.values[batch.rows, :T] = values
-            experience.entropy[batch.rows, :T] = entropy
-            with self.runtime.autocast():
-                logp_ref = self.reference.token_logprobs(batch.states(self.reference), batch.tokens, tau)
+        tau, cause = self.config.temperature, None
+        phases = phases or Phases(self.runtime.wait)
+        with phases("score"):
+            for rows in tqdm(parts, desc="scoring", unit="batch", leave=False, delay=3):
+                batch = experience.micro_batch(rows)
+                T = batch.rmask.shape[1]
+                logp, values, entropy = self.policy(batch, tau, with_entropy=True)
+                experience.logp[batch.rows, :T] = logp
+                experience.values[batch.rows, :T] = values
+                experience.entropy[batch.rows, :T] = entropy
                 if self.reward_model is not None:
-                    experience.scores[batch.rows] = self.reward_model(batch.ids, batch.att, right_padded=True)
-            experience.logp_ref[batch.rows, :T] = batch.unpack(logp_ref)
-        cause = None
-        if self.reward_fn is not None:
-            try:
-                given = self.reward_fn(*self.texts(experience))
-            except NonFiniteReward as error:
-                given, cause = error.scores, error
-            extra = torch.tensor(given, device=experience.scores.device)
-            # In place of the reward model the function counts in full, whatever its weight.
-            experience.scores += extra if self.reward_model is None else self.config.reward_fn_weight * extra
+                    with self.runtime.autocast():
+                        experience.scores[batch.rows] = self.reward_model(batch.ids, batch.att, right_padded=True)
+            if self.reward_fn is not None:
+                cause = self._add_reward(experience, self.reward_fn)
+        with phases("reference"):
+            for rows in tqdm(parts, desc="reference", unit="batch", leave=False, delay=3):
+                batch = experience.micro_batch(rows)
+                with self.runtime.autocast():
+                    logp = self.reference.token_logprobs(batch.states(self.reference), batch.tokens, tau)
+                experience.logp_ref[batch.rows, : batch.rmask.shape[1]] = batch.unpack(logp)
         check_rollout(experience, ("logp", "logp_ref", "values", "scores"), cause)
+
+    def _add_reward(self, experience: Experience, reward_fn: ScoreTexts) -> NonFiniteReward | None:
+        """Add the reward function's scores; what it said if one of them is not finite."""
+        cause = None
+        try:
+            given = reward_fn(*self.texts(experience))
+        except NonFiniteReward as error:
+            given, cause = error.scores, error
+        extra = torch.tensor(given, device=experience.scores.device)
+        # In place of the reward model the function counts in full, whatever its weight.
+        experience.scores += extra if self.reward_model is None else self.config.reward_fn_weight * extra
+        return cause
 
     def texts(self, experience: Experience) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without EOS."""

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from config.configs import GPTConfig
-from models.attention import SHORT
 from models.gpt import GPT, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, is_adapter, round_frozen
 
@@ -36,9 +35,10 @@ KEPT_WIDE = {"input of ln_1": 1, "input of ln_2": 1}
 DROPOUT_MASKS = 2  # behind each of the two output projections, in the product's type
 ATTENTION_DROPOUT = 3  # on a CPU: tensors [rows, heads, L, L] of attention written out (counted in fp32; fewer in bf16)
 
-# Bytes per logit of a block in work (models.vocabulary): in half precision the rounded product, its rest and their wide
-# sum; in fp32 the logits, on which everything is done in place. Entropy needs them, exp of them, and their product.
-LOGIT_BYTES = {"half": 8, "wide": 4, "entropy": 12}
+# Bytes per logit of a block (models.vocabulary): the product in half precision, taken once or twice, or in fp32. What
+# is made of a slice of it in fp32 comes on top, per logit of the slice: itself, exp of it and their product (entropy).
+LOGIT_BYTES = {"once": 2, "half": 4, "wide": 4}
+SLICE_BYTES = 12
 SAMPLED_LOGIT_BYTES = 16  # per logit of a sampling step: logits, tempered, shifted, exponentiated
 TABLE_WORK = 2  # gradients of a token table that trains, [V, d] wide, at the same time beside the one it accumulates to
 
@@ -47,7 +47,7 @@ TABLE_WORK = 2  # gradients of a token table that trains, [V, d] wide, at the sa
 # tensors that stay leave such holes, most of all the two outputs of every adapter. Measured on GPT-2 124M, as is the
 # fact that they vanish when every tensor is mapped by itself (docs/memory.md).
 HEAP_HOLES = {
-    ("adapters", "half"): 0.55, ("adapters", "wide"): 0.95, ("plain", "half"): 0.4, ("plain", "wide"): 0.3,
+    ("adapters", "half"): 0.55, ("adapters", "wide"): 0.38, ("plain", "half"): 0.4, ("plain", "wide"): 0.3,
 }  # fmt: skip
 
 
@@ -65,9 +65,8 @@ def kept_per_token(model: GPTConfig, dtype: torch.dtype, device: str, length: in
         kept += d * DROPOUT_MASKS * size
         if device == "cpu":
             kept += ATTENTION_DROPOUT * model.n_head * length * size
-    elif device == "cpu" and dtype == torch.bfloat16 and length <= SHORT:
-        # Attention in plain operations (models/attention.py) keeps its weights, in fp32 and in bf16, and no log-sum.
-        kept += 6 * model.n_head * length - 4 * model.n_head
+    elif device == "cpu" and dtype == torch.bfloat16:
+        kept -= 4 * model.n_head  # attention by blocks (models/attention.py) makes its sums again
     return kept
 
 

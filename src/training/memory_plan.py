@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig
-from models.vocabulary import BLOCK
+from models.vocabulary import BLOCK, slice_size
 from training import memory_counts as counts
 from training.memory_counts import HALF, Weights, count_weights
 from training.sampling import SFT_SAMPLES, cached_tokens
@@ -243,14 +243,14 @@ def _copies(roles: list[Role], product: torch.dtype, device: str) -> list[Item]:
     if product not in HALF:
         return []
     decoding, tables = 0, 0
-    per_table = 2 if device != "cpu" else 4  # the centred table, and on a CPU its packed twin
     for i, role in enumerate(roles):
         w = role.weights(product)
         if role.samples:
             # Where a frozen weight has the product's type already, only a CPU needs another layout of it.
             decoding += 2 * (w.all_matrices if device == "cpu" else w.trained_matrices)
         if (role.samples or role.logprobs) and (w.table_trains or i == 0 or not role.same_base):
-            tables += per_table * w.table
+            # The centred table; its packed twin serves decoding on a CPU.
+            tables += (4 if role.samples and device == "cpu" else 2) * w.table
     return [Item("weights laid out for decoding", decoding, ALWAYS), Item("output projections", tables, ALWAYS)]
 
 
@@ -307,7 +307,9 @@ def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dty
         if w.table_trains:
             tables = max(tables, counts.TABLE_WORK * 4 * w.table)
     vocabulary = training[0].config.vocab_size
-    logits = min(rows.positions, max(1, BLOCK // vocabulary)) * vocabulary
+    per_logit = counts.LOGIT_BYTES["once" if isinstance(config, SFTConfig) and product in HALF else kind_of(product)]
+    logits = min(per_logit * rows.positions * vocabulary, max(BLOCK, per_logit * vocabulary))
+    logits += counts.SLICE_BYTES * min(rows.positions * vocabulary, slice_size(device))
     projects = any(role.logprobs for role in training)
     before = gradients if rows.micro_batches > 1 else 0
     items = [
@@ -319,9 +321,8 @@ def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dty
         Item("token table's gradient on its way", tables, ("pass", "step")),
     ]
     if projects:
-        items.append(Item("logits of a block", counts.LOGIT_BYTES[kind_of(product)] * logits, ("pass",)))
-    if isinstance(config, PPOConfig):
-        items.append(Item("logits and entropy of a block", counts.LOGIT_BYTES["entropy"] * logits, ("score",)))
+        phases = ("score", "pass") if isinstance(config, PPOConfig) else ("pass",)
+        items.append(Item("logits of a block", logits, phases))
     return items
 
 

@@ -18,7 +18,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from config.user_error import UserError
+from training.compiling import compile_blocks
 from training.determinism import set_deterministic
+from training.host_memory import HostMemory
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _TORCH_TYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,6 +84,7 @@ class Runtime:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        self._memory = HostMemory()
         # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
         set_seed(seed + 100003 * self.rank)
 
@@ -95,9 +98,21 @@ class Runtime:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
         return f"{self.device.type} ({name}), {self.dtype}"
 
-    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap a module and its optimizer for this run's precision and ranks."""
-        return self.accelerator.prepare(module, optimizer)
+    def prepare(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap a module and its optimizer for this run's precision and ranks; `compiled`: see `training.compiling`."""
+        if self.device.type == "cpu":
+            self._memory.keep_freed(module.parameters())
+        module, optimizer = self.accelerator.prepare(module, optimizer)
+        if compiled:
+            compile_blocks(self.unwrap(module), self.autocast)
+        return module, optimizer
+
+    def wait(self) -> None:
+        """Return once the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module that does not train to the device."""
@@ -150,6 +165,7 @@ class Runtime:
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, norms[name])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self._memory.after_step()
         return norms
 
     def _check_finite(self, norms: dict[str, Tensor], loss: Tensor | None) -> None:

@@ -28,6 +28,7 @@ from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, m
 from training.held_out import evaluate_policy, evaluate_ranking, sample_answers
 from training.invariants import check_first_minibatch, check_frozen, check_reference, parameter_hash
 from training.nonfinite import Guard, NonFiniteRollout, RowView
+from training.phases import Phases
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from training.reward_scale import RewardScale
 from training.runtime import Interrupt, Runtime, adamw, set_lr, trainable, update_ratios
@@ -69,7 +70,7 @@ class SFTTrainer:
         self.train, self.validation = train, validation
         groups = [{"name": "model", "params": list(model.parameters()), "lr": config.lr}]
         optimizer = adamw(groups, (0.9, config.beta2), config.adam_eps, config.weight_decay, runtime.device)
-        self.model, self.optimizer = runtime.prepare(model, optimizer)
+        self.model, self.optimizer = runtime.prepare(model, optimizer, config.compile)
         self.trainable = trainable(model)
         self.total_steps = loop.optimizer_steps(train.lengths, config)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
@@ -200,7 +201,7 @@ class RewardModelTrainer:
         self.train, self.validation = train, validation
         groups = [{"name": "model", "params": list(model.parameters()), "lr": config.lr}]
         optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
-        self.model, self.optimizer = runtime.prepare(model, optimizer)
+        self.model, self.optimizer = runtime.prepare(model, optimizer, config.compile)
         self.trainable = trainable(model)
         self.total_steps = loop.optimizer_steps(train.lengths, config)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
@@ -377,12 +378,13 @@ class PPOTrainer:
             {"name": "critic", "params": self.parameters["critic"], "lr": config.critic_lr},
         ]
         optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
-        self.policy, self.optimizer = runtime.prepare(ActorCritic(actor, critic), optimizer)
+        self.policy, self.optimizer = runtime.prepare(ActorCritic(actor, critic), optimizer, config.compile)
         self.frozen = {"reference": reference} | ({"reward model": reward_model} if reward_model is not None else {})
         self.rollouts = Rollouts(self.policy, reference, reward_model, reward_fn, config, tokenizer, runtime)
         self.total_steps = min(config.iterations, config.max_steps or config.iterations)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
         self.kl_coef = state["kl_coef"] if state else config.kl_coef
+        self.phases = Phases(runtime.wait)
         self.guard = Guard("ppo", run, config.on_nonfinite, tokenizer, state)
         self.log = MetricsLog(run, state and state.get("logs"))
         models = {"": actor, "critic": critic}
@@ -417,23 +419,25 @@ class PPOTrainer:
                 if self.interrupt.signal and not last:
                     return loop.stopped(self.saver, self.step, self.interrupt)
             check_frozen(before, {name: parameter_hash(model) for name, model in self.frozen.items()})
+            tqdm.write(self.phases.summary())
             return loop.finished(self.saver, self.step, self.state())
 
     def iteration(self, update: int) -> dict[str, float | Tensor]:
         """One rollout and the updates on it; the figures to log."""
-        config = self.config
-        clock = [time.perf_counter()]
-        rows = loop.prompt_order(len(self.train), config.global_batch_size, config.seed, update)
-        experience = self.rollouts.sample([self.train[i] for i in rows], loop.row_seeds(config.seed, update, len(rows)))
-        clock.append(time.perf_counter())
+        config, phases = self.config, self.phases
+        with phases("rollout"):
+            rows = loop.prompt_order(len(self.train), config.global_batch_size, config.seed, update)
+            seeds = loop.row_seeds(config.seed, update, len(rows))
+            experience = self.rollouts.sample([self.train[i] for i in rows], seeds)
+        tokens = int(experience.n.sum())
 
         plans = self.plans(experience, update)
         self.policy.train()  # no role has dropout, so this changes no figure; the first-minibatch check would tell
         try:
-            self.rollouts.look(experience, [part for minibatch in plans[0] for part in minibatch])
+            self.rollouts.look(experience, [part for minibatch in plans[0] for part in minibatch], phases)
         except NonFiniteRollout as error:
             self.guard.rollout(update, error, rows)
-            return self.guard.metrics()
+            return self.guard.metrics() | phases.end_round(tokens)
         if update == 1:
             check_reference(experience, self.runtime.dtype)
         penalised = penalise_missing_eos(experience.scores, experience.ended, config.missing_eos_penalty)
@@ -448,19 +452,13 @@ class PPOTrainer:
         metrics = rollout_metrics(experience, penalised, self.kl_coef)
         self.guard.check_kl(update, experience, rows, metrics["objective/kl"], config.max_kl)
         metrics |= value_metrics(experience.values, returns, advantages, experience.rmask)
-        clock.append(time.perf_counter())
-
-        metrics |= self.update(experience, whitened, returns, plans) | self.guard.metrics()
-        clock.append(time.perf_counter())
+        with phases("update"):
+            metrics |= self.update(experience, whitened, returns, plans) | self.guard.metrics()
         if config.kl_target:
             episodes = len(rows) * self.runtime.world_size
             kl = float(self.runtime.sum_over_ranks(metrics["objective/kl"])) / self.runtime.world_size
             self.kl_coef = adaptive_kl_coef(self.kl_coef, kl, config.kl_target, episodes, config.kl_horizon)
-        tokens = int(experience.n.sum())
-        spent = dict(zip(("rollout", "score", "update"), np.diff(clock)))
-        return metrics | {f"time/{k}_s": v for k, v in spent.items()} | {
-            "time/rollout_tokens_s": tokens / spent["rollout"], "time/tokens_s": tokens / (clock[-1] - clock[0]),
-        }  # fmt: skip
+        return metrics | phases.end_round(tokens)
 
     def update(
         self, experience: Experience, advantages: Tensor, returns: Tensor, plans: list[list[list[np.ndarray]]]

@@ -12,6 +12,7 @@ from training.loop import EVALUATION_SAMPLES, row_seeds
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from utils.loss import policy_loss, value_loss
 
+PHASES = ("rollout", "score", "reference", "update")
 KEYS = {
     "objective": {
         "kl", "kl_k3", "kl_per_token", "score", "score_sd", "score_p5", "score_p95", "rlhf_reward", "kl_coef",
@@ -28,7 +29,8 @@ KEYS = {
     "resp": {
         "len_mean", "len_p50", "len_p95", "len_score_corr", "eos_rate", "distinct_2", "repetition", "duplicate_rate",
     },
-    "time": {"rollout_s", "score_s", "update_s", "rollout_tokens_s", "tokens_s", "sampler_vs_train_logp_max"},
+    "time": {"tokens_s", "sampler_vs_train_logp_max"}
+    | {f"{phase}_{what}" for phase in PHASES for what in ("s", "share", "tokens_s")},
     "train": {"optimizer_steps"},
 }  # fmt: skip
 EVAL_KEYS = {"eval/score", "eval/kl", "eval/rlhf_reward", "eval/len_mean", "eval/eos_rate", "eval/gold"}
