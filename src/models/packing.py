@@ -53,8 +53,3 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool = F
     """x [N, in] -> [N, out], with GPT-2's tanh form of GELU behind it when asked for."""
     after = ("gelu", [], "tanh") if gelu else ("none", [], "")
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after)
-
-
-def packed_linear_minus(x: Tensor, packed: Tensor, minus: Tensor) -> Tensor:
-    """x W^T - minus [N, out], subtracted in the fp32 accumulator."""
-    return torch.ops.mkldnn._linear_pointwise.binary(x, minus, packed, None, "sub")
