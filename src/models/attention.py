@@ -30,9 +30,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, d
 class _CausalByBlocks(torch.autograd.Function):
     """Causal attention in bf16 on a CPU: a block of queries at a time, against the keys that it may see.
 
-    torch's fused CPU kernel takes three times as long in bf16: forward and backward of 4 x 512 tokens of GPT-2 124M 123
-    against 36 ms on one core, of 8 x 128 tokens 39 against 8 ms (torch 2.13, AMD EPYC). As there, the weights are made
-    again in the backward pass, so that memory grows with L and not with L squared.
+    torch's fused CPU kernel takes two to four times as long in bf16: forward and backward of one layer of GPT-2 124M on
+    one core 124 to 134 against 55 to 63 ms for 4 x 512 tokens, 34 against 9 ms for 8 x 128 (torch 2.13, AMD EPYC). As
+    there, the weights are made again in the backward pass, so that memory grows with L and not with L squared.
     """
 
     @staticmethod
