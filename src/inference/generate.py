@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from inference.stop_strings import StopStrings
 from models.gpt import KVCache
-from models.vocabulary import product_dtype
+from models.vocabulary import exp_, product_dtype
 from utils.batching import left_pad
 from utils.loss import temper
 
@@ -169,7 +169,7 @@ def sample(
         ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
         z = torch.empty_like(z).scatter(-1, order, ordered)
     z = z - z.amax(-1, keepdim=True)
-    token, total = _invert(z.exp(), uniform[:, None])
+    token, total = _invert(exp_(z.clone()), uniform[:, None])
     return token.squeeze(-1), (z.gather(-1, token) - total.log()).squeeze(-1).float()
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.packing import kept_with, pack, packed_linear
+from models.packing import decoding_weight, packed_linear
 from models.vocabulary import OutputTable, product_dtype
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class DecodingLinear:
         if weight.dtype == dtype and weight.device.type != "cpu":
             self.weight, self.packed = weight, None
         else:
-            self.weight, self.packed = kept_with(weight, "decoding_weight", dtype, lambda: _prepare(weight, dtype))
+            self.weight, self.packed = decoding_weight(weight, dtype)
         self.bias = layer.bias.detach().to(dtype)
         self.gelu = gelu
         self.down = self.up = None
@@ -54,12 +54,6 @@ class DecodingLinear:
         if self.down is not None:
             y = torch.addmm(y, F.linear(x, self.down), self.up)
         return F.gelu(y, approximate="tanh") if self.gelu and not fused else y
-
-
-def _prepare(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    cast = weight.detach().to(dtype)
-    packed = pack(cast)
-    return (cast, None) if packed is None else (None, packed)
 
 
 @dataclass

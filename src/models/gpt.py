@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config.configs import GPTConfig
 from models import checkpoint as model_checkpoint
 from models import huggingface, vocabulary
+from models.activation import gelu
 from models.attention import attend
 from models.decoding import Decoder
 from models.lora import freeze_weights, projection
@@ -115,7 +115,7 @@ class FeedForwardNetworks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, L, d] -> [B, L, d]."""
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
 class TransformerDecoderBlock(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from config.configs import GPTConfig
 from config.user_error import UserError
 from models.linear import Linear, linear
+from models.packing import frozen_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,9 +40,13 @@ class AdaptedLinear(loralib.Linear):
         flat = x.reshape(-1, x.shape[-1])
         if torch.is_autocast_enabled(x.device.type):
             flat = flat.to(torch.get_autocast_dtype(x.device.type))  # once, and not for each of the two products
-        y = linear(flat, self.weight, self.bias)
         narrow = F.linear(self.lora_dropout(flat), self.lora_A)
-        return torch.addmm(y, narrow, self.lora_B.t(), alpha=self.scaling).view(*x.shape[:-1], self.out_features)
+        y = frozen_linear(flat, self.weight, self.bias)
+        if y is None:
+            y = torch.addmm(linear(flat, self.weight, self.bias), narrow, self.lora_B.t(), alpha=self.scaling)
+        else:
+            y.addmm_(narrow, self.lora_B.t().to(y.dtype), alpha=self.scaling)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:

@@ -23,13 +23,49 @@ def kept_with(parameter: nn.Parameter, name: str, key: Any, make: Callable[[], M
     Roles that share a parameter share what was made of it. Optimizers and loads change it in place, which its version
     counter tells; moving it to a device gives it other memory.
     """
-    state = (parameter._version, parameter.data_ptr(), parameter.dtype, key)
     kept = getattr(parameter, name, None)
-    if kept is None or kept[0] != state:
+    if kept is None or kept[0] != _state(parameter, key):
         setattr(parameter, name, None)  # the old one goes before the new one is made, not after
-        kept = (state, make())
+        kept = (_state(parameter, key), make())
         setattr(parameter, name, kept)
     return kept[1]
+
+
+def _state(parameter: nn.Parameter, key: Any) -> tuple:
+    return parameter._version, parameter.data_ptr(), parameter.dtype, key
+
+
+def decoding_weight(weight: nn.Parameter, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """A weight as decoding wants it, kept with it: (in `dtype`, None), or (None, packed) where there is a layout."""
+    return kept_with(weight, "decoding_weight", dtype, lambda: _prepare(weight.detach().to(dtype)))
+
+
+def _prepare(weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    packed = pack(weight)
+    return (weight, None) if packed is None else (None, packed)
+
+
+def frozen_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor | None:
+    """x W^T + b [N, out] of x [N, in] by the packed copy of a weight that does not train, differentiable by x.
+
+    None where decoding has left no such copy: it is not worth memory of its own. The bits are those of `F.linear`.
+    """
+    state, (_, packed) = getattr(weight, "decoding_weight", None) or (None, (None, None))
+    if packed is None or state != _state(weight, x.dtype) or weight.requires_grad or bias.requires_grad:
+        return None
+    return _FrozenLinear.apply(x, weight, bias, packed)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed):
+        ctx.save_for_backward(weight)
+        return packed_linear(x, packed, bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None, None
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

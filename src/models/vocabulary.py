@@ -291,7 +291,7 @@ def _log_softmax(
             x /= tau
         x -= x.amax(-1, keepdim=True)
         chosen = x.gather(-1, token[at])
-        e = x.exp() if entropy else x.exp_()
+        e = exp_(x.clone() if entropy else x)
         total = e.sum(-1, keepdim=True)
         logp[at] = (chosen - total.log()).squeeze(-1)
         if entropy:
@@ -299,6 +299,11 @@ def _log_softmax(
         if slope:
             z[at] = e.div_(total).scatter_add_(-1, token[at], -torch.ones_like(total))
     return logp, found_entropy
+
+
+def exp_(x: Tensor) -> Tensor:
+    """e to the x, in place; on a CPU torch's exp2 takes a quarter of the time of its exp."""
+    return x.mul_(math.log2(math.e)).exp2_()
 
 
 def slice_size(device: str) -> int:
