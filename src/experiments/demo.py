@@ -46,7 +46,7 @@ def stages(stem: str, variants: tuple[str, ...]) -> list[Stage]:
         Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
         Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
         # Ten checkpoints are the ten points of the over-optimisation picture.
-        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "4", "--keep", "10")),
+        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "5", "--keep", "10")),
     ]
     extra = {
         "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
