@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny_runs import make_runs
 
+from config.configs import PPOConfig, stage_defaults
 from experiments import demo, demo_judge
 from experiments.demo import failures, judged_table, stages, table
 from experiments.demo_judge import judge_demo, summarise
@@ -101,7 +102,9 @@ def test_reward_model_accuracy_keeps_pairs_together(monkeypatch):
 
 def test_ppo_keeps_ten_checkpoints_for_the_picture():
     plan = {stage.name: stage.flags for stage in stages("x", ("kl0",))}
-    assert plan["PPO"][-4:] == ("--save-every", "4", "--keep", "10")
+    save_every, every, keep, kept = plan["PPO"][-4:]
+    assert (save_every, keep, kept) == ("--save-every", "--keep", "10")
+    assert 10 * int(every) == stage_defaults(PPOConfig, "gpt2-nano").iterations
     assert plan["PPO, KL coefficient 0"][-2:] == ("--kl-coef", "0")
 
 
