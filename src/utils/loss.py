@@ -1,4 +1,6 @@
-"""Every formula of supervised fine-tuning, reward modelling and PPO as a pure function: tensors in, tensors out.
+"""Every formula of reward modelling and PPO as a pure function: tensors in, tensors out.
+
+The loss of supervised fine-tuning is `models.vocabulary.token_loss_sum`: it is made where the logits are.
 
 Shapes
     B  rows of a batch              L  columns of a row (prompt + response)
@@ -210,22 +212,6 @@ def entropy_from_logits(logits: Tensor, tau: float = 1.0) -> Tensor:
     """Exact entropy [...] in nats of the tempered softmax of logits [..., V]; a logit may be -inf (a forbidden id)."""
     logp = torch.log_softmax(temper(logits, tau), dim=-1)
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)  # the clamp makes 0 * -inf = 0
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of token losses and number of target tokens of a micro-batch of supervised fine-tuning.
-
-    The caller divides the sum by the count of the whole optimiser step, all micro-batches and processes together (TRL
-    sft_trainer.py, num_items_in_batch): losses {4} and {1, 1, 1} make 1.75, not 2.5.
-
-    Args:
-        logits: [B, S, V].
-        targets: [B, S] the ids to predict, aligned with logits; any id where mask is False.
-        mask: [B, S] bool, see `target_mask`.
-
-    Returns: loss [] in nats, count [] int64.
-    """
-    return -masked_sum(gather_logprobs(logits, targets, mask=mask), mask), mask.sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
