@@ -9,6 +9,7 @@ the backward pass takes it again: forward and backward of 1,024 x 3,072 numbers 
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 _A = 2 * math.sqrt(2 / math.pi)
 _B = 0.044715
 _SLICE = 2**19  # numbers worked on at a time: their three fp32 buffers stay in the cache
+_kept = threading.local()
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ class _Gelu(torch.autograd.Function):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         slope = torch.empty_like(y) if ctx.needs_input_grad[0] else None
         parts = (y.view(-1), *(() if slope is None else (slope.view(-1),)))
-        buffers = torch.empty(3, min(_SLICE, x.numel()))
+        buffers = _buffers(min(_SLICE, x.numel()))
         for i, part in enumerate(x.reshape(-1).split(_SLICE)):
             _slice(part, *(out[i * _SLICE : i * _SLICE + len(part)] for out in parts), buffers=buffers[:, : len(part)])
         ctx.save_for_backward(slope)
@@ -42,6 +44,14 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.saved_tensors[0]
+
+
+def _buffers(size: int) -> Tensor:
+    """Memory [3, size] in fp32 to work in: each thread's own, kept, because fresh memory costs more than the work."""
+    kept = getattr(_kept, "buffers", None)
+    if kept is None or kept.shape[1] < size:
+        kept = _kept.buffers = torch.empty(3, size)
+    return kept[:, :size]
 
 
 def _slice(x: Tensor, y: Tensor, slope: Tensor | None = None, *, buffers: Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attend_one
 from models.packing import decoding_weight, packed_linear
 from models.vocabulary import OutputTable, product_dtype
 
@@ -114,7 +115,7 @@ class Decoder:
             qkv = block.qkv(self._normed(block.ln_1, x)).view(B, 3, nh, 1, -1)
             q, k, v = qkv.unbind(1)  # each (B, nh, 1, hd)
             k, v = cache.append(layer, k, v)  # (B, nh, S, hd)
-            y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask)
+            y = attend_one(q.to(k.dtype), k, v, mask)
             x = x + block.out(y.view(B, -1).to(self.dtype))
             x = x + block.proj(block.fc(self._normed(block.ln_2, x)))
         cache.length = S

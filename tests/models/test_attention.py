@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import attention
-from models.attention import attend
+from models.attention import attend, attend_one
 
 
 def made(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -66,3 +66,20 @@ def test_blocks_keep_no_weights_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x.numel()) or x, lambda x: x):
         attend(*made(200, torch.bfloat16), None, causal=True)
     assert found == 3 * [2 * 3 * 200 * 16]
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_per_row_against_the_definition(dtype, bound, masked):
+    q, k, v = (t.detach() for t in made(9, dtype))
+    q = q[:, :, -1:]
+    kept_transposed = k.transpose(2, 3).contiguous().transpose(2, 3)
+    bias = torch.zeros(2, 1, 1, 9, dtype=dtype)
+    if masked:
+        bias[0, :, :, :4] = float("-inf")
+    scores = q.double() @ k.double().transpose(-1, -2) / 16**0.5 + bias.double()
+    exact = scores.softmax(-1) @ v.double()
+    for keys in (k, kept_transposed):
+        ours = attend_one(q, keys, v, bias if masked else None)
+        assert ours.dtype == dtype and ours.shape == (2, 3, 1, 16)
+        assert (ours - exact).abs().max() < bound

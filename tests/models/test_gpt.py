@@ -174,6 +174,7 @@ def test_cache_rows_can_be_dropped(make_model, padded, random_rows):
     cache = KVCache.allocate(model.config, 3, 9, ids.device, torch.float32)
     model.hidden(ids, att, cache)
     cache.keep_rows(keep)
+    assert all(k.transpose(2, 3).is_contiguous() and v.is_contiguous() for k, v in zip(cache.keys, cache.values))
     new = torch.tensor([[3], [4]])
     whole = model.hidden(torch.cat([ids[keep], new], 1), torch.cat([att[keep], torch.ones(2, 1, dtype=torch.bool)], 1))
     torch.testing.assert_close(model.hidden(new, None, cache)[:, -1], whole[:, -1], atol=1e-5, rtol=0)
