@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of everything seen so far, preallocated.
 
-    keys, values: one [B, nh, S_max, hd] tensor per layer; in memory the keys of a head lie as [hd, S_max], as a query
-    meets them (`models.attention.attend_one`). length: columns filled. att: [B, S_max] bool, which of them are real.
+    keys, values: one [B, nh, S_max, hd] tensor per layer; in a CPU's memory the keys of a head lie as [hd, S_max], as a
+    query meets them (`models.attention.attend_one`). length: columns filled. att: [B, S_max] bool, which are real.
     """
 
     keys: list[Tensor]
@@ -49,13 +49,13 @@ class KVCache:
     @classmethod
     def allocate(cls, config: GPTConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `rows` sequences of at most `columns` tokens."""
-        options = {"device": device, "dtype": dtype}
-        heads, hd = (rows, config.n_head), config.head_dim
-        return cls(
-            keys=[torch.zeros(*heads, hd, columns, **options).transpose(2, 3) for _ in range(config.n_layer)],
-            values=[torch.zeros(*heads, columns, hd, **options) for _ in range(config.n_layer)],
-            att=torch.zeros(rows, columns, device=device, dtype=torch.bool),
+        shape = (rows, config.n_head, columns, config.head_dim)
+        keys, values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
         )
+        if device.type == "cpu":  # the same shape, but the other order in memory
+            keys = [k.view(rows, config.n_head, config.head_dim, columns).transpose(2, 3) for k in keys]
+        return cls(keys, values, torch.zeros(rows, columns, device=device, dtype=torch.bool))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, nh, L, hd] behind what layer `layer` holds; returns all its keys and values [B, nh, S, hd]."""
@@ -68,7 +68,7 @@ class KVCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drop all rows but `rows` (int64 indices), so that finished sequences cost nothing more."""
-        self.keys = [k.transpose(2, 3)[rows].transpose(2, 3) for k in self.keys]
+        self.keys = [k[rows] if k.is_contiguous() else k.transpose(2, 3)[rows].transpose(2, 3) for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.att = self.att[rows]
 
