@@ -63,7 +63,7 @@ FIRST_CAUSES = {
     "sft_doctor_no_eos": "the EOS is no target of the loss",
     "sft_doctor_lr30": "the learning rate is 30 times the default",
     "rm_doctor_shuffled": "chosen and rejected are mixed up in the data",
-    "rm_doctor_lr30": "the learning rate is 30 times the default",
+    "rm_doctor_lr30": "the learning rate is 42.9 times the default",  # 30 times that of the recipe it was recorded with
     "ppo_doctor_dropout": "dropout is on",
     "ppo_doctor_shuffled": "the reward it climbs says nothing: the reward model is no better than chance",
     "ppo_doctor_no_eos": "the SFT model never learned to end: EOS masked",
