@@ -62,7 +62,7 @@ class KVCache:
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
-        if self.length == 0:
+        if self.length == 0:  # these are all, and in the order in which attention reads them fastest
             return k, v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 

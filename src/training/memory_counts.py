@@ -28,7 +28,7 @@ KEPT_IN_PRODUCT_TYPE = {
     "queries, keys, values": 3,
     "attention's output, which is the input of c_proj": 1,
     "input of c_fc": 1,
-    "input of GELU": 4,
+    "input of GELU, or on a CPU its derivative": 4,
     "input of the second c_proj": 4,
 }
 KEPT_WIDE = {"input of ln_1": 1, "input of ln_2": 1}
