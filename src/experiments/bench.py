@@ -163,13 +163,10 @@ def sizes_of(preset: str) -> dict[str, int]:
 
 def middle(bounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The medians of several measurements of the bounds."""
-    products = [b["products_tokens_s"] for b in bounds]
-    return {
-        "bandwidth": statistics.median(b["bandwidth"] for b in bounds),
-        "matrix_flops": statistics.median(b["matrix_flops"] for b in bounds),
-        "products_tokens_s": {batch: statistics.median(p[batch] for p in products) for batch in products[0]},
-        "threads": bounds[0]["threads"],
-    }
+    medians = {key: statistics.median(b[key] for b in bounds) for key in ("bandwidth", "matrix_flops")}
+    for key in ("products_tokens_s", "packed_tokens_s"):
+        medians[key] = {batch: statistics.median(b[key][batch] for b in bounds) for batch in bounds[0][key]}
+    return medians | {"threads": bounds[0]["threads"]}
 
 
 def describe_machine(rounds: int) -> dict[str, Any]:

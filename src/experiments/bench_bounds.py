@@ -124,19 +124,25 @@ def read_bandwidth(count: int, device: str = "cpu") -> float:
     return 4 * len(data) / _median_seconds(data.sum, device)
 
 
-def weights_pass(sizes: dict[str, int], batch: int) -> float:
+def weights_pass(sizes: dict[str, int], batch: int, packed: bool = False) -> float:
     """Measured seconds of the matrix products of one decoding step and nothing else, each weight read once.
 
-    The plain read's bound takes arithmetic for free; this one, at larger batches the tighter, does not.
+    The plain read's bound takes arithmetic for free; this one does not. `packed`: in the layout that oneDNN reads
+    fastest (`models.packing`), where there is one; else as `F.linear` does it, which rearranges a weight at every call.
     """
     import torch
     import torch.nn.functional as F
 
+    from models.packing import pack, packed_linear
+
     d = sizes["n_embd"]
     shapes = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * sizes["n_layer"] + [(sizes["vocab_size"], d)]
-    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
     inputs = {n: torch.randn(batch, n, dtype=torch.bfloat16) for n in (d, 4 * d)}
-    return _median_seconds(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights], "cpu")
+    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    pairs = [(inputs[w.shape[1]], pack(w) if packed else None, w) for w in weights]
+    return _median_seconds(
+        lambda: [F.linear(x, w) if layout is None else packed_linear(x, layout, None) for x, layout, w in pairs], "cpu"
+    )
 
 
 def _median_seconds(once: Callable[[], Any], device: str, repeats: int = 7) -> float:
@@ -157,11 +163,11 @@ def measure(work: Work) -> dict[str, Any]:
     import torch
 
     torch.set_grad_enabled(False)
-    products = {str(b): b / weights_pass(work.sizes, b) for b in (8, 32)}
     return {
         "bandwidth": read_bandwidth(int(weight_bytes(work))),
         "matrix_flops": matrix_flops(),
-        "products_tokens_s": products,
+        "products_tokens_s": {str(b): b / weights_pass(work.sizes, b) for b in (8, 32)},
+        "packed_tokens_s": {str(b): b / weights_pass(work.sizes, b, packed=True) for b in (8, 32)},
         "threads": torch.get_num_threads(),
     }
 

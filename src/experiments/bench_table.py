@@ -176,10 +176,15 @@ def describe(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     ]
     bounds = machine.get("bounds")
     if bounds:
-        products = ", ".join(f"{v:,.0f} tokens/s at batch {b}" for b, v in bounds["products_tokens_s"].items())
+        ways = (("products_tokens_s", "as F.linear takes them"), ("packed_tokens_s", "packed beforehand"))
+        passes = [
+            f"{words}: " + ", ".join(f"{v:,.0f} tokens/s at batch {b}" for b, v in bounds[key].items())
+            for key, words in ways
+        ]
         lines.append(
             f"Threads: {bounds['threads']}. Bounds: reads at {bounds['bandwidth'] / 1e9:.1f} GB/s; bf16 matrices "
-            f"at {bounds['matrix_flops'] / 1e12:.2f} TFLOP/s; the matrix products of a decoding step alone: {products}."
+            f"at {bounds['matrix_flops'] / 1e12:.2f} TFLOP/s; the matrix products of a decoding step alone, "
+            f"{'; '.join(passes)}."
         )
     return "\n".join(lines)
 

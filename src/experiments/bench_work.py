@@ -63,7 +63,7 @@ class Work:
 
 _SFT_TITLE = "SFT step, batch 4 x 512 tokens, bf16 autocast, AdamW"
 _PPO_TITLE = "PPO iteration, batch 8, 64 + 64 tokens, 4 epochs, bf16, "
-_SFT = Work("sft", "sft", "", peer="transformers_compiled", batch=4, prompt=1, new=511, warmup=2)
+_SFT = Work("sft", "sft", "", peer="transformers_compiled", batch=4, prompt=1, new=511, warmup=2, repeats=6)
 _PPO = Work("ppo_lora", "ppo", "", SECONDS, "trl", "gpt2/lora", repeats=1)
 
 WORKS = (

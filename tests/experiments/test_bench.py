@@ -26,7 +26,10 @@ KEYS = ["work", "ours", "peer", "ratio", "unit", "ours_peak_gb", "peer_peak_gb"]
 TINY = Work("tiny", "sampling", "tiny", preset="gpt2-nano", batch=2, prompt=4, new=5, epochs=2, repeats=1)
 MACHINE = {
     "cpu": "a CPU", "cores": 2, "memory_gb": 8.0, "os": "an OS", "python": "3.11", "rounds": 3, "load": 0.1,
-    "bounds": {"bandwidth": 1e10, "matrix_flops": 1e12, "products_tokens_s": {"8": 300.0}, "threads": 2},
+    "bounds": {
+        "bandwidth": 1e10, "matrix_flops": 1e12, "products_tokens_s": {"8": 300.0}, "packed_tokens_s": {"8": 400.0},
+        "threads": 2,
+    },
 }  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def test_a_script_answers_in_its_last_line():
     work = replace(TINY, sizes=bench.sizes_of("gpt2-nano"))
     result = bench.child(bench.BOUNDS, work, sys.executable)
     assert result["bandwidth"] > 1e8 and result["matrix_flops"] > 1e8 and result["peak_gb"] > 0.05
-    assert set(result["products_tokens_s"]) == {"8", "32"} and result["threads"] >= 1
+    assert set(result["products_tokens_s"]) == set(result["packed_tokens_s"]) == {"8", "32"} and result["threads"] >= 1
 
 
 def test_the_parent_loads_no_torch():
