@@ -179,7 +179,7 @@ def token_loss_sum(hidden: Tensor, table: nn.Parameter, vocab_size: int, tokens:
     forward pass, since every token counts alike. In half precision the logits but those of the tokens themselves keep
     the rounding of the product.
     """
-    return _TokenLossSum.apply(hidden, table, vocab_size, tokens, product_dtype(hidden))
+    return _TokenLossSum.apply(hidden, table, vocab_size, tokens, product_dtype(hidden), torch.is_grad_enabled())
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -204,8 +204,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _TokenLossSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, table, vocab_size, tokens, dtype):
-        wants_hidden, wants_table = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, table, vocab_size, tokens, dtype, grad_enabled):
+        # An evaluation's table wants a gradient like any other: autograd does not tell here that nobody will ask.
+        wants_hidden, wants_table = (wanted and grad_enabled for wanted in ctx.needs_input_grad[:2])
         output = OutputTable.of(table, vocab_size, dtype)
         weights = hidden.new_full(tokens.shape, -1.0, dtype=_wide(hidden)) if wants_table else None
         logp, _, slope, to_table = _sweep(hidden, output, tokens, 1.0, slope=wants_hidden, weights=weights, twice=False)
@@ -218,7 +219,7 @@ class _TokenLossSum(torch.autograd.Function):
         slope, to_table = ctx.saved_tensors
         if to_table is not None:
             to_table = _like_table(to_table, ctx.table).mul_(grad)
-        return None if slope is None else slope * -grad, to_table, None, None, None
+        return None if slope is None else slope * -grad, to_table, None, None, None, None
 
 
 def _sweep(
@@ -242,6 +243,9 @@ def _sweep(
         found_entropy = torch.empty_like(logp) if entropy else None
         found_slope = torch.empty_like(hidden) if slope else None
         to_table, memory = None, None
+        # fp16 ends at 65,504. A frequent token's gradient, a sum over all its places, can pass that, and loss scaling
+        # knows nothing of a sum that is made in the forward pass.
+        shrink = 2.0**-8 if half == torch.float16 else 1.0
         for at in _blocks(N, output.weight, twice):
             # The rows filled in count for nothing.
             h, token = fill_rows(hidden[at].detach()), fill_rows(tokens[at, None])
@@ -257,9 +261,11 @@ def _sweep(
             if slope:  # z holds the derivative of logp by the logits now, with its sign turned
                 found_slope[at] = product(z, output.weight.t())[:c] / -tau
             if weights is not None:
-                scaled = h.to(wide) * (fill_rows(weights[at, None]) / -tau)
+                scaled = h.to(wide) * (fill_rows(weights[at, None]) * (-shrink / tau))
                 share = product(scaled.to(half).t(), z.t())
                 to_table = share if to_table is None else to_table.to(wide).add_(share)
+        if shrink != 1 and to_table is not None:
+            to_table = to_table.to(wide).div_(shrink)
         return logp, found_entropy, found_slope, to_table
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_marks import DEVICES
 from torch import nn
 
 from models import vocabulary
@@ -61,6 +62,21 @@ def test_the_loss_of_fine_tuning_and_its_gradients(setup):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+def test_an_evaluation_makes_no_gradients(setup, monkeypatch):
+    hidden, table, tokens, _ = setup
+    sweep, asked = vocabulary._sweep, []
+
+    def watch(*args, slope, weights, **kwargs):
+        asked.append((slope, weights is not None))
+        return sweep(*args, slope=slope, weights=weights, **kwargs)
+
+    monkeypatch.setattr(vocabulary, "_sweep", watch)
+    trained = token_loss_sum(hidden, table, V, tokens)
+    with torch.no_grad():
+        assert torch.equal(token_loss_sum(hidden, table, V, tokens), trained)
+    assert asked == [(True, True), (False, False)]
+
+
 @pytest.mark.parametrize("tau", [1.0, 0.7])
 def test_entropy_and_logprobs_without_gradients(setup, tau):
     hidden, table, tokens, _ = setup
@@ -98,14 +114,15 @@ def gpt2_like(rows: int) -> tuple[torch.Tensor, nn.Parameter, torch.Tensor]:
     return hidden, nn.Parameter(table), torch.randint(0, 5000, (rows,), generator=generator)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_digits_that_matter(dtype):
+def test_half_precision_keeps_the_digits_that_matter(dtype, device):
     """PPO's clip range is 0.2; a projection rounded to bf16 is off by more than that, this one by a tenth of it."""
-    hidden, table, tokens = gpt2_like(64)
+    hidden, table, tokens = (x.to(device) for x in gpt2_like(64))
     exact = gather_logprobs(hidden.double() @ table.double().t(), tokens)
     assert (hidden @ table.t()).mean() < -90
     hidden.requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         ours = token_logprobs(hidden, table, 5000, tokens)
         rounded = gather_logprobs(F.linear(hidden, table), tokens)
         everywhere = logits(hidden.detach(), table.detach(), 5000)
@@ -120,8 +137,9 @@ def test_half_precision_keeps_the_digits_that_matter(dtype):
     assert (slope - expected).norm() < 1e-2 * expected.norm()
 
 
-def test_the_second_pass_returns_what_rounding_lost():
-    hidden, table, _ = gpt2_like(16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_second_pass_returns_what_rounding_lost(device):
+    hidden, table, _ = (x.to(device) for x in gpt2_like(16))
     output = OutputTable.of(table, 5000, torch.bfloat16)
     exact = hidden.bfloat16().double() @ output.weight.double().t()
     assert (output.logits(hidden) - exact).abs().max() < 1e-3
@@ -193,6 +211,24 @@ def test_the_loss_in_half_precision_and_its_gradients(rows, monkeypatch):
     grads = torch.autograd.grad(0.5 * ours, (hidden, table))
     for a, b in zip(grads, torch.autograd.grad(0.5 * exact, (wide, wide_table)), strict=True):
         assert (a - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize("loss", ["fine-tuning", "log-probabilities"])
+def test_a_gradient_beyond_the_range_of_fp16(loss):
+    """200 times the same token after states of size 600: its row of the table gets sums of 120,000."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 600 + torch.randn(200, 8, generator=generator)
+    table = nn.Parameter(1e-3 * torch.randn(40, 8, generator=generator))
+    tokens = torch.full((200,), 7)
+    with torch.autocast("cpu", torch.float16):
+        if loss == "fine-tuning":
+            token_loss_sum(hidden, table, 40, tokens).backward()
+        else:
+            token_logprobs(hidden, table, 40, tokens).sum().neg().backward()
+    wide = table.detach().double().requires_grad_()
+    gather_logprobs(hidden.double() @ wide.t(), tokens).sum().neg().backward()
+    assert wide.grad.abs().max() > 100_000
+    assert (table.grad - wide.grad).norm() < 1e-2 * wide.grad.norm()
 
 
 def test_a_row_s_logprob_does_not_depend_on_the_slices(setup, monkeypatch):
