@@ -90,7 +90,9 @@ class Decoder:
         self.position = seen.sum(1)  # (B,) of the next token
         self.bias = None
         if not bool(seen.all()):  # rows of one length need no mask
-            self.bias = torch.zeros(cache.att.shape, dtype=cache.keys[0].dtype, device=seen.device)
+            B, S = cache.att.shape
+            # Fused attention on a GPU wants the mask's rows to begin at multiples of eight.
+            self.bias = torch.zeros(B, S + -S % 8, dtype=cache.keys[0].dtype, device=seen.device)
             self.bias[:, : cache.length].masked_fill_(~seen, float("-inf"))
 
     def keep_rows(self, rows: Tensor) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig
+from models.gpt import KVCache
 from models.vocabulary import BLOCK, slice_size
 from training import memory_counts as counts
 from training.memory_counts import HALF, Weights, count_weights
@@ -276,7 +277,8 @@ def _rollout(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dt
     together = max(1, min(wanted, budget // longest))
     prompt = max(1, longest - new)
     size, d = counts.width(product), model.config.n_embd
-    cache = 2 * model.config.n_layer * together * (longest - 1) * d * size
+    cached = counts.width(KVCache.dtype_on(device, product))
+    cache = 2 * model.config.n_layer * together * (longest - 1) * d * cached
     kept = counts.kept_per_token(replace(model.config, dropout=0.0), product, device, longest)
     # The prompts' pass: one block in work, the stream, and a mask that attention turns into numbers.
     prompts = together * prompt * (kept + counts.stream_per_token(model.config) + prompt * (1 + size))

@@ -7,6 +7,7 @@ import torch
 from setups import LetterTokenizer
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, SFTConfig, get_configs, stage_defaults
+from inference.generate import generate
 from models.checkpoint import save_model
 from models.gpt import GPT, GPTRewardModel, KVCache
 from training.memory_plan import ALWAYS, MemoryPlan, Rows, Sources, largest, plan_memory
@@ -68,11 +69,22 @@ def test_weights_and_optimizer_of_ppo_are_those_of_its_real_roles(tmp_path, rm_p
     assert item(made, "gradients") == sum(p.grad.numel() * 4 for p in params)
 
 
-def test_keys_and_values_are_those_of_the_cache() -> None:
+def test_keys_and_values_are_those_of_the_cache(monkeypatch) -> None:
+    """The cache that `generate` makes: 128 rows of 47 columns, in fp32 on a CPU even where products are in bf16."""
+    options = get_configs("gpt2-nano")
     config = replace(stage_defaults(PPOConfig, "gpt2-nano"), response_length=16, max_length=48, eval_examples=8)
-    made = plan_memory(config, Sources(get_configs("gpt2-nano"), None), "cpu", "bf16", 0.0)
-    cache = KVCache.allocate(get_configs("gpt2-nano"), 128, 47, torch.device("cpu"), torch.bfloat16)
-    assert item(made, "keys and values") == sum(x.nbytes for x in cache.keys + cache.values)
+    made, allocate, seen = plan_memory(config, Sources(options, None), "cpu", "bf16", 0.0), KVCache.allocate, []
+
+    def keep(*args):
+        seen.append(allocate(*args))
+        return seen[0]
+
+    monkeypatch.setattr(KVCache, "allocate", keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(GPT(options), [[1] * 32] * 128, max_new_tokens=16, eos_id=-1)
+    assert item(made, "keys and values") == sum(x.nbytes for x in seen[0].keys + seen[0].values)
+    on_gpu = plan_memory(config, Sources(options, None), "cuda", "bf16", 0.0)
+    assert item(on_gpu, "keys and values") == item(made, "keys and values") / 2
 
 
 @pytest.mark.parametrize(
