@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -107,12 +110,19 @@ def flop_share(work: Work, value: float, matrix_flops: float) -> float:
     return needed / matrix_flops
 
 
+def half_type(device: str) -> torch.dtype:
+    """bf16, or fp16 on a GPU that only emulates that (compute capability below 8.0)."""
+    import torch
+
+    return torch.float16 if device == "cuda" and torch.cuda.get_device_capability()[0] < 8 else torch.bfloat16
+
+
 def matrix_flops(device: str = "cpu", size: int = 0) -> float:
-    """Measured bf16 FLOP/s of a product of two square matrices."""
+    """Measured FLOP/s of a product of two square matrices in half precision."""
     import torch
 
     n = size or (8192 if device == "cuda" else 2048)
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=half_type(device)) for _ in range(2))
     return 2 * n**3 / _median_seconds(lambda: a @ b, device)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
-from experiments.bench_bounds import matrix_flops
+from experiments.bench_bounds import half_type, matrix_flops
 from experiments.bench_work import NOT_AN_ID, Work, median_seconds, run_child
 from inference.generate import generate
 from models.checkpoint import save_model
@@ -62,7 +62,7 @@ def endless(tokenizer: Tokenizer) -> Tokenizer:
 def steps_of(config: RunConfig, work: Work) -> dict[str, Any]:
     """Settings of a stage for a work: all rows in one optimizer step, in micro-batches no larger than the recipe's."""
     rows = {"batch_size": min(config.batch_size, work.batch), "global_batch_size": work.batch}
-    return rows | {"device": work.device, "dtype": "bf16"}
+    return rows | {"device": work.device, "dtype": "bf16" if work.device == "cpu" else "auto"}  # fp16 on a T4
 
 
 def synchronise(device: str) -> None:
@@ -74,7 +74,7 @@ def synchronise(device: str) -> None:
 def sampling(work: Work) -> dict[str, Any]:
     """Tokens per second of `generate`, all weights in bf16."""
     torch.manual_seed(0)
-    model = frozen(GPT(get_configs(work.preset)).to(work.device, torch.bfloat16))
+    model = frozen(GPT(get_configs(work.preset)).to(work.device, half_type(work.device)))
     prompts = random_ids(work.batch, work.prompt, model.config.vocab_size)
 
     def once() -> None:

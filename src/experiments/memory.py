@@ -3,6 +3,7 @@
 python src/experiments/main.py -t memory                   # the table of docs/memory.md: peaks on a 16 GB GPU
 python src/experiments/main.py -t memory --check           # GPT-2 124M on this CPU: planned and measured peaks
 python src/experiments/main.py -t memory --check --only ppo
+python src/experiments/main.py -t memory --check --device cuda
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from experiments.memory_check import Case
 from training.device_memory import CUDA_CONTEXT
 from training.memory_plan import Sources
 from training.preflight import MARGIN, Planner
+from training.runtime import choose_device
 
 CHILD = Path(__file__).with_name("memory_check.py")
 STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
@@ -46,12 +48,15 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Parse the flags of `-t memory` and run it."""
     parser.add_argument("--gb", type=float, default=16.0, help="memory of the GPU that the table is for")
     parser.add_argument("--check", action="store_true", help="run each stage for two steps and measure its peak")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of --check; cuda: a GPU to itself")
     parser.add_argument("--only", default="", help="with --check: cases with these words, as in 'ppo gpt2/lora'")
     flags = parser.parse_args(rest)
     if flags.gb <= 0:
         raise UserError(f"--gb {flags.gb}: must be above 0")
     if flags.check:
-        return check_all([case for case in cases() if all(word in case.title().split() for word in flags.only.split())])
+        choose_device(flags.device)
+        chosen = [case for case in cases(flags.device) if all(w in case.title().split() for w in flags.only.split())]
+        return check_all(chosen)
     print(table(flags.gb))
     return 0
 
@@ -88,15 +93,15 @@ def table(gb: float) -> str:
     return "\n".join(lines)
 
 
-def cases() -> Iterator[Case]:
+def cases(device: str = "cpu") -> Iterator[Case]:
     """GPT-2 124M: every stage, all weights and LoRA, both precisions, short and long rows; and recomputed blocks."""
     for rows, length in ((8, 128), (4, 512)):
         for stage in STAGES:
             for preset in ("gpt2", "gpt2/lora"):
                 for dtype in ("bf16", "fp32"):
-                    yield Case(stage, preset, dtype, rows, length)
-    yield Case("sft", "gpt2", "bf16", 4, 512, activation_checkpointing=True)
-    yield Case("ppo", "gpt2/lora", "bf16", 4, 512, activation_checkpointing=True)
+                    yield Case(stage, preset, dtype, rows, length, device=device)
+    yield Case("sft", "gpt2", "bf16", 4, 512, activation_checkpointing=True, device=device)
+    yield Case("ppo", "gpt2/lora", "bf16", 4, 512, activation_checkpointing=True, device=device)
 
 
 def check_all(chosen: list[Case]) -> int:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+import torch
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
 from experiments.bench_ours import Rows, endless, made_up_tokenizer, random_ids, write_in_a_process_of_its_own
@@ -44,6 +45,7 @@ class Case:
     rows: int
     length: int
     activation_checkpointing: bool = False
+    device: str = "cpu"
 
     @property
     def response(self) -> int:
@@ -62,7 +64,8 @@ def stage_config(case: Case, folder: Path) -> RunConfig:
     rows = case.rows // 2 if case.stage == "rm" else case.rows  # a ranked row has two completions here
     common = dict(
         batch_size=rows, global_batch_size=2 * rows, tokens_per_micro_batch=0, max_length=case.length, max_steps=2,
-        eval_examples=rows, activation_checkpointing=case.activation_checkpointing, dtype=case.dtype, device="cpu",
+        eval_examples=rows, activation_checkpointing=case.activation_checkpointing, dtype=case.dtype,
+        device=case.device,
     )  # fmt: skip
     own = {
         "sft": dict(pretrain=str(folder / "sft"), sample_tokens=8),
@@ -90,6 +93,7 @@ def run_stage(case: Case, config: RunConfig, folder: Path) -> int:
         return SFTTrainer(config, model, tokenizer, data, data, run, runtime, {}).fit()
     if case.stage == "rm":
         model, sft, *_ = rm_start(config, None, runtime.matrix_dtype)
+        sft = runtime.place(sft)
         pairs = np.split(ids, len(ids) // 2)
         examples = [RankedExample(tuple(p[:, :prompt]), tuple(p[:, prompt:])) for p in pairs]
         data = Rows(examples, case.length)
@@ -97,8 +101,8 @@ def run_stage(case: Case, config: RunConfig, folder: Path) -> int:
     roles = ppo_start(config, None, runtime.matrix_dtype)
     prompts = Rows(list(ids[:, :prompt]), prompt)
     trainer = PPOTrainer(
-        config, roles.actor, roles.critic, roles.reference, roles.reward_model, endless(load_tokenizer(roles.sft)),
-        prompts, prompts, run, runtime, {},
+        config, roles.actor, roles.critic, runtime.place(roles.reference), runtime.place(roles.reward_model),
+        endless(load_tokenizer(roles.sft)), prompts, prompts, run, runtime, {},
     )  # fmt: skip
     return trainer.fit()
 
@@ -109,9 +113,17 @@ def check(case: Case) -> dict[str, Any]:
         folder = Path(name)
         write_in_a_process_of_its_own(Work("check", "ppo", "", preset=case.preset), folder)
         config = stage_config(case, folder)
-        plan = plan_memory(config, plan_sources(config), "cpu", config.dtype, base_bytes("cpu"))
+        plan = plan_memory(config, plan_sources(config), case.device, config.dtype, base_bytes(case.device))
         run_stage(case, config, folder)
-        return {"predicted_gb": plan.peak / 1e9, "measured_gb": peak_gb(), "phase": plan.peak_phase, **asdict(case)}
+        measured = peak_gb() if case.device == "cpu" else gpu_peak_gb()
+        return {"predicted_gb": plan.peak / 1e9, "measured_gb": measured, "phase": plan.peak_phase, **asdict(case)}
+
+
+def gpu_peak_gb() -> float:
+    """Most memory that was taken of a GPU that nobody else uses, with what CUDA itself takes, in GB (1e9 bytes)."""
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    return (context + torch.cuda.max_memory_reserved()) / 1e9
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from config.user_error import UserError
 from inference.generate import generate
 from utils.batching import collate_sft
 from utils.dataset import SFTExample
-from utils.loss import gather_logprobs, target_mask
+from utils.loss import target_mask
 from utils.metrics import correlation, text_degeneracy
 from utils.rows import BadRow, parse_row, read_jsonl
 from utils.template import PromptTemplate
@@ -189,8 +189,8 @@ def answer_logprobs(
         L = batch.ids.shape[1]
         row, column = target_mask(batch.prompt_len, batch.length, L).nonzero(as_tuple=True)  # where tokens were chosen
         with machine.autocast():
-            logits = model(batch.ids, batch.att, right_padded=True, at=row * L + column)
-        logp = gather_logprobs(logits, batch.ids[row, column + 1], temperature)
+            states = model.hidden(batch.ids, batch.att, right_padded=True, at=row * L + column)
+            logp = model.token_logprobs(states, batch.ids[row, column + 1], temperature)
         np.add.at(sums, part[row.cpu().numpy()], logp.double().cpu().numpy())
     return sums
 

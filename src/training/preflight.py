@@ -27,7 +27,7 @@ MARGIN = 0.1  # share of the memory that --tokens-per-micro-batch auto and the f
 _GRAIN = 64  # token budgets are searched in multiples of this
 _SHOWN = 4  # ways out in the error
 
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 """Parts of what torch's allocators say where they raise a plain RuntimeError."""
 
 

@@ -84,6 +84,9 @@ class Runtime:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        # cuBLAS may else add up partial sums in half precision, which log-probabilities do not survive.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._memory = HostMemory()
         # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
         set_seed(seed + 100003 * self.rank)
@@ -248,11 +251,12 @@ def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             if p not in optimizer.state:
                 continue
             state = optimizer.state[p]
-            scale = (1 - beta2 ** state["step"]).sqrt() / (1 - beta1 ** state["step"])  # both bias corrections
-            denom = state["exp_avg_sq"].sqrt() + group["eps"] * (1 - beta2 ** state["step"]).sqrt()
-            step = group["lr"] * (scale * state["exp_avg"] / denom + group["weight_decay"] * p)
-            moved, size = squares.setdefault(group["name"], [step.new_zeros(()), step.new_zeros(())])
-            squares[group["name"]] = [moved + step.square().sum(), size + p.square().sum()]
+            step = state["step"].clamp(min=1)  # 0 while loss scaling has skipped every step: the moments are 0 then
+            scale = (1 - beta2**step).sqrt() / (1 - beta1**step)  # both bias corrections
+            denom = state["exp_avg_sq"].sqrt() + group["eps"] * (1 - beta2**step).sqrt()
+            move = group["lr"] * (scale * state["exp_avg"] / denom + group["weight_decay"] * p)
+            moved, size = squares.setdefault(group["name"], [move.new_zeros(()), move.new_zeros(())])
+            squares[group["name"]] = [moved + move.square().sum(), size + p.square().sum()]
     return {name: (moved / size).sqrt() for name, (moved, size) in squares.items()}
 
 

@@ -214,7 +214,7 @@ def restore_rng(state: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     if state["mps"] and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"][0])
 

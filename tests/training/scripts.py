@@ -41,9 +41,9 @@ class Result:
         return lines[0]
 
 
-def command(stage: str, arguments: str, runs: Path) -> list[str]:
+def command(stage: str, arguments: str, runs: Path, device: str = "cpu") -> list[str]:
     words = [w for text in (SHORT[stage], arguments) for w in text.split()]
-    return [f"train_{stage}.py", *words, "--runs-dir", str(runs), "--device", "cpu"]
+    return [f"train_{stage}.py", *words, "--runs-dir", str(runs), "--device", device]
 
 
 def process(stage: str, arguments: str, runs: Path, folder: str = "", **environment: str) -> subprocess.Popen:
@@ -64,12 +64,15 @@ def run(stage: str, arguments: str, runs: Path, folder: str = "") -> Result:
     return Result(child.returncode, out, err)
 
 
-def call(stage: str, arguments: str, runs: Path) -> Result:
+def call(stage: str, arguments: str, runs: Path, device: str = "cpu") -> Result:
     """A script's main in this process, with the exit code it would have."""
     AcceleratorState._reset_state(reset_partial_state=True)
     out, err = io.StringIO(), io.StringIO()
     # Importing a script puts src/ in the place of the first entry of sys.path; that must not last.
-    with mock.patch.object(sys, "argv", command(stage, arguments, runs)), mock.patch.object(sys, "path", [*sys.path]):
+    with (
+        mock.patch.object(sys, "argv", command(stage, arguments, runs, device)),
+        mock.patch.object(sys, "path", [*sys.path]),
+    ):
         script = importlib.import_module(f"training.train_{stage}")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

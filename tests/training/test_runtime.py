@@ -172,6 +172,14 @@ def test_device_and_dtype_are_chosen_by_what_is_there(monkeypatch) -> None:
         choose_dtype("fp16", "cpu")
 
 
+def test_partial_sums_stay_wide_on_a_gpu(monkeypatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        setattr(matmul, name, True)
+    Runtime("cpu", "fp32", 0)
+    assert not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_runtime_seeds_every_generator() -> None:
     Runtime("cpu", "fp32", 3)
     first = torch.rand(4)
