@@ -175,7 +175,7 @@ class TransformerDecoder(nn.Module):
                 # Non-reentrant: the reentrant form gives adapters no gradient when the embeddings are frozen.
                 x = checkpoint(block, x, mask, None, 0, wanted, use_reentrant=False)
             elif cache is None:
-                x = block(x, mask, None, 0, wanted)  # with a number of its own each block would be compiled anew
+                x = block(x, mask, None, 0, wanted)  # the number is the cache's; torch.compile tells blocks apart by it
             else:
                 # Never compiled (`training.compiling`): a cache has another shape at every call.
                 x = block.forward(x, mask, cache, layer, wanted)
