@@ -111,10 +111,12 @@ def flop_share(work: Work, value: float, matrix_flops: float) -> float:
 
 
 def half_type(device: str) -> torch.dtype:
-    """bf16, or fp16 on a GPU that only emulates that (compute capability below 8.0)."""
+    """bf16, or fp16 on a GPU that only emulates it."""
     import torch
 
-    return torch.float16 if device == "cuda" and torch.cuda.get_device_capability()[0] < 8 else torch.bfloat16
+    from training.runtime import choose_dtype
+
+    return torch.float16 if choose_dtype("auto", device) == "fp16" else torch.bfloat16
 
 
 def matrix_flops(device: str = "cpu", size: int = 0) -> float:

@@ -72,7 +72,7 @@ def synchronise(device: str) -> None:
 
 
 def sampling(work: Work) -> dict[str, Any]:
-    """Tokens per second of `generate`, all weights in bf16."""
+    """Tokens per second of `generate`, all weights in half precision."""
     torch.manual_seed(0)
     model = frozen(GPT(get_configs(work.preset)).to(work.device, half_type(work.device)))
     prompts = random_ids(work.batch, work.prompt, model.config.vocab_size)

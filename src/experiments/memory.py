@@ -22,7 +22,7 @@ from experiments.memory_check import Case
 from training.device_memory import CUDA_CONTEXT
 from training.memory_plan import Sources
 from training.preflight import MARGIN, Planner
-from training.runtime import choose_device
+from training.runtime import choose_device, choose_dtype
 
 CHILD = Path(__file__).with_name("memory_check.py")
 STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
@@ -54,7 +54,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     if flags.gb <= 0:
         raise UserError(f"--gb {flags.gb}: must be above 0")
     if flags.check:
-        choose_device(flags.device)
+        choose_device(flags.device)  # refuses one that is not there
         chosen = [case for case in cases(flags.device) if all(w in case.title().split() for w in flags.only.split())]
         return check_all(chosen)
     print(table(flags.gb))
@@ -94,14 +94,18 @@ def table(gb: float) -> str:
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
-    """GPT-2 124M: every stage, all weights and LoRA, both precisions, short and long rows; and recomputed blocks."""
+    """GPT-2 124M: every stage, all weights and LoRA, both precisions, short and long rows; and recomputed blocks.
+
+    Half precision is bf16, or fp16 on a GPU that only emulates it.
+    """
+    half = "fp16" if choose_dtype("auto", device) == "fp16" else "bf16"
     for rows, length in ((8, 128), (4, 512)):
         for stage in STAGES:
             for preset in ("gpt2", "gpt2/lora"):
-                for dtype in ("bf16", "fp32"):
+                for dtype in (half, "fp32"):
                     yield Case(stage, preset, dtype, rows, length, device=device)
-    yield Case("sft", "gpt2", "bf16", 4, 512, activation_checkpointing=True, device=device)
-    yield Case("ppo", "gpt2/lora", "bf16", 4, 512, activation_checkpointing=True, device=device)
+    yield Case("sft", "gpt2", half, 4, 512, activation_checkpointing=True, device=device)
+    yield Case("ppo", "gpt2/lora", half, 4, 512, activation_checkpointing=True, device=device)
 
 
 def check_all(chosen: list[Case]) -> int:

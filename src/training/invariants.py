@@ -12,32 +12,26 @@ from training.experience import Experience
 # Largest |ratio - 1| of any token, and of their mean, before the first step of an iteration. fp32 leaves rounding only.
 _DRIFT = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 2e-2}
 _MEAN_DRIFT = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-3}
-# With --compile the passes with and without gradients, and the plain one of the reference, round at different places.
-_COMPILED_DRIFT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
-_COMPILED_MEAN_DRIFT = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 
 
 class InvariantError(RuntimeError):
     """The training code or its inputs break an assumption that PPO rests on."""
 
 
-def check_first_minibatch(
-    policy: dict[str, Tensor], value: dict[str, Tensor], dtype: str, compiled: bool = False
-) -> None:
+def check_first_minibatch(policy: dict[str, Tensor], value: dict[str, Tensor], dtype: str) -> None:
     """Before the first step of an iteration the policy is the one that sampled: ratio 1, nothing clipped, V unchanged.
 
     Args:
         policy, value: means of PolicyStats and ValueStats over the first minibatch.
-        dtype: fp32, bf16 or fp16. compiled: the blocks run through torch.compile.
+        dtype: fp32, bf16 or fp16.
 
     Raises:
         InvariantError: it does not hold; the message lists the usual causes.
     """
     figures = policy["ratio_drift"], policy["ratio_mean"] - 1, policy["clipfrac"], value["value_drift"]
     drift, mean_off, clipfrac, value_drift = torch.stack(figures).tolist()
-    limit = (_COMPILED_DRIFT if compiled else _DRIFT)[dtype]
-    mean_limit = (_COMPILED_MEAN_DRIFT if compiled else _MEAN_DRIFT)[dtype]
-    if not (drift <= limit and abs(mean_off) <= mean_limit and clipfrac == 0 and value_drift <= 10 * limit):
+    limit = _DRIFT[dtype]
+    if not (drift <= limit and abs(mean_off) <= _MEAN_DRIFT[dtype] and clipfrac == 0 and value_drift <= 10 * limit):
         raise InvariantError(
             "before the first step of an iteration the importance ratio must be 1 and the values unchanged, but max "
             f"|ratio - 1| is {drift:.2e} (limit {limit:.0e}), the mean ratio is off by {mean_off:.2e}, the clip "
@@ -47,14 +41,14 @@ def check_first_minibatch(
         )
 
 
-def check_reference(experience: Experience, dtype: str, compiled: bool = False) -> None:
+def check_reference(experience: Experience, dtype: str) -> None:
     """At the first iteration policy and reference are one model: the KL is 0 for every token.
 
     Raises:
         InvariantError: they differ.
     """
     gap = float((experience.logp - experience.logp_ref).abs().max())
-    if not gap <= (_COMPILED_DRIFT if compiled else _DRIFT)[dtype]:
+    if not gap <= _DRIFT[dtype]:
         raise InvariantError(
             "at the first iteration policy and reference must agree, but their log-probabilities differ by up to "
             f"{gap:.2e}. Usual causes: two different checkpoints, adapters that do not start at zero, an adapter left "

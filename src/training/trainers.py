@@ -439,7 +439,7 @@ class PPOTrainer:
             self.guard.rollout(update, error, rows)
             return self.guard.metrics() | phases.end_round(tokens)
         if update == 1:
-            check_reference(experience, self.runtime.dtype, config.compile)
+            check_reference(experience, self.runtime.dtype)
         penalised = penalise_missing_eos(experience.scores, experience.ended, config.missing_eos_penalty)
         n = experience.n.to(penalised.device)
         rewards = per_token_rewards(penalised, experience.logp, experience.logp_ref, n, self.kl_coef)
@@ -525,7 +525,7 @@ class PPOTrainer:
         )
         total = self.runtime.sum_over_ranks(total)
         if not norms and bool(total.isfinite()):  # what is not finite is told below, with its rows
-            check_first_minibatch(policy.means(), value.means(), self.runtime.dtype, config.compile)
+            check_first_minibatch(policy.means(), value.means(), self.runtime.dtype)
         rows = loop.prompt_order(len(self.train), config.global_batch_size, config.seed, self.step + 1)
         view = RowView(
             loss=lambda i: losses(np.array([i]))[0],

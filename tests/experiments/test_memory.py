@@ -39,6 +39,12 @@ def test_cases_cover_stages_training_and_precision() -> None:
     }
 
 
+@pytest.mark.parametrize(("capability", "half"), [((7, 5), "fp16"), ((8, 9), "bf16")])
+def test_cases_for_a_gpu_are_in_what_it_computes(monkeypatch, capability, half) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert {(c.device, c.dtype) for c in cases("cuda")} == {("cuda", half), ("cuda", "fp32")}
+
+
 def test_a_check_reports_what_is_off_and_what_fails(monkeypatch, capsys) -> None:
     answers = iter(
         [

@@ -172,7 +172,7 @@ def test_device_and_dtype_are_chosen_by_what_is_there(monkeypatch) -> None:
         choose_dtype("fp16", "cpu")
 
 
-def test_partial_sums_stay_wide_on_a_gpu(monkeypatch) -> None:
+def test_partial_sums_stay_wide_on_a_gpu() -> None:
     matmul = torch.backends.cuda.matmul
     for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
         setattr(matmul, name, True)
