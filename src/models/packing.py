@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
 
@@ -22,7 +24,7 @@ def kept_with(parameter: nn.Parameter, name: str, key: Any, make: Callable[[], M
     """`make()`, remembered as attribute `name` of a parameter until that, or `key`, changes.
 
     Roles that share a parameter share what was made of it. Optimizers and loads change it in place, which its version
-    counter tells; moving it to a device gives it other memory.
+    counter tells (for fused optimizers `_count_fused_steps` sees to that); moving it to a device gives it other memory.
     """
     kept = getattr(parameter, name, None)
     if kept is None or kept[0] != _state(parameter, key):
@@ -34,6 +36,20 @@ def kept_with(parameter: nn.Parameter, name: str, key: Any, make: Callable[[], M
 
 def _state(parameter: nn.Parameter, key: Any) -> tuple:
     return parameter._version, parameter.data_ptr(), parameter.dtype, key
+
+
+def _count_fused_steps(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """Have the version counters of parameters tell a fused step, too.
+
+    torch's fused kernels write to parameters behind autograd's back: `_version` stays what it was (AdamW of torch 2.13;
+    its other implementations count). What was made of a weight before the step would be taken for what it is now.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_fused_steps)  # of every optimizer, whoever makes it
 
 
 def decoding_weight(weight: nn.Parameter, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -7,8 +7,10 @@ from inference.generate import generate
 from models import packing
 from models.decoding import Decoder
 from models.gpt import KVCache
+from training.runtime import adamw
 
 EOS = 49
+CPU = torch.device("cpu")
 
 
 def filled(model, rows, pads):
@@ -74,23 +76,40 @@ def test_bf16_stays_near_the_training_forward(model, random_rows):
 
 
 @torch.no_grad()
-def test_new_weights_are_used_at_once(model, random_rows):
+def halve(model):
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+
+
+def train(model):
+    """Steps of the optimizer that training uses."""
+    optimizer = adamw([{"name": "policy", "params": list(model.parameters()), "lr": 0.1}], (0.9, 0.95), 1e-8, 0.0, CPU)
+    for _ in range(3):
+        model(torch.arange(8)[None]).logsumexp(-1).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("change", [halve, train])
+def test_new_weights_are_used_at_once(model, random_rows, change):
     """What is kept with a parameter must not outlive an optimizer step or a load."""
-    prompts = random_rows([4, 6], vocab_size=EOS)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0)
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-        after = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0)
-        for parameter in model.parameters():
-            for name in ("decoding_weight", "output_table"):
-                vars(parameter).pop(name, None)
-        fresh = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0)
-    assert torch.equal(after.logprobs, fresh.logprobs) and not torch.equal(before.logprobs, after.logprobs)
+    prompts, ids = random_rows([4, 6], vocab_size=EOS), torch.arange(20).view(2, 10)
+
+    def outcome(model):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logprobs = generate(model, prompts, max_new_tokens=4, eos_id=99, temperature=0).logprobs
+            return logprobs, model.token_logprobs(model.hidden(ids).flatten(0, 1), ids.flatten())
+
+    before = outcome(model)
+    change(model)
+    after = outcome(model)
+    fresh = type(model)(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    for old, new, expected in zip(before, after, outcome(fresh), strict=True):
+        assert torch.equal(new, expected) and not torch.equal(old, new)
 
 
 def test_roles_share_what_was_packed(make_model):
-    if not packing.can_pack(torch.device("cpu"), torch.bfloat16):
+    if not packing.can_pack(CPU, torch.bfloat16):
         pytest.skip("this CPU has no packed bf16 weights")
     weight = make_model().transformer.h[0].attn.c_attn.weight
     first = packing.kept_with(weight, "decoding_weight", 0, lambda: packing.pack(weight.bfloat16()))

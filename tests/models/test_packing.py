@@ -30,6 +30,18 @@ def test_kept_until_the_parameter_or_the_key_changes():
     assert take("b") == 4
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_step_is_a_change(fused):
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.5, fused=fused)
+    for _ in range(2):
+        kept = kept_with(parameter, "made", None, lambda: parameter.detach().clone())
+        assert torch.equal(kept, parameter)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        assert not torch.equal(kept, parameter)
+
+
 def decoded(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
     """A frozen layer that decoding has used in bf16."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=torch.bfloat16)

@@ -1,0 +1,54 @@
+"""Training in half precision gets to where fp32 gets: it differs by rounding, step after step."""
+
+import pytest
+from accelerate.state import AcceleratorState
+from gpu_marks import NEEDS_CUDA
+from setups import ranked_examples, read_metrics, sft_examples
+
+from models.gpt import GPT, GPTRewardModel
+from training.runtime import Runtime, choose_dtype
+
+HALF = [("cpu", "bf16"), *(pytest.param(("cuda", dtype), marks=NEEDS_CUDA) for dtype in ("bf16", "fp16"))]
+
+
+def runtime(device: str, dtype: str) -> Runtime:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Runtime(device, dtype, 0)
+
+
+@pytest.fixture(params=HALF, ids=lambda on: "-".join(on))
+def half(request) -> tuple[str, str]:
+    if request.param == ("cuda", "bf16") and choose_dtype("auto", "cuda") != "bf16":
+        pytest.skip("this GPU only emulates bf16")
+    return request.param
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_the_loss_follows_that_of_fp32(sft_trainer, rm_trainer, make_model, half, stage) -> None:
+    """A forward pass that used weights of an earlier step would learn something else, its own loss near 0 or not."""
+
+    def losses(device: str, dtype: str) -> list[float]:
+        on = runtime(device, dtype)
+        models = {} if stage == "sft" else {"sft": on.place(make_model(GPT, std=0.1))}
+        make, examples = {"sft": (sft_trainer, sft_examples(24)), "rm": (rm_trainer, ranked_examples(24))}[stage]
+        trainer = make(examples, examples, on=on, lr=3e-3, epochs=20, max_steps=60, eval_every=20, **models)
+        assert trainer.fit() == 0
+        key = {"sft": "eval/loss", "rm": "eval/nll"}[stage]
+        return [line[key] for line in read_metrics(trainer.run) if key in line]
+
+    expected, found = losses(half[0], "fp32"), losses(*half)
+    assert len(expected) == len(found) >= 3 and abs(expected[-1] / expected[0] - 1) > 0.1  # it has learned something
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_sampler_and_training_see_the_same_policy_after_steps(ppo_trainer, make_model, half) -> None:
+    """Both make copies of weights in half precision; one left over from before a step would be another policy."""
+    on = runtime(*half)
+    roles = {"reference": make_model(GPT, std=0.1), "reward_model": make_model(GPTRewardModel, seed=1, std=0.1)}
+    trainer = ppo_trainer(on=on, lr=1e-2, **{name: on.place(model) for name, model in roles.items()})
+    table = trainer.runtime.unwrap(trainer.policy).actor.transformer.wte.weight
+    for update in (1, 2, 3):
+        before = table.detach().clone()
+        metrics = trainer.iteration(update)
+        assert metrics["time/sampler_vs_train_logp_max"] < 0.05, update
+    assert (table - before).norm() > 0.02 * before.norm()  # or the test would show little
