@@ -2,9 +2,11 @@
 
 Shapes: B prompts, P padded prompt width, T longest response, V vocabulary.
 
-Prompts are left-padded, so that all rows write the same cache column at each step. A row stops at EOS; once a quarter
-of the rows still in work have stopped, the stopped ones are dropped from the batch and the cache, so at most a quarter
-of any step's work is spent on rows that have ended. The loop ends when all have. Stop strings end a row like EOS.
+All rows write the same cache column at each step. The model reads the prompts right-padded, where causal attention
+needs no mask; what is behind a shorter prompt stays in the cache and is hidden from every step. A row stops at EOS;
+once a quarter of the rows still in work have stopped, the stopped ones are dropped from the batch and the cache, so at
+most a quarter of any step's work is spent on rows that have ended. The loop ends when all have. Stop strings end a row
+like EOS.
 
 Every row draws from a random stream of its own, so that what a row says depends on its seed and not on its batch mates.
 """
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from inference.stop_strings import StopStrings
 from models.gpt import KVCache
 from models.vocabulary import exp_, product_dtype
-from utils.batching import left_pad
+from utils.batching import left_pad, right_pad
 from utils.loss import temper
 
 
@@ -89,7 +91,8 @@ def generate(
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     if not len(prompts):
         raise ValueError("there is no prompt to continue")
-    prompt_ids, att = left_pad([_prompt_array(prompt, config.vocab_size) for prompt in prompts], pad_id)
+    prompts = [_prompt_array(prompt, config.vocab_size) for prompt in prompts]
+    prompt_ids, att = left_pad(prompts, pad_id)
     B, P = prompt_ids.shape
     if P + max_new_tokens > config.block_size:
         raise ValueError(
@@ -111,7 +114,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        logits = model.lm_head(model.hidden(prompt_ids, att, cache)[:, -1])  # (rows, V)
+        logits = model.lm_head(_read(model, prompts, cache))  # (rows, V)
         decoder = model.decoder(cache)
         for t in range(max_new_tokens):
             token, logp = sample(logits, temperature, top_k, top_p, None if uniforms is None else uniforms[rows, t])
@@ -135,6 +138,14 @@ def generate(
         model.train(was_training)
     width = int(n.max())
     return Generation(prompt_ids, att.sum(1), responses[:, :width], n, ended, at_string, logprobs[:, :width])
+
+
+def _read(model: nn.Module, prompts: Sequence[np.ndarray], cache: KVCache) -> Tensor:
+    """Fill the cache with prompts; returns the states [B, d] behind them."""
+    device = cache.att.device
+    ids, att = (x.to(device) for x in right_pad(prompts, 0))
+    last = torch.arange(len(ids), device=device) * ids.shape[1] + att.sum(1) - 1
+    return model.hidden(ids, att, cache, right_padded=True, at=last)
 
 
 def _reached(stop: StopStrings, responses: Tensor, alive: Tensor) -> Tensor:
@@ -169,9 +180,9 @@ def sample(
         # The id that crosses top_p is kept: the set must have at least that mass.
         ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, float("-inf"))
         z = torch.empty_like(z).scatter(-1, order, ordered)
-    z = z - z.amax(-1, keepdim=True)
-    token, total = _invert(exp_(z.clone()), uniform[:, None])
-    return token.squeeze(-1), (z.gather(-1, token) - total.log()).squeeze(-1).float()
+    top = z.amax(-1, keepdim=True)
+    token, total = _invert(exp_(z - top), uniform[:, None])
+    return token.squeeze(-1), (z.gather(-1, token) - top - total.log()).squeeze(-1).float()
 
 
 _SLICE = 128

@@ -60,7 +60,7 @@ class KVCache:
         """An empty cache for `rows` sequences of at most `columns` tokens."""
         shape = (rows, config.n_head, columns, config.head_dim)
         keys, values = (
-            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
+            [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
         )
         if device.type == "cpu":  # the same shape, but the other order in memory
             keys = [k.view(rows, config.n_head, config.head_dim, columns).transpose(2, 3) for k in keys]
@@ -191,8 +191,10 @@ class TransformerDecoder(nn.Module):
         seen = cache.length if cache is not None else 0
         if seen + L > self.config.block_size:
             raise ValueError(f"{seen + L} tokens do not fit the context of {self.config.block_size}")
-        if cache is None and (att is None or right_padded):
+        if seen == 0 and (att is None or right_padded):
             # Rows start at column 0: causal attention hides the padding behind each row without a mask.
+            if cache is not None:
+                cache.att[:, :L] = True if att is None else att
             positions = torch.arange(L, device=ids.device)
             return ids if att is None else ids.masked_fill(~att, 0), positions, None
         if att is None:
@@ -245,7 +247,8 @@ class GPT(nn.Module):
             ids: [B, L] int64; anything may stand where att is false.
             att: [B, L] bool (or 0 and 1), true on real tokens; None when all are. Padding may be on either side.
             cache: keys and values of the tokens before these; this call's are appended.
-            right_padded: promise that every row starts at column 0, which saves building a mask.
+            right_padded: promise that every row starts at column 0, which saves building a mask (with a cache as long
+                as that is empty).
             at: [N] int64 indices into the B * L flattened columns; the last block's second half and the final LayerNorm
                 are computed only there.
 

@@ -15,16 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.packing import frozen_linear
+
 # Below this many rows the call itself takes most of the time, and torch's own has less to do.
 _FEW_ROWS = 32
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by way of `linear`."""
+    """`nn.Linear` by way of `linear`, or of the packed copy of its weight where there is one and it serves."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return linear(x, self.weight, self.bias)
+        flat = x.reshape(-1, x.shape[-1])
+        if torch.is_autocast_enabled(x.device.type):
+            flat = flat.to(torch.get_autocast_dtype(x.device.type))
+        y = frozen_linear(flat, self.weight, self.bias)
+        return linear(x, self.weight, self.bias) if y is None else y.view(*x.shape[:-1], self.out_features)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

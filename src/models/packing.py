@@ -1,10 +1,10 @@
 """Weights in the type and layout that decoding reads fastest, made once and kept with the parameter.
 
 On a CPU `F.linear` rearranges a bf16 weight at every call. A decoding step multiplies each weight with a handful of
-rows, so that takes longer than the product: packed, the products of GPT-2 124M with 8 rows took 0.4 of the time. The
-frozen base of PPO's roles is packed already when they come to their own forward passes, which then use it too. The
-operators are those to which torch.compile's freezing lowers a linear layer (torch/_inductor/fx_passes/
-mkldnn_fusion.py); where torch lacks them everything falls back to `F.linear`.
+rows, so that takes longer than the product: packed, the products of GPT-2 124M with 8 rows took 0.4 of the time.
+Weights that are packed already serve every forward pass that wants no gradient of them: the prompts', and those of
+PPO's roles on their frozen base. The operators are those to which torch.compile's freezing lowers a linear layer
+(torch/_inductor/fx_passes/ mkldnn_fusion.py); where torch lacks them everything falls back to `F.linear`.
 """
 
 from __future__ import annotations
@@ -63,14 +63,16 @@ def _prepare(weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def frozen_linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor | None:
-    """x W^T + b [N, out] of x [N, in] by the packed copy of a weight that does not train, differentiable by x.
+    """x W^T + b [N, out] of x [N, in] by the packed copy of a weight that wants no gradient, differentiable by x.
 
     None where decoding has left no such copy: it is not worth memory of its own. The bits are those of `F.linear`.
     """
     if torch.compiler.is_compiling():  # it cannot look into a packed tensor
         return None
     state, (_, packed) = getattr(weight, "decoding_weight", None) or (None, (None, None))
-    if packed is None or state != _state(weight, x.dtype) or weight.requires_grad or bias.requires_grad:
+    if packed is None or state != _state(weight, x.dtype):
+        return None
+    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
         return None
     return _FrozenLinear.apply(x, weight, bias, packed)
 

@@ -77,6 +77,13 @@ def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, 
     return torch.from_numpy(_fill(prompts, att, pad_id)), torch.from_numpy(att)
 
 
+def right_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts to (ids [B, P] int64, att [B, P] bool), PAD on the right."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    att = np.arange(int(lengths.max())) < lengths[:, None]
+    return torch.from_numpy(_fill(prompts, att, pad_id)), torch.from_numpy(att)
+
+
 def epoch_batches(
     lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, window: int = 1, drop_last: bool = True
 ) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ from models import packing
 from models.decoding import Decoder
 from models.gpt import KVCache
 from training.runtime import adamw
+from utils.batching import right_pad
 
 EOS = 49
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def filled(model, rows, pads):
         ids[b, width - len(row) :] = torch.as_tensor(row)
         att[b, width - len(row) :] = True
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    cache = KVCache.allocate(model.config, len(rows), width + 6, torch.device("cpu"), dtype)
+    cache = KVCache.allocate(model.config, len(rows), width + 6, CPU, dtype)
     model.hidden(ids, att, cache)
     return cache, ids, att
 
@@ -48,6 +49,23 @@ def test_steps_are_the_whole_model(model, random_rows, lengths):
         ids, att = torch.cat([ids, token[:, None]], 1), torch.cat([att, torch.ones(4, 1, dtype=torch.bool)], 1)
         torch.testing.assert_close(decoder.step(token), model(ids, att)[:, -1], atol=1e-5, rtol=0)
         assert torch.equal(cache.att[:, : cache.length], att)
+
+
+@torch.no_grad()
+def test_prompts_may_be_padded_on_the_right(model, random_rows):
+    """As sampling reads them: what lies behind a shorter prompt stays in the cache, and no step may see it."""
+    rows = random_rows([5, 3, 9, 1], vocab_size=EOS)
+    left, _, _ = filled(model, rows, [0] * 4)
+    right = KVCache.allocate(model.config, 4, 15, CPU, torch.float32)
+    ids, att = right_pad([row.numpy() for row in rows], 50)
+    last = torch.arange(4) * 9 + att.sum(1) - 1
+    states = model.hidden(ids, att, right, right_padded=True, at=last)
+    torch.testing.assert_close(states, model.hidden(ids, att, right_padded=True).flatten(0, 1)[last])
+    ours, theirs = Decoder(model, right), Decoder(model, left)
+    assert torch.equal(ours.position, theirs.position) and torch.equal(right.att[:, :9], att)
+    for t in range(4):
+        token = torch.arange(4) + t
+        torch.testing.assert_close(ours.step(token), theirs.step(token), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -118,7 +136,7 @@ def test_roles_share_what_was_packed(make_model):
 
 @torch.no_grad()
 def test_packed_products_are_the_plain_ones():
-    if not packing.can_pack(torch.device("cpu"), torch.bfloat16):
+    if not packing.can_pack(CPU, torch.bfloat16):
         pytest.skip("this CPU has no packed bf16 weights")
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 64), (96, 64), (96,)))

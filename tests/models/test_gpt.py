@@ -100,6 +100,18 @@ def test_every_query_sees_something(make_model):
     ]
 
 
+def test_right_padded_rows_need_no_mask_unless_the_cache_holds_something(make_model):
+    model = make_model()
+    ids, att = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[True, True, True], [True, False, False]])
+    cache = KVCache.allocate(model.config, 2, 6, ids.device, torch.float32)
+    assert model.transformer._inputs(ids, att, cache, True)[2] is None
+    assert torch.equal(cache.att[:, :3], att)
+    cache.length = 3
+    _, positions, mask = model.transformer._inputs(ids, att, cache, True)
+    assert positions.tolist() == [[3, 4, 5], [1, 1, 1]]
+    assert mask[1, 0, 0].tolist() == [True, False, False, True, False, False]
+
+
 def test_attention_mask_of_a_tokenizer_is_accepted(make_model, padded, random_rows):
     model = make_model()
     ids, att = padded(random_rows(LENGTHS), 2, "left")

@@ -71,9 +71,27 @@ def test_no_stale_or_trained_weight_is_taken_from_its_copy():
     assert frozen_linear(x.float(), layer.weight, layer.bias) is None
     layer.weight.requires_grad_(True)
     assert frozen_linear(x, layer.weight, layer.bias) is None
+    with torch.no_grad():
+        assert frozen_linear(x, layer.weight, layer.bias) is not None
     layer.weight.requires_grad_(False).add_(1)
     assert frozen_linear(x, layer.weight, layer.bias) is None
     assert frozen_linear(x, nn.Parameter(torch.randn(8, 8).bfloat16(), False), layer.bias) is None
+
+
+@packs
+@torch.no_grad()
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_plain_model_reads_prompts_by_what_decoding_packed(trains):
+    torch.manual_seed(0)
+    model = GPT(get_configs("gpt2-nano")).requires_grad_(trains).eval()
+    ids = torch.randint(0, 1024, (3, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model.hidden(ids)
+        model.batch_generate([ids[0]], 2, 1023)
+        layer, x = model.transformer.h[0].mlp.c_fc, torch.randn(4, 128)
+        assert frozen_linear(x.bfloat16(), layer.weight, layer.bias) is not None
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert torch.equal(model.hidden(ids), before)
 
 
 @packs

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from config.user_error import UserError
-from utils.batching import Batch, collate_ranked, collate_sft, epoch_batches, left_pad, micro_batches, shard
+from utils.batching import (
+    Batch,
+    collate_ranked,
+    collate_sft,
+    epoch_batches,
+    left_pad,
+    micro_batches,
+    right_pad,
+    shard,
+)
 from utils.dataset import RankedExample, SFTExample
 
 EOS = 50256
@@ -52,6 +61,12 @@ def test_left_pad():
     out, att = left_pad([ids(1, 2, 3), ids(4)], 9)
     assert out.tolist() == [[1, 2, 3], [9, 9, 4]]
     assert att.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_right_pad():
+    out, att = right_pad([ids(1, 2, 3), ids(4)], 9)
+    assert out.tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert att.tolist() == [[True] * 3, [True, False, False]]
 
 
 def test_batches_move_to_a_device():
