@@ -59,6 +59,7 @@ def dropout_on() -> Iterator[None]:
         mock.patch.object(start, "without_dropout", with_dropout),
         mock.patch.object(trainers, "check_first_minibatch", lambda *_: None),
         mock.patch.object(trainers, "check_reference", lambda *_: None),
+        mock.patch.object(trainers, "check_sampler", lambda *_: None),
     ):
         yield
 

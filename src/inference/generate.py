@@ -145,7 +145,9 @@ def _read(model: nn.Module, prompts: Sequence[np.ndarray], cache: KVCache) -> Te
     device = cache.att.device
     ids, att = (x.to(device) for x in right_pad(prompts, 0))
     last = torch.arange(len(ids), device=device) * ids.shape[1] + att.sum(1) - 1
-    return model.hidden(ids, att, cache, right_padded=True, at=last)
+    states = model.hidden(ids, att, cache, right_padded=True, at=last)
+    torch.clear_autocast_cache()  # its copies of the weights; the steps have theirs from `models.packing`
+    return states
 
 
 def _reached(stop: StopStrings, responses: Tensor, alive: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             flat = flat.to(torch.get_autocast_dtype(x.device.type))
         y = frozen_linear(flat, self.weight, self.bias)
-        return linear(x, self.weight, self.bias) if y is None else y.view(*x.shape[:-1], self.out_features)
+        if y is None:
+            y = linear(flat, self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

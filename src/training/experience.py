@@ -149,7 +149,7 @@ class Rollouts:
                 with self.runtime.autocast():
                     logp = self.reference.token_logprobs(batch.states(self.reference), batch.tokens, tau)
                 experience.logp_ref[batch.rows, : batch.rmask.shape[1]] = batch.unpack(logp)
-        check_rollout(experience, ("logp", "logp_ref", "values", "scores"), cause)
+        check_rollout(experience, ("sampler_logp", "logp", "logp_ref", "values", "scores"), cause)
 
     def _add_reward(self, experience: Experience, reward_fn: ScoreTexts) -> NonFiniteReward | None:
         """Add the reward function's scores; what it said if one of them is not finite."""

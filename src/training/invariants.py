@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from training.experience import Experience
+from utils.loss import masked_mean
 
 # Largest |ratio - 1| of any token, and of their mean, before the first step of an iteration. fp32 leaves rounding only.
 _DRIFT = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 2e-2}
 _MEAN_DRIFT = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-3}
+
+# Cached keys and other kernels leave rounding, so that single tokens of a large model may be off by more than a clip
+# range in half precision; their mean is not.
+_SAMPLER_GAP = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
 class InvariantError(RuntimeError):
@@ -53,6 +58,22 @@ def check_reference(experience: Experience, dtype: str) -> None:
             "at the first iteration policy and reference must agree, but their log-probabilities differ by up to "
             f"{gap:.2e}. Usual causes: two different checkpoints, adapters that do not start at zero, an adapter left "
             "on in the reference, dropout"
+        )
+
+
+def check_sampler(experience: Experience, dtype: str) -> None:
+    """Responses were sampled from the policy that is trained: mean |log-probability then - now| over their tokens.
+
+    Raises:
+        InvariantError: they were not.
+    """
+    gap = float(masked_mean((experience.logp - experience.sampler_logp).abs(), experience.rmask))
+    if not gap <= _SAMPLER_GAP[dtype]:
+        raise InvariantError(
+            "the sampler and the training forward give the same tokens log-probabilities that differ by "
+            f"{gap:.2e} on average (limit {_SAMPLER_GAP[dtype]:.0e}): responses are not sampled from the policy that "
+            "is trained. Usual causes: dropout, another temperature or other position ids in one of the two, weights "
+            "of before an optimizer step in the sampler, a sampler that cuts the distribution"
         )
 
 

@@ -39,7 +39,7 @@ ATTENTION_DROPOUT = 3  # on a CPU: tensors [rows, heads, L, L] of attention writ
 # is made of a slice of it in fp32 comes on top, per logit of the slice: itself, exp of it and their product (entropy).
 LOGIT_BYTES = {"once": 2, "half": 4, "wide": 4}
 SLICE_BYTES = 12
-SAMPLED_LOGIT_BYTES = 16  # per logit of a sampling step: logits, tempered, shifted, exponentiated
+SAMPLED_LOGIT_BYTES = 12  # per logit of a sampling step: logits, tempered, exponentiated
 TABLE_WORK = 2  # gradients of a token table that trains, [V, d] wide, at the same time beside the one it accumulates to
 
 # On a CPU: what the heap loses to holes during a pass, as a share of the activations. glibc (2.36) does not reuse the

@@ -250,8 +250,9 @@ def _copies(roles: list[Role], product: torch.dtype, device: str) -> list[Item]:
             # Where a frozen weight has the product's type already, only a CPU needs another layout of it.
             decoding += 2 * (w.all_matrices if device == "cpu" else w.trained_matrices)
         if (role.samples or role.logprobs) and (w.table_trains or i == 0 or not role.same_base):
-            # The centred table; its packed twin serves decoding on a CPU.
-            tables += (4 if role.samples and device == "cpu" else 2) * w.table
+            tables += 2 * w.table  # centred
+        if role.samples and device == "cpu":
+            tables += 2 * w.table  # its packed twin, which serves decoding
     return [Item("weights laid out for decoding", decoding, ALWAYS), Item("output projections", tables, ALWAYS)]
 
 
@@ -276,12 +277,12 @@ def _rollout(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dt
     budget = cached_tokens(model.config.block_size, *sizes)
     together = max(1, min(wanted, budget // longest))
     prompt = max(1, longest - new)
-    size, d = counts.width(product), model.config.n_embd
+    d = model.config.n_embd
     cached = counts.width(KVCache.dtype_on(device, product))
     cache = 2 * model.config.n_layer * together * (longest - 1) * d * cached
     kept = counts.kept_per_token(replace(model.config, dropout=0.0), product, device, longest)
-    # The prompts' pass: one block in work, the stream, and a mask that attention turns into numbers.
-    prompts = together * prompt * (kept + counts.stream_per_token(model.config) + prompt * (1 + size))
+    # The prompts' pass: one block in work, and the stream.
+    prompts = together * prompt * (kept + counts.stream_per_token(model.config))
     logits = counts.SAMPLED_LOGIT_BYTES * together * model.config.vocab_size
     stored = wanted * (longest * 18 + new * 33) if isinstance(config, PPOConfig) else 0
     return [

@@ -34,6 +34,7 @@ from utils.tokenizer import Tokenizer
 
 # What a report calls the fields of an Experience.
 _NAMES = {
+    "sampler_logp": "the sampler's log-probability",
     "logp": "the policy's log-probability",
     "logp_ref": "the reference's log-probability",
     "values": "the critic's value",

@@ -26,7 +26,7 @@ from config.user_error import RunStopped
 from training import loop
 from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, minibatch_plan
 from training.held_out import evaluate_policy, evaluate_ranking, sample_answers
-from training.invariants import check_first_minibatch, check_frozen, check_reference, parameter_hash
+from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, parameter_hash
 from training.nonfinite import Guard, NonFiniteRollout, RowView
 from training.phases import Phases
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
@@ -440,6 +440,7 @@ class PPOTrainer:
             return self.guard.metrics() | phases.end_round(tokens)
         if update == 1:
             check_reference(experience, self.runtime.dtype)
+        check_sampler(experience, self.runtime.dtype)
         penalised = penalise_missing_eos(experience.scores, experience.ended, config.missing_eos_penalty)
         n = experience.n.to(penalised.device)
         rewards = per_token_rewards(penalised, experience.logp, experience.logp_ref, n, self.kl_coef)

@@ -189,6 +189,20 @@ def test_ended_rows_leave_the_batch(model, random_rows, watched):
     assert watched[-1] < 40
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_cell_of_the_cache_is_read_before_it_is_written(make_model, prompts, dtype):
+    """torch fills new memory with NaN in its deterministic mode: what is read unwritten would show."""
+    model, options = make_model(n_embd=32).to(dtype), {"max_new_tokens": T, "eos_id": EOS, "seeds": SEEDS}
+    expected = generate(model, prompts, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        found = generate(model, prompts, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.responses, expected.responses) and torch.equal(found.logprobs, expected.logprobs)
+
+
 @torch.no_grad()
 def test_mode_and_gradients_are_left_as_they_were(make_model, random_rows):
     model = make_model(dropout=0.5)

@@ -53,14 +53,16 @@ def decoded(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 @packs
 @pytest.mark.parametrize("rows", [1, 5, 128, 333])
-def test_the_packed_product_has_the_bits_of_the_plain_one(rows):
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 96), (768, 3072), (3072, 768)])
+def test_the_packed_product_has_the_bits_of_the_plain_one(rows, n_in, n_out):
+    """PPO's ratio rests on it: scores may be taken from packed weights and the loss from plain ones."""
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(96, 64, generator=generator), torch.randn(96, generator=generator)
+    weight, bias = torch.randn(n_out, n_in, generator=generator), torch.randn(n_out, generator=generator)
     layer = decoded(weight, bias)
-    x = torch.randn(rows, 64, generator=generator).bfloat16().requires_grad_()
+    x = torch.randn(rows, n_in, generator=generator).bfloat16().requires_grad_()
     ours, plain = frozen_linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias)
     assert torch.equal(ours, plain)
-    g = torch.randn(rows, 96, generator=generator).bfloat16()
+    g = torch.randn(rows, n_out, generator=generator).bfloat16()
     assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (ours, plain)))
 
 

@@ -97,6 +97,23 @@ def test_another_temperature_stops_the_run(ppo_trainer) -> None:
         trainer.iteration(2)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_sampler_with_other_weights_stops_the_run(ppo_trainer, monkeypatch, dtype) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = ppo_trainer(on=Runtime("cpu", dtype, 0))
+    sample = trainer.rollouts.sample
+
+    def sample_then_change(*args):
+        experience = sample(*args)
+        with torch.no_grad():
+            trainer.rollouts.actor.transformer.wte.weight.mul_(1.2)
+        return experience
+
+    monkeypatch.setattr(trainer.rollouts, "sample", sample_then_change)
+    with pytest.raises(InvariantError, match="not sampled from the policy that is trained.*before an optimizer step"):
+        trainer.iteration(2)
+
+
 def test_weights_changed_behind_the_rollout_stop_the_run(ppo_trainer, monkeypatch) -> None:
     trainer = ppo_trainer()
     look = trainer.rollouts.look

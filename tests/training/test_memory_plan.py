@@ -130,6 +130,10 @@ def test_precision_decides_about_copies() -> None:
     assert item(lora, names[0]) == 0 < item(cpu, names[0]) == item(full, names[0])
     assert item(cpu, names[1]) == 2 * item(lora, names[1]) > 0
     assert item(full, names[2]) > 0 == item(lora, names[2])
+    for method in ("lora", "last_block"):  # the actor samples from the table that it shares with the reference
+        preset, options = ("gpt2/lora", {}) if method == "lora" else ("gpt2", {"freeze": method})
+        gpu, cpu = (item(plan(PPOConfig, preset, device=device, **options), names[1]) for device in ("cuda", "cpu"))
+        assert cpu == 2 * gpu > 0
 
 
 def test_the_table_adds_up() -> None:

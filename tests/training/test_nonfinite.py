@@ -211,9 +211,23 @@ def break_gradient(trainer, iteration: int) -> None:
     parameter.register_hook(lambda g: g * math.nan if trainer.step == iteration - 1 else g)
 
 
+def break_sampler(trainer, iteration: int) -> None:
+    sample = trainer.rollouts.sample
+
+    def broken(prompts, seeds):
+        experience = sample(prompts, seeds)
+        if trainer.step == iteration - 1:
+            experience.sampler_logp[5] = math.nan
+        return experience
+
+    trainer.rollouts.sample = broken
+
+
 def inject(trainer, what: str, iteration: int, monkeypatch) -> None:
     if what == "logp_ref":
         break_reference(trainer, iteration)
+    elif what == "sampler_logp":
+        break_sampler(trainer, iteration)
     elif what == "loss":
         break_loss(trainer, iteration, monkeypatch)
     else:
@@ -222,7 +236,12 @@ def inject(trainer, what: str, iteration: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "what,tensor",
-    [("logp_ref", "the reference's log-probability"), ("loss", "the loss"), ("gradient", "the gradient of critic.")],
+    [
+        ("sampler_logp", "the sampler's log-probability"),
+        ("logp_ref", "the reference's log-probability"),
+        ("loss", "the loss"),
+        ("gradient", "the gradient of critic."),
+    ],
 )
 def test_ppo_stops_before_the_step(ppo_trainer, what, tensor, monkeypatch) -> None:
     trainer = ppo_trainer(save_every=1, batch_size=1)
@@ -238,8 +257,8 @@ def test_ppo_stops_before_the_step(ppo_trainer, what, tensor, monkeypatch) -> No
     record = json.loads((trainer.run / "nonfinite_step_00000002.json").read_text())
     named = [r["row"] for r in record["rows"]]
     assert set(named) <= set(rows.tolist())
-    if what == "logp_ref":
-        assert named == [rows[5]] and "nan" in record["rows"][0]["values"]["logp_ref"]
+    if what in ("sampler_logp", "logp_ref"):
+        assert named == [rows[5]] and "nan" in record["rows"][0]["values"][what]
         assert all(math.isfinite(x) for x in record["rows"][0]["values"]["logp"])
     for row in record["rows"]:
         (sequence,) = row["sequences"]

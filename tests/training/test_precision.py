@@ -3,6 +3,7 @@
 import pytest
 from accelerate.state import AcceleratorState
 from gpu_marks import NEEDS_CUDA
+from scripts import call, newest
 from setups import ranked_examples, read_metrics, sft_examples
 
 from models.gpt import GPT, GPTRewardModel
@@ -52,3 +53,33 @@ def test_sampler_and_training_see_the_same_policy_after_steps(ppo_trainer, make_
         metrics = trainer.iteration(update)
         assert metrics["time/sampler_vs_train_logp_max"] < 0.05, update
     assert (table - before).norm() > 0.02 * before.norm()  # or the test would show little
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """An SFT and a reward model for PPO to start from."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert call("sft", "-n base", folder).code == 0
+    assert call("rm", "-n base -p sft_base", folder).code == 0
+    return folder
+
+
+WAYS = {
+    "full": "",
+    "last-block": "--freeze last_block",
+    "recomputed": "--activation-checkpointing",
+    "lora": "--config gpt2-nano/lora",
+    "lora-shared": "--config gpt2-nano/lora --share-adapter",
+    "lora-recomputed": "--config gpt2-nano/lora --activation-checkpointing",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_keeps_the_invariants_of_ppo(started, way, half) -> None:
+    """The loop checks them: responses come from the policy that trains, whose ratio is 1 before its first step."""
+    device, dtype = half
+    flags = f"-a sft_base -c rm_base --dtype {dtype} --lr 1e-2 --critic-lr 1e-2 --max-steps 3 {WAYS[way]}"
+    result = call("ppo", f"-n {way} {flags}", started, device)
+    assert result.code == 0, result.err
+    lines = [line for line in read_metrics(newest(started, f"ppo_{way}")) if "objective/kl" in line]
+    assert lines[0]["objective/kl"] == 0 and abs(lines[-1]["objective/kl"]) > 0.01  # it has moved, or this shows little
