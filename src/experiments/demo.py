@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Stage:
     flags: tuple[str, ...]
 
 
-def stages(stem: str, variants: tuple[str, ...]) -> list[Stage]:
-    """The commands of one seed; `stem` tells its runs apart from other seeds'."""
+def stages(stem: str, variants: tuple[str, ...], flags: tuple[str, ...] = ()) -> list[Stage]:
+    """The commands of one seed; `stem` tells its runs apart from other seeds', `flags` go to every script."""
     ppo = ("-a", f"sft_{stem}", "-c", f"rm_{stem}", "--eval-reward-fn", GOLD)
     plan = [
         # 300 steps on the world's plain text stand for GPT-2's pre-training.
@@ -52,7 +52,8 @@ def stages(stem: str, variants: tuple[str, ...]) -> list[Stage]:
         "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
         "lora": Stage("PPO, LoRA", "train_ppo.py", ("-n", f"{stem}_lora", *ppo, "--config", "gpt2-nano/lora")),
     }
-    return plan + [extra[variant] for variant in variants]
+    plan += [extra[variant] for variant in variants]
+    return [replace(stage, flags=stage.flags + flags) for stage in plan]
 
 
 def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: bool = False) -> float:
@@ -88,11 +89,12 @@ def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: b
 
 
 def run_seed(
-    seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False
-) -> dict[str, Any]:
-    """All stages of one seed and their judgement."""
+    seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False,
+    flags: tuple[str, ...] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """All stages of one seed and their judgement; `flags` go to every script."""
     stem = f"demo_s{seed}"
-    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in stages(stem, variants)}
+    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in stages(stem, variants, flags)}
     print("\n== judging by the gold reward", flush=True)
     started = time.perf_counter()
     runs = {
@@ -104,10 +106,10 @@ def run_seed(
     return {"seed": seed, "seconds": seconds, **result}
 
 
-def run_demo(seed: int, runs_dir: str, prompts: int) -> int:
-    """What `make demo` does; 1 when RLHF did not work."""
+def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()) -> int:
+    """What `make demo` does; 1 when RLHF did not work. `flags` go to every script."""
     started = time.perf_counter()
-    result = run_seed(seed, runs_dir, (), prompts)
+    result = run_seed(seed, runs_dir, (), prompts, flags=flags)
     print(table([result]))
     minutes = (time.perf_counter() - started) / 60
     took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())

@@ -68,8 +68,12 @@ def demo_task(task: str, parser: Parser, rest: list[str]) -> int:
     parser.add_argument("--prompts", type=int, default=400, help="held-out prompts to judge on, at most 800")
     if task == "demo":
         parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="matrix precision of all stages")
+        parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="of all stages")
         flags = parser.parse_args(rest)
-        return run_demo(flags.seed, flags.runs_dir, flags.prompts)
+        given = {"--dtype": flags.dtype, "--device": flags.device}
+        everywhere = tuple(word for pair in given.items() if pair[1] for word in pair)
+        return run_demo(flags.seed, flags.runs_dir, flags.prompts, everywhere)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=["kl0", "lora"], choices=["kl0", "lora"])
     parser.add_argument("--parallel", type=int, default=1, help="seeds run at the same time, with one thread each")

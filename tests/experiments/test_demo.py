@@ -120,3 +120,9 @@ def test_failures_name_what_was_missed():
     bad["systems"]["ppo"] |= {"gold": 1.0, "win_rate_ci": (0.6, 0.7), "kl": 30.0, "eos_rate": 0.5}
     bad["reward_model"]["noise_free_accuracy"] = 0.6
     assert len(failures(bad)) == 5
+
+
+def test_flags_go_to_every_script():
+    plan = demo.stages("x", ("kl0", "lora"), ("--dtype", "bf16"))
+    assert len(plan) == 6 and all(stage.flags[-2:] == ("--dtype", "bf16") for stage in plan)
+    assert [stage.flags[:-2] for stage in plan] == [stage.flags for stage in demo.stages("x", ("kl0", "lora"))]

@@ -72,7 +72,9 @@ def test_demo_flags_reach_the_demo(monkeypatch):
     monkeypatch.setattr("experiments.demo.run_demo", lambda *flags: calls.append(flags) or 0)
     monkeypatch.setattr("experiments.demo.run_results", lambda *flags: calls.append(flags) or 1)
     assert script.demo_task("demo", script.Parser(), ["--seed", "3", "--prompts", "10"]) == 0
-    assert calls.pop() == (3, "runs", 10)
+    assert calls.pop() == (3, "runs", 10, ())
+    assert script.demo_task("demo", script.Parser(), ["--dtype", "bf16"]) == 0
+    assert calls.pop() == (0, "runs", 400, ("--dtype", "bf16"))
     assert script.demo_task("results", script.Parser(), ["--seeds", "4", "5", "--variants", "kl0"]) == 1
     assert calls.pop()[:4] == ([4, 5], "runs", ("kl0",), 400)
     with pytest.raises(UserError, match="invalid choice: 'kl1'"):
