@@ -38,7 +38,8 @@ class KVCache:
     """Keys and values of everything seen so far, preallocated.
 
     keys, values: one [B, nh, S_max, hd] tensor per layer; in a CPU's memory the keys of a head lie as [hd, S_max], as a
-    query meets them (`models.attention.attend_one`). length: columns filled. att: [B, S_max] bool, which are real.
+    query meets them (`models.attention.attend_one`). length: columns filled; the others hold anything. att: [B, S_max]
+    bool, which are real.
     """
 
     keys: list[Tensor]

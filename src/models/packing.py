@@ -4,7 +4,7 @@ On a CPU `F.linear` rearranges a bf16 weight at every call. A decoding step mult
 rows, so that takes longer than the product: packed, the products of GPT-2 124M with 8 rows took 0.4 of the time.
 Weights that are packed already serve every forward pass that wants no gradient of them: the prompts', and those of
 PPO's roles on their frozen base. The operators are those to which torch.compile's freezing lowers a linear layer
-(torch/_inductor/fx_passes/ mkldnn_fusion.py); where torch lacks them everything falls back to `F.linear`.
+(torch/_inductor/fx_passes/mkldnn_fusion.py); where torch lacks them everything falls back to `F.linear`.
 """
 
 from __future__ import annotations

@@ -7,13 +7,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from training.runtime import Runtime, choose_dtype
 from training.trainers import PPOTrainer
 from utils.dataset import RankedExample, SFTExample
 from utils.tokenizer import Tokenizer
 
 VOCAB, EOS = 50, 49
+
+
+def runtime_on(device: str, dtype: str = "fp32") -> Runtime:
+    """A runtime in a precision of its own: Accelerate keeps the first one's for the whole process."""
+    if (device, dtype) == ("cuda", "bf16") and choose_dtype("auto", device) != "bf16":
+        pytest.skip("this GPU only emulates bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Runtime(device, dtype, 0)
 
 
 class LetterTokenizer(Tokenizer):

@@ -6,16 +6,14 @@ Skipped where there is none. `pytest -m gpu` runs these alone.
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from gpu_marks import NEEDS_CUDA
 from scripts import call, newest
-from setups import EOS, assert_equal_weights, read_metrics, weights
+from setups import EOS, assert_equal_weights, read_metrics, runtime_on, weights
 
 from inference.generate import generate
 from models.gpt import GPT, GPTRewardModel
 from training import preflight
 from training.device_memory import available_bytes
-from training.runtime import Runtime, choose_dtype
 from utils.run_folder import step_checkpoints
 
 DEVICE = "cuda"
@@ -37,13 +35,6 @@ def trainer_on(make_model, sft_trainer, rm_trainer, ppo_trainer):
         return {"sft": sft_trainer, "rm": rm_trainer, "ppo": ppo_trainer}[stage](on=runtime, **placed, **settings)
 
     return make
-
-
-def runtime_on(device, dtype="fp32"):
-    if dtype == "bf16" and choose_dtype("auto", DEVICE) != "bf16":
-        pytest.skip("this GPU only emulates bf16")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Runtime(device, dtype, 0)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from setups import EOS, VOCAB, prompt_examples, random_ids, response
+from setups import EOS, VOCAB, prompt_examples, random_ids, response, runtime_on
 
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.experience import ActorCritic, minibatch_plan
-from training.runtime import Runtime
 from utils.batching import collate_ranked
 from utils.dataset import RankedExample
 from utils.rows import Row
@@ -149,23 +148,16 @@ def test_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_actor(make_
 
 
 def test_outputs_are_fp32_under_bf16_autocast(make_model, ppo_trainer) -> None:
-    trainer = ppo_trainer(on=_fresh_runtime("bf16"))
+    trainer = ppo_trainer(on=runtime_on("cpu", "bf16"))
     experience = experience_of(trainer, count=16)
     assert {getattr(experience, n).dtype for n in ("logp", "logp_ref", "values", "scores")} == {torch.float32}
-    reference = experience_of(ppo_trainer(on=_fresh_runtime("fp32")))
+    reference = experience_of(ppo_trainer(on=runtime_on("cpu")))
     for name in ("logp", "values", "scores"):  # the same responses, unless a rounding changed a draw
         same = [i for i, (a, b) in enumerate(zip(experience.responses(), reference.responses())) if a == b]
         T = min(experience.rmask.shape[1], reference.rmask.shape[1])
         a, b = (getattr(e, name)[same] for e in (experience, reference))
         a, b = (x[:, :T] if x.ndim == 2 else x for x in (a, b))
         assert len(same) > 6 and 0 < (a - b).abs().max() < 2e-2
-
-
-def _fresh_runtime(dtype: str) -> Runtime:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Runtime("cpu", dtype, 0)
 
 
 @pytest.mark.parametrize("minibatches", [1, 3, 4])

@@ -1,26 +1,18 @@
 """Training in half precision gets to where fp32 gets: it differs by rounding, step after step."""
 
 import pytest
-from accelerate.state import AcceleratorState
 from gpu_marks import NEEDS_CUDA
 from scripts import call, newest
-from setups import ranked_examples, read_metrics, sft_examples
+from setups import ranked_examples, read_metrics, runtime_on, sft_examples
 
 from models.gpt import GPT, GPTRewardModel
-from training.runtime import Runtime, choose_dtype
 
 HALF = [("cpu", "bf16"), *(pytest.param(("cuda", dtype), marks=NEEDS_CUDA) for dtype in ("bf16", "fp16"))]
 
 
-def runtime(device: str, dtype: str) -> Runtime:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Runtime(device, dtype, 0)
-
-
 @pytest.fixture(params=HALF, ids=lambda on: "-".join(on))
 def half(request) -> tuple[str, str]:
-    if request.param == ("cuda", "bf16") and choose_dtype("auto", "cuda") != "bf16":
-        pytest.skip("this GPU only emulates bf16")
+    runtime_on(*request.param)  # skips the test where the device cannot
     return request.param
 
 
@@ -29,7 +21,7 @@ def test_the_loss_follows_that_of_fp32(sft_trainer, rm_trainer, make_model, half
     """A forward pass that used weights of an earlier step would learn something else, its own loss near 0 or not."""
 
     def losses(device: str, dtype: str) -> list[float]:
-        on = runtime(device, dtype)
+        on = runtime_on(device, dtype)
         models = {} if stage == "sft" else {"sft": on.place(make_model(GPT, std=0.1))}
         make, examples = {"sft": (sft_trainer, sft_examples(24)), "rm": (rm_trainer, ranked_examples(24))}[stage]
         trainer = make(examples, examples, on=on, lr=3e-3, epochs=20, max_steps=60, eval_every=20, **models)
@@ -44,7 +36,7 @@ def test_the_loss_follows_that_of_fp32(sft_trainer, rm_trainer, make_model, half
 
 def test_sampler_and_training_see_the_same_policy_after_steps(ppo_trainer, make_model, half) -> None:
     """Both make copies of weights in half precision; one left over from before a step would be another policy."""
-    on = runtime(*half)
+    on = runtime_on(*half)
     roles = {"reference": make_model(GPT, std=0.1), "reward_model": make_model(GPTRewardModel, seed=1, std=0.1)}
     trainer = ppo_trainer(on=on, lr=1e-2, **{name: on.place(model) for name, model in roles.items()})
     table = trainer.runtime.unwrap(trainer.policy).actor.transformer.wte.weight
