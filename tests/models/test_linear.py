@@ -15,6 +15,12 @@ def made():
     return [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
 
 
+@pytest.fixture(autouse=True)
+def on_amd(monkeypatch):
+    """As on an AMD processor, whatever this one is."""
+    monkeypatch.setattr(module, "_MKL_IS_SLOW", True)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Products that went by way of oneDNN."""
@@ -53,6 +59,18 @@ def test_everything_else_is_left_to_torch(made, calls):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight, bias).dtype == torch.bfloat16
     assert not calls
+
+
+def test_other_processors_keep_to_torch(made, calls, monkeypatch):
+    monkeypatch.setattr(module, "_MKL_IS_SLOW", False)
+    assert torch.equal(linear(*made), F.linear(*made))
+    assert not calls
+
+
+@pytest.mark.parametrize(("vendor", "slow"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_the_processor_decides(vendor, slow, monkeypatch):
+    monkeypatch.setattr(module.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    assert module._is_amd() is slow
 
 
 def test_the_layer_and_products_of_views(made, calls):
