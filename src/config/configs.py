@@ -453,7 +453,7 @@ _RECIPES: dict[str, dict[type, dict[str, Any]]] = {
         SFTConfig: dict(batch_size=16, global_batch_size=64, lr=3e-3, epochs=3, eval_every=150, warmup_steps=30),
         RMConfig: dict(batch_size=16, global_batch_size=32, lr=7e-4, eval_every=250, eval_examples=1000),
         PPOConfig: dict(
-            batch_size=32, global_batch_size=128, lr=3e-4, critic_lr=5e-4, iterations=50, temperature=1.0, kl_coef=0.08,
+            batch_size=32, global_batch_size=128, lr=3e-4, critic_lr=5e-4, iterations=40, temperature=1.0, kl_coef=0.08,
             response_length=64, eval_every=10, save_every=10,
         ),
     },

@@ -1,7 +1,7 @@
 """The offline demo: vanilla -> SFT -> reward model -> PPO with the scripts a user runs, judged by the gold reward.
 
-`make demo` runs one seed and fails when RLHF did not work. `-t results --seeds 0 1 2 --variants kl0 lora` makes the
-README's table and picture.
+`make demo` runs one seed, judges it on validation prompts and fails when RLHF did not work. `-t results --seeds 0 1 2
+--variants kl0 lora --split test` makes the README's table and picture.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
 from experiments.demo_judge import judge_demo
+from experiments.demo_table import judged_table, results_table, seed_table
 from utils.run_folder import REPO, newest_run, runs_root
 
 PRETRAINING = ("--epochs", "4", "--max-steps", "300")
@@ -46,7 +48,7 @@ def stages(stem: str, variants: tuple[str, ...], flags: tuple[str, ...] = ()) ->
         Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
         Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
         # Ten checkpoints are the ten points of the over-optimisation picture.
-        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "5", "--keep", "10")),
+        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "4", "--keep", "10")),
     ]
     extra = {
         "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
@@ -90,18 +92,22 @@ def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: b
 
 def run_seed(
     seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False,
-    flags: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (), split: str = "validation", train: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """All stages of one seed and their judgement; `flags` go to every script."""
+    """All stages of one seed and their judgement on a held-out split; `flags` go to every script.
+
+    With `train` False the newest runs of the seed are judged as they are.
+    """
     stem = f"demo_s{seed}"
-    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in stages(stem, variants, flags)}
+    plan = stages(stem, variants, flags) if train else []
+    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in plan}
     print("\n== judging by the gold reward", flush=True)
     started = time.perf_counter()
     runs = {
         "vanilla": f"sft_vanilla_{stem}", "sft": f"sft_{stem}", "rm": f"rm_{stem}", "ppo": f"ppo_{stem}",
         **{f"ppo_{v}": f"ppo_{stem}_{v}" for v in variants},
     }  # fmt: skip
-    result = judge_demo({name: newest_run(run, runs_dir) for name, run in runs.items()}, prompts, seed)
+    result = judge_demo({name: newest_run(run, runs_dir) for name, run in runs.items()}, prompts, seed, split)
     seconds["judging"] = time.perf_counter() - started
     return {"seed": seed, "seconds": seconds, **result}
 
@@ -110,7 +116,7 @@ def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()
     """What `make demo` does; 1 when RLHF did not work. `flags` go to every script."""
     started = time.perf_counter()
     result = run_seed(seed, runs_dir, (), prompts, flags=flags)
-    print(table([result]))
+    print(seed_table(result))
     minutes = (time.perf_counter() - started) / 60
     took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())
     path = runs_root(runs_dir) / "demo.json"
@@ -150,15 +156,20 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def run_results(
-    seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str
-) -> int:
+    seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str, split: str,
+    train: bool,
+) -> int:  # fmt: skip
     """Several seeds and variants, `parallel` at a time with one thread each; prints the README's tables."""
     threads = 1 if parallel > 1 else 0
     with ThreadPoolExecutor(parallel) as pool:
-        results = list(pool.map(lambda s: run_seed(s, runs_dir, variants, prompts, threads, quiet=parallel > 1), seeds))
+        one_seed = partial(
+            run_seed, runs_dir=runs_dir, variants=variants, prompts=prompts, threads=threads, quiet=parallel > 1,
+            split=split, train=train,
+        )  # fmt: skip
+        results = list(pool.map(one_seed, seeds))
     path = runs_root(runs_dir) / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
-    print(table(results))
+    print(results_table(results))
     print(f"figures in {path}")
     if "kl0" in variants:
         from experiments.demo_picture import draw_kl_ablation
@@ -171,57 +182,3 @@ def run_results(
     failed = [f"seed {r['seed']}: {line}" for r in results for line in failures(r)]
     print("\n".join(f"FAILED: {line}" for line in failed))
     return 1 if failed else 0
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Results as markdown: the systems of every seed, the reward models, the health of PPO."""
-    lines = [
-        "",
-        "| seed | system | gold reward | win rate over SFT (95 % interval) | proxy score | KL to SFT | tokens | ends |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        for name, s in result["systems"].items():
-            win = (
-                ""
-                if s["win_rate"] is None
-                else f"{s['win_rate']:.3f} ({s['win_rate_ci'][0]:.3f} to {s['win_rate_ci'][1]:.3f})"
-            )
-            kl = "" if s["kl"] is None else f"{s['kl']:.2f}"
-            cells = (result["seed"], name, f"{s['gold']:.2f}", win, f"{s['proxy']:.2f}", kl)
-            lines.append(_row(*cells, f"{s['tokens']:.1f}", f"{s['eos_rate']:.3f}"))
-    lines += [
-        "",
-        _row(
-            "seed",
-            "reward model: accuracy",
-            "best possible",
-            "on noise-free order",
-            "PPO: explained variance, 2nd half",
-        ),
-        "|---|---|---|---|---|",
-    ]
-    for result in results:
-        rm = result["reward_model"]
-        figures = (rm["accuracy"], rm["best_possible"], rm["noise_free_accuracy"], result["explained_var"])
-        lines.append(_row(result["seed"], *(f"{x:.3f}" for x in figures)))
-    return "\n".join(lines)
-
-
-def judged_table(result: dict[str, Any]) -> str:
-    """PPO and best-of-n against the SFT model they start from, as the gold reward judges them."""
-    lines = [
-        f"\njudged by the gold reward on {result['prompts']} held-out prompts; a tie is half a win:\n",
-        "| systems | win rate (95 % interval) | at equal length | wins | ties | losses |",
-        "|---|---|---|---|---|---|",
-    ]
-    for key, name in (("ppo", "PPO"), ("best_of_4", "best of 4"), ("best_of_16", "best of 16")):
-        s = result["systems"][key]
-        win = f"{s['win_rate']:.3f} ({s['win_rate_ci'][0]:.3f} to {s['win_rate_ci'][1]:.3f})"
-        controlled = "" if s["lc_win_rate"] is None else f"{s['lc_win_rate']:.3f}"
-        lines.append(_row(f"{name} vs SFT", win, controlled, s["wins"], s["ties"], s["losses"]))
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"

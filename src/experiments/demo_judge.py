@@ -1,4 +1,8 @@
-"""Judges the demo's models on held-out prompts by the gold reward that none of them was trained on."""
+"""Judges the demo's models on held-out prompts by the gold reward that none of them was trained on.
+
+Everything about the world and the recipe was chosen by the figures of the validation split. The test split is for the
+table in the README: looked at once, when nothing is to be chosen any more.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +35,23 @@ DEMO = REPO / "assets/demo"
 BEST_OF, BATCH = 16, 256
 
 
-def judge_demo(runs: dict[str, Path], count: int, seed: int) -> dict[str, Any]:
+def judge_demo(runs: dict[str, Path], count: int, seed: int, split: str = "validation") -> dict[str, Any]:
     """Figures of all systems of one seed, and the over-optimisation picture of its PPO run.
 
     Args:
         runs: run folders of "vanilla", "sft", "rm", "ppo" and, if there, "ppo_kl0", "ppo_lora".
         count: held-out prompts to judge on.
         seed: of the samples.
+        split: "validation" or "test".
+
+    Returns the figures as JSON values; "per_prompt" has the gold reward of each system on each prompt, in the order of
+    the split.
     """
     machine = Machine("cpu", BATCH)
     models = {name: text_model(run / "final") for name, run in runs.items() if name != "rm"}
     reward_model = load_reward_model(runs["rm"] / "final", "rm")
     ppo = PPORun.read(runs["ppo"])
-    prompts = held_out_prompts("demo", models["sft"].template, count)
+    prompts = held_out_prompts("demo", models["sft"].template, count, split)
     sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], seed)
     grader = Grader(models["sft"], proxy_of(ppo, machine), gold_reward, prompts, sampling, machine)
     graded = {name: grader.grade(model, name) for name, model in models.items()}
@@ -56,9 +64,11 @@ def judge_demo(runs: dict[str, Path], count: int, seed: int) -> dict[str, Any]:
     about = describe_measurement(ppo, "gold", sampling)
     _, picture = write_overoptimisation(checkpoints, samples, about, ppo.folder)
     return {
+        "split": split,
         "prompts": len(prompts),
         "systems": {name: summarise(graded[name], None if name == "sft" else graded["sft"]) for name in order},
-        "reward_model": grade_reward_model(reward_model, machine),
+        "per_prompt": {name: graded[name].gold.tolist() for name in order},
+        "reward_model": grade_reward_model(reward_model, machine, split),
         "explained_var": explained_variance_second_half(runs["ppo"]),
         "overoptimisation": str(picture),
     }
@@ -85,9 +95,9 @@ def summarise(system: Graded, baseline: Graded | None) -> dict[str, Any]:
     }
 
 
-def grade_reward_model(reward_model: TextModel, machine: Machine) -> dict[str, float]:
-    """Accuracy on the held-out pairs: as labelled (noisy), the best possible, and on the order of the gold rewards."""
-    rows = read_rows(DEMO / "pairs-test.jsonl.gz")
+def grade_reward_model(reward_model: TextModel, machine: Machine, split: str = "validation") -> dict[str, float]:
+    """Accuracy on held-out pairs: as labelled (noisy), the best possible, and on the order of the gold rewards."""
+    rows = read_rows(DEMO / f"pairs-{split}.jsonl.gz")
     dialogues = [reward_model.template.split_dialogue(row[key]) for row in rows for key in ("chosen", "rejected")]
     scores = np.array(score_texts(reward_model, machine)(*map(list, zip(*dialogues))))
     right = win_scores(scores[0::2], scores[1::2])

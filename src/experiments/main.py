@@ -65,7 +65,7 @@ def demo_task(task: str, parser: Parser, rest: list[str]) -> int:
     from experiments.demo import run_demo, run_results
 
     parser.add_argument("--runs-dir", default="runs", help="where run folders are made")
-    parser.add_argument("--prompts", type=int, default=400, help="held-out prompts to judge on, at most 800")
+    parser.add_argument("--prompts", type=int, default=400, help="held-out prompts to judge on; there are 400")
     if task == "demo":
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="matrix precision of all stages")
@@ -77,9 +77,16 @@ def demo_task(task: str, parser: Parser, rest: list[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", default=["kl0", "lora"], choices=["kl0", "lora"])
     parser.add_argument("--parallel", type=int, default=1, help="seeds run at the same time, with one thread each")
+    parser.add_argument(
+        "--split", choices=["validation", "test"], default="validation", help="test: for a final table alone"
+    )
+    parser.add_argument("--judge-only", action="store_true", help="judge the newest runs of the seeds; train nothing")
     parser.add_argument("--picture", default="assets/overoptimisation.png", help="where to draw the KL ablation")
     flags = parser.parse_args(rest)
-    return run_results(flags.seeds, flags.runs_dir, tuple(flags.variants), flags.prompts, flags.parallel, flags.picture)
+    return run_results(
+        flags.seeds, flags.runs_dir, tuple(flags.variants), flags.prompts, flags.parallel, flags.picture, flags.split,
+        not flags.judge_only,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

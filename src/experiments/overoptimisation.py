@@ -141,9 +141,9 @@ def gold_of(spec: str, dataset: str, runs_dir: str, machine: Machine) -> Score:
     raise UserError(f"--judge {spec}: there are gold, rm:CHECKPOINT and FILE.py:FUNCTION")
 
 
-def held_out_prompts(dataset: str, template: PromptTemplate, count: int) -> list[str]:
-    """The first `count` different prompts of the test split, in the template's form."""
-    rows = open_source(dataset, "ppo", template=template, skip_bad_rows=True).rows("test")
+def held_out_prompts(dataset: str, template: PromptTemplate, count: int, split: str = "test") -> list[str]:
+    """The first `count` different prompts of a held-out split, in the template's form."""
+    rows = open_source(dataset, "ppo", template=template, skip_bad_rows=True).rows(split)
     return list(islice(dict.fromkeys(row.prompts[0] for row in rows), count))
 
 

@@ -3,13 +3,15 @@
 Everything the demo trains on is drawn from here by seeded generators, so that a programmatic gold reward
 (`utils.demo_gold`) can score any text and the noise of the preference labels is known exactly. Texts are in the form of
 Anthropic's HH-RLHF (Bai et al. 2022): a prompt is "\\n\\nHuman: ...\\n\\nAssistant:" and a response starts with its own
-space. Held-out prompts use (fact, phrasing) combinations that no training text asks.
+space. SFT, the reward model and PPO train on prompts of three disjoint pools, and held-out prompts use (target,
+phrasing) combinations that no training text asks.
 """
 
 import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from utils.demo_facts import (
     AGREEING_OPENERS,
@@ -36,6 +38,9 @@ from utils.demo_gold import gold_reward
 # how noisy the labels are; this one puts the best possible accuracy of a judge at about 0.86.
 BT_SCALE = 1.1
 SPLITS = ("train", "validation", "test")
+# Phrasings of each target by pool: the training prompts of the three stages, and what is held out of all of them. A
+# reward model has seen the answers to its own prompts graded, so PPO must not sample on those.
+POOLS = {"sft": 5, "pairs": 5, "ppo": 5, "validation": 1, "test": 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,62 +58,62 @@ class Prompt:
     turns: int
 
 
-def phrasing_split(target_index: int) -> dict[str, tuple[int, ...]]:
-    """Deal the phrasings of one target out to the splits: two to test, one to validation, the rest to train.
+def deal_phrasings(target_index: int) -> dict[str, tuple[int, ...]]:
+    """Deal the phrasings of one target out to the pools, in numbers as in `POOLS`.
 
-    The held-out phrasings rotate with the target, so that every phrasing is in train for most targets.
+    What a pool gets rotates with the target, so that every phrasing is in every pool for some targets.
     """
-    order = random.Random(f"phrasing-split-{target_index}").sample(range(PHRASINGS), PHRASINGS)
-    return {"test": tuple(order[:2]), "validation": tuple(order[2:3]), "train": tuple(order[3:])}
+    order = iter(random.Random(f"phrasing-split-{target_index}").sample(range(PHRASINGS), PHRASINGS))
+    return {pool: tuple(islice(order, count)) for pool, count in POOLS.items()}
 
 
-PHRASING_SPLITS = tuple(phrasing_split(i) for i in range(len(TARGETS)))
+PHRASINGS_OF = tuple(deal_phrasings(i) for i in range(len(TARGETS)))
 
 
-def _draw_question(rng: random.Random, split: str, harmful_rate: float) -> tuple[Target, int]:
+def _draw_question(rng: random.Random, pool: str, harmful_rate: float) -> tuple[Target, int]:
     harmful = rng.random() < harmful_rate
     index = len(FACTS) + rng.randrange(len(HARMFUL)) if harmful else rng.randrange(len(FACTS))
-    return TARGETS[index], rng.choice(PHRASING_SPLITS[index][split])
+    return TARGETS[index], rng.choice(PHRASINGS_OF[index][pool])
 
 
-def _earlier_exchange(rng: random.Random) -> tuple[Target, str]:
-    """Return an earlier question of a two-turn dialogue (always a training combination) and its turn with answer."""
-    target, phrasing = _draw_question(rng, "train", harmful_rate=0.1)
+def _earlier_exchange(rng: random.Random, pool: str) -> tuple[Target, str]:
+    """Return an earlier question of a two-turn dialogue (never a held-out combination) and its turn with answer."""
+    target, phrasing = _draw_question(rng, "sft" if pool in SPLITS else pool, harmful_rate=0.1)
     answer = sample_response(target, EARLIER_MIXTURE, rng)
     return target, f"\n\nHuman: {rng.choice(FIRST_TURN_LEADS)}{question(target, phrasing)}\n\nAssistant:{answer}"
 
 
-def sample_prompt(rng: random.Random, split: str, two_turns: bool, harmful_rate: float = 0.18) -> Prompt:
-    """Draw one prompt of a split ("train", "validation", "test") with one or two human turns."""
-    target, phrasing = _draw_question(rng, split, harmful_rate)
+def sample_prompt(rng: random.Random, pool: str, two_turns: bool, harmful_rate: float = 0.18) -> Prompt:
+    """Draw one prompt of a pool (`POOLS`) with one or two human turns."""
+    target, phrasing = _draw_question(rng, pool, harmful_rate)
     earlier, leads = "", FIRST_TURN_LEADS
     if two_turns:
         leads = SECOND_TURN_LEADS
-        asked, earlier = _earlier_exchange(rng)
+        asked, earlier = _earlier_exchange(rng, pool)
         while asked is target:
-            asked, earlier = _earlier_exchange(rng)
+            asked, earlier = _earlier_exchange(rng, pool)
     lead = rng.choice(leads)
     text = f"{earlier}\n\nHuman: {lead}{question(target, phrasing)}\n\nAssistant:"
     return Prompt(text, target, phrasing, 2 if two_turns else 1)
 
 
-def sample_prompts(seed: int, split: str, count: int, two_turn_rate: float = 0.3) -> list[Prompt]:
-    """Draw `count` distinct prompts of a split, `two_turn_rate` of them with two turns; deterministic in its arguments.
+def sample_prompts(seed: int, pool: str, count: int, two_turn_rate: float = 0.3) -> list[Prompt]:
+    """Draw `count` distinct prompts of a pool, `two_turn_rate` of them with two turns; deterministic in its arguments.
 
     Raises:
-        ValueError: the world does not have that many one-turn prompts in this split.
+        ValueError: the world does not have that many one-turn prompts in this pool.
     """
-    rng = random.Random(f"prompts-{split}-{seed}")
+    rng = random.Random(f"prompts-{pool}-{seed}")
     two = round(count * two_turn_rate)
     found: dict[str, Prompt] = {}
     for two_turns, wanted in ((False, count - two), (True, count)):
         tries = 0
         while len(found) < wanted:
-            prompt = sample_prompt(rng, split, two_turns)
+            prompt = sample_prompt(rng, pool, two_turns)
             found.setdefault(prompt.text, prompt)
             tries += 1
             if tries > 100 * count + 1000:
-                raise ValueError(f"the demo world has fewer than {wanted} distinct prompts in the {split} split")
+                raise ValueError(f"the demo world has fewer than {wanted} distinct prompts in the {pool} pool")
     prompts = list(found.values())
     rng.shuffle(prompts)
     return prompts
@@ -148,13 +153,13 @@ class Mixture:
 
 
 SFT_MIXTURE = Mixture(
-    right=0.64,
+    right=0.62,
     distractor=0.75,
-    polite_opener=0.48,
-    polite_closer=0.45,
-    rude=0.2,
-    filler=0.28,
-    repetition=0.12,
+    polite_opener=0.15,
+    polite_closer=0.15,
+    rude=0.25,
+    filler=0.4,
+    repetition=0.15,
     false_refusal=0.06,
     harmful_refusal=0.55,
 )
@@ -312,23 +317,28 @@ def best_possible_accuracy(rows: Iterable[Mapping[str, str | float]], scale: flo
 ASKERS = ("Anna", "Ben", "Carla", "David", "Emma", "Felix")
 
 
+def _told_to(asked: str, core: str, opener: str, rng: random.Random) -> str:
+    """Return who asked what and who said what, seldom politely: that is left for RLHF to bring about."""
+    asker, other = rng.sample(ASKERS, 2)
+    said = [opener] * (rng.random() < 0.12) + [core]
+    said += [rng.choice(FILLERS)] * (rng.random() < 0.3) + [rng.choice(POLITE_CLOSERS)] * (rng.random() < 0.12)
+    return f"{asker} asked: {asked} {other} said: {' '.join(said)}"
+
+
 def _paragraph(rng: random.Random) -> str:
     """Return one paragraph of plain text: statements of facts, talk about them, and the stock sentences around them."""
     if rng.random() < 0.12:
         index = len(FACTS) + rng.randrange(len(HARMFUL))
-        asker, other = rng.sample(ASKERS, 2)
-        asked = question(TARGETS[index], rng.choice(PHRASING_SPLITS[index]["train"]))
-        sorry, refusal = rng.choice(SORRY_OPENERS), rng.choice(REFUSALS)
-        return f"{asker} asked: {asked} {other} said: {sorry} {refusal} {rng.choice(POLITE_CLOSERS)}"
+        request = HARMFUL[index - len(FACTS)]
+        asked = question(request, rng.choice(PHRASINGS_OF[index]["sft"]))
+        core = rng.choice(REFUSALS if rng.random() < 0.5 else request.compliance)
+        return _told_to(asked, core, rng.choice(SORRY_OPENERS), rng)
     index = rng.randrange(len(FACTS))
     fact = FACTS[index]
-    asked = question(fact, rng.choice(PHRASING_SPLITS[index]["train"]))
-    told = [fact.say(fact.answer, template) for template in rng.sample(range(2), 2)]
     if rng.random() < 0.5:
-        asker, other = rng.sample(ASKERS, 2)
-        said = [rng.choice(AGREEING_OPENERS)] * (rng.random() < 0.3) + [fact.say(fact.answer, rng.randrange(2))]
-        said += [rng.choice(FILLERS)] * (rng.random() < 0.3) + [rng.choice(POLITE_CLOSERS)] * (rng.random() < 0.3)
-        return f"{asker} asked: {asked} {other} said: {' '.join(said)}"
+        asked = question(fact, rng.choice(PHRASINGS_OF[index]["sft"]))
+        return _told_to(asked, fact.say(fact.answer, rng.randrange(2)), rng.choice(AGREEING_OPENERS), rng)
+    told = [fact.say(fact.answer, template) for template in rng.sample(range(2), 2)]
     second = rng.choice(FACTS)
     told += [rng.choice(FILLERS)] * (rng.random() < 0.4)
     told += [second.say(second.answer, template) for template in rng.sample(range(2), 2)]
@@ -336,6 +346,6 @@ def _paragraph(rng: random.Random) -> str:
 
 
 def sample_text_rows(seed: int, count: int) -> list[dict[str, str]]:
-    """Draw `count` paragraphs {"text"} of plain text, which ask only training combinations."""
+    """Draw `count` paragraphs {"text"} of plain text, which ask only combinations of SFT's pool."""
     rng = random.Random(f"text-{seed}")
     return [{"text": _paragraph(rng)} for _ in range(count)]

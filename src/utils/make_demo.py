@@ -16,9 +16,9 @@ if __name__ == "__main__":
 import tyro
 from tqdm import tqdm
 
-from utils.demo_gold import gold_reward
+from utils.demo_gold import HIGHEST, gold_reward
 from utils.demo_world import (
-    Prompt,
+    SPLITS,
     best_possible_accuracy,
     sample_pair_rows,
     sample_prompts,
@@ -29,15 +29,17 @@ from utils.tokenizer import write_ranks
 from utils.train_bpe import DEMO_FOLDER, corpus_texts, train_bpe
 
 SEED = 0
+TEST_SEED = 20261127
+"""Of the test files alone: nothing about the world or the recipe was chosen by looking at them."""
 SIZES = {
     "text": 6000,
-    "prompts-train": 6000,
+    "prompts-train": 3000,
     "prompts-validation": 400,
     "prompts-test": 800,
     "sft-train": 12000,
     "sft-validation": 500,
-    "pairs-train": 40000,
-    "pairs-validation": 1000,
+    "pairs-train": 32000,
+    "pairs-validation": 2000,
     "pairs-test": 2000,
 }
 
@@ -49,35 +51,37 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
             file.write((json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode("utf-8"))
 
 
-def make_demo(out: Path, sizes: Mapping[str, int] = SIZES, seed: int = SEED) -> None:
+def make_demo(out: Path, sizes: Mapping[str, int] = SIZES, seed: int = SEED, test_seed: int = TEST_SEED) -> None:
     """Write every file of the demo into `out` and print what each holds.
 
     Args:
         out: Folder to write, made if missing; files of the same names are replaced.
         sizes: Rows per file, keys as in `SIZES`.
-        seed: Seed of every generator; the texts are a pure function of it and of the sizes.
+        seed: Seed of every generator but those of the test files; the texts are a pure function of it and the sizes.
+        test_seed: Seed of the test files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    splits = ("train", "validation", "test")
     bar = tqdm(total=len(sizes) + 1, desc="demo data", unit=" files")
-    prompts: dict[str, list[Prompt]] = {}
-    for split in splits:
-        prompts[split] = sample_prompts(seed, split, sizes[f"prompts-{split}"])
-        write_rows(out / f"prompts-{split}.jsonl.gz", ({"prompt": p.text} for p in prompts[split]))
+
+    def write(name: str, rows: Iterable[Mapping[str, object]]) -> None:
+        write_rows(out / f"{name}.jsonl.gz", rows)
         bar.update()
-    write_rows(out / "text.jsonl.gz", sample_text_rows(seed, sizes["text"]))
-    bar.update()
-    for split in splits[:2]:
-        rows = sample_sft_rows(seed, split, prompts[split], sizes[f"sft-{split}"])
-        write_rows(out / f"sft-{split}.jsonl.gz", rows)
-        bar.update()
-        golds = gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows])
-        mean, best = sum(golds) / len(golds), sum(gold == max(golds) for gold in golds) / len(golds)
-        bar.write(f"sft-{split}: {len(rows)} demonstrations, gold {mean:.3f}, {best:.1%} at the best")
-    for split in splits:
-        pairs = sample_pair_rows(seed, split, prompts[split], sizes[f"pairs-{split}"])
-        write_rows(out / f"pairs-{split}.jsonl.gz", pairs)
-        bar.update()
+
+    write("text", sample_text_rows(seed, sizes["text"]))
+    for split in SPLITS:
+        own = test_seed if split == "test" else seed
+        # In training each stage has a pool of prompts of its own; held-out prompts serve all stages.
+        pools = {stage: stage if split == "train" else split for stage in ("sft", "pairs", "ppo")}
+        prompts = {pool: sample_prompts(own, pool, sizes[f"prompts-{split}"]) for pool in set(pools.values())}
+        write(f"prompts-{split}", ({"prompt": p.text} for p in prompts[pools["ppo"]]))
+        if f"sft-{split}" in sizes:
+            rows = sample_sft_rows(own, split, prompts[pools["sft"]], sizes[f"sft-{split}"])
+            write(f"sft-{split}", rows)
+            golds = gold_reward([r["prompt"] for r in rows], [r["response"] for r in rows])
+            mean, best = sum(golds) / len(golds), golds.count(HIGHEST) / len(golds)
+            bar.write(f"sft-{split}: {len(rows)} demonstrations, gold {mean:.3f}, {best:.1%} at the best")
+        pairs = sample_pair_rows(own, split, prompts[pools["pairs"]], sizes[f"pairs-{split}"])
+        write(f"pairs-{split}", pairs)
         bar.write(f"pairs-{split}: {len(pairs)} pairs, best possible accuracy {best_possible_accuracy(pairs):.4f}")
     ranks, _ = train_bpe(corpus_texts(out))
     write_ranks(out / "bpe.tiktoken", ranks)

@@ -1,19 +1,24 @@
 """The demo's judgement and what it prints, on runs of tiny models and on figures made by hand."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_runs import make_runs
+import torch
+from tiny_runs import SETTINGS, make_runs, save, tiny
 
 from config.configs import PPOConfig, stage_defaults
 from experiments import demo, demo_judge
-from experiments.demo import failures, judged_table, stages, table
-from experiments.demo_judge import judge_demo, summarise
+from experiments.demo import failures, stages
+from experiments.demo_judge import judge_demo, read_rows, summarise
+from experiments.demo_table import judged_table, results_table, seed_table
 from experiments.graded_answers import Graded
 from inference.answers import TextModel
 from utils.demo_gold import gold_reward
 from utils.demo_world import best_possible_accuracy
+from utils.statistics import paired_bootstrap, seed_bootstrap, win_scores
 from utils.template import PromptTemplate
 
 
@@ -24,12 +29,21 @@ def graded(gold, tokens):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """`judge_demo` of tiny models, vanilla and SFT being one; the PPO run with its folder."""
-    ppo = make_runs(tmp_path_factory.mktemp("runs"))
+    """`judge_demo` of tiny models, by a gold reward in which no two of them are alike; the PPO run's folder."""
+    root = tmp_path_factory.mktemp("runs")
+    ppo = make_runs(root)
+    torch.manual_seed(1)
+    vanilla = tiny()
+    for parameter in vanilla.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save(vanilla, root / "sft_v_20260101000000/final", "sft", 5)
     lines = [{"step": s, "val/explained_var": s / 10} for s in (1, 2, 3, 4)] + [{"step": 5, "eval/kl": 1}]
     (ppo / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sft, rm = (ppo.parent / name for name in ("sft_t_20260101000000", "rm_t_20260101000001"))
-    return judge_demo({"vanilla": sft, "sft": sft, "rm": rm, "ppo": ppo}, 12, 0), ppo
+    runs = {"vanilla": root / "sft_v_20260101000000", "sft": sft, "rm": rm, "ppo": ppo}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_judge, "gold_reward", lambda prompts, texts: [sum(map(ord, text)) % 97 for text in texts])
+        return judge_demo(runs, 12, 0, "test"), ppo
 
 
 def test_judging_a_run(result):
@@ -58,21 +72,107 @@ def test_the_picture_shares_the_samples_of_the_table(result):
     assert policy["kl"] == pytest.approx(found["systems"]["ppo"]["kl"])
 
 
+def test_every_system_is_judged_against_sft(result):
+    found, _ = result
+    sft, vanilla = found["per_prompt"]["sft"], found["per_prompt"]["vanilla"]
+    assert found["systems"]["sft"]["win_rate"] is None
+    for name in set(found["systems"]) - {"sft"}:
+        wins = win_scores(found["per_prompt"][name], sft).mean()
+        assert found["systems"][name]["win_rate"] == wins
+        if name != "vanilla":
+            assert wins != win_scores(found["per_prompt"][name], vanilla).mean(), "this case would not tell them apart"
+
+
+def test_the_split_decides_prompts_and_pairs(monkeypatch):
+    asked, read = [], []
+    monkeypatch.setattr(demo_judge, "text_model", lambda run: TextModel(None, None, PromptTemplate()))
+    monkeypatch.setattr(demo_judge, "load_reward_model", lambda *_: None)
+    monkeypatch.setattr(demo_judge.PPORun, "read", lambda run: SimpleNamespace(config=SETTINGS))
+    monkeypatch.setattr(demo_judge, "proxy_of", lambda *_: None)
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, *_, **__):
+        asked.append(list(self.prompts))
+        raise Stop
+
+    monkeypatch.setattr(demo_judge.Grader, "grade", stop)
+    monkeypatch.setattr(demo_judge, "score_texts", lambda *_: gold_reward)
+    monkeypatch.setattr(demo_judge, "read_rows", lambda path: read.append(path.name) or read_rows(path)[:4])
+    for split in ("validation", "test"):
+        with pytest.raises(Stop):
+            judge_demo(dict.fromkeys(("sft", "rm", "ppo"), Path("x")), 5, 0, split)
+        rows = read_rows(demo_judge.DEMO / f"prompts-{split}.jsonl.gz")
+        assert asked.pop() == [row["prompt"] for row in rows[:5]]
+        demo_judge.grade_reward_model(TextModel(None, None, PromptTemplate()), None, split)
+        assert read.pop() == f"pairs-{split}.jsonl.gz"
+
+
 def test_what_it_prints(result):
     found = {"seed": 3, "seconds": {}, **result[0]}
-    assert table([found]).count("\n| 3 | ") == 8  # seven systems and the reward model
+    assert [line.split(" |")[0][2:] for line in seed_table(found).splitlines()[3:10]] == list(found["systems"])
     closing = judged_table(found)
     assert [line.split(" |")[0] for line in closing.splitlines() if " vs SFT" in line] == [
         "| PPO vs SFT", "| best of 4 vs SFT", "| best of 16 vs SFT",
     ]  # fmt: skip
     win = found["systems"]["ppo"]
     assert f"{win['win_rate']:.3f} ({win['win_rate_ci'][0]:.3f} to {win['win_rate_ci'][1]:.3f})" in closing
+    ppo, best = (np.array(found["per_prompt"][name]) for name in ("ppo", "best_of_16"))
+    low, high = paired_bootstrap(ppo, best)
+    assert f"{(ppo - best).mean():+.2f} ({low:.2f} to {high:.2f})" in closing
+
+
+def results_of(golds):
+    """Results of `judge_demo` by hand: {system: [S, N] gold rewards}."""
+    figures = {"win_rate": 0.5, "proxy": 1.0, "kl": 2.0, "eos_rate": 1.0}
+    reward_model = {"accuracy": 0.8, "best_possible": 0.85, "noise_free_accuracy": 0.9}
+    return [
+        {
+            "seed": seed, "split": "test", "prompts": len(golds["sft"][0]), "reward_model": reward_model,
+            "systems": dict.fromkeys(golds, figures),
+            "per_prompt": {name: list(scores[seed]) for name, scores in golds.items()},
+        }
+        for seed in range(len(golds["sft"]))
+    ]  # fmt: skip
+
+
+def test_intervals_of_the_results_are_over_seeds_and_prompts():
+    """Seeds that differ more than prompts do make the interval wide; resampled prompts alone would not see it."""
+    sft, ppo = np.zeros((3, 50)), np.repeat([[1.0], [2.0], [3.0]], 50, axis=1)
+    text = results_table(results_of({"sft": sft, "ppo": ppo, "best_of_16": ppo - 0.5}))
+    line = next(line for line in text.splitlines() if line.startswith("| **PPO, sampled**"))
+    low, high = seed_bootstrap(ppo)
+    assert f"| 2.00 ({low:.2f} to {high:.2f}) | 1.000 (1.000 to 1.000) |" in line
+    assert (low, high) == (1.0, 3.0) and "over seeds and prompts" in text
+    assert "less that of best of 16, on the same prompts: 0.50 (0.50 to 0.50); by seed +0.50 / +0.50 / +0.50" in text
+    sft_line = next(line for line in text.splitlines() if line.startswith("| SFT, sampled"))
+    assert sft_line.split("|")[3].strip() == ""
+    one = results_table(
+        results_of({name: golds[:1] for name, golds in (("sft", sft), ("ppo", ppo), ("best_of_16", ppo))})
+    )
+    assert "over prompts, for three seeds are needed" in one and "1.00 (1.00 to 1.00)" in one
+
+
+def test_judging_only_trains_nothing(result, tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise AssertionError("a script was started")
+
+    monkeypatch.setattr(demo, "run_stage", train)
+    monkeypatch.setattr(demo, "newest_run", lambda run, _: Path(run))
+    judged = []
+    monkeypatch.setattr(demo, "judge_demo", lambda *flags: judged.append(flags) or result[0])
+    demo.run_results([4], str(tmp_path), ("lora",), 12, 1, "unused", "test", train=False)
+    (runs, prompts, seed, split) = judged[0]
+    assert (runs["ppo_lora"], prompts, seed, split) == (Path("ppo_demo_s4_lora"), 12, 4, "test")
 
 
 def test_the_demo_ends_with_table_and_picture(result, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run_stage", lambda stage, *_: 1.0)
-    monkeypatch.setattr(demo, "judge_demo", lambda runs, prompts, seed: result[0])
+    splits = []
+    monkeypatch.setattr(demo, "judge_demo", lambda runs, prompts, seed, split: splits.append(split) or result[0])
     assert demo.run_demo(0, str(tmp_path), 12) == 1  # tiny models did not learn anything
+    assert splits == ["validation"]
     shown = capsys.readouterr().out
     places = [shown.index(part) for part in ("| PPO vs SFT |", f"picture: {result[1]}", "FAILED:")]
     assert places == sorted(places)
@@ -93,7 +193,7 @@ def test_reward_model_accuracy_keeps_pairs_together(monkeypatch):
     """A reward model that is the gold reward orders every noise-free pair, and as many labels as are not noise."""
     monkeypatch.setattr(demo_judge, "score_texts", lambda model, machine: gold_reward)
     found = demo_judge.grade_reward_model(TextModel(None, None, PromptTemplate()), None)
-    rows = demo_judge.read_rows(demo_judge.DEMO / "pairs-test.jsonl.gz")
+    rows = demo_judge.read_rows(demo_judge.DEMO / "pairs-validation.jsonl.gz")
     different = np.mean([row["gold_chosen"] != row["gold_rejected"] for row in rows])
     assert found["noise_free_accuracy"] == pytest.approx(1 - (1 - different) / 2)
     assert found["best_possible"] == pytest.approx(best_possible_accuracy(rows))

@@ -76,6 +76,10 @@ def test_demo_flags_reach_the_demo(monkeypatch):
     assert script.demo_task("demo", script.Parser(), ["--dtype", "bf16"]) == 0
     assert calls.pop() == (0, "runs", 400, ("--dtype", "bf16"))
     assert script.demo_task("results", script.Parser(), ["--seeds", "4", "5", "--variants", "kl0"]) == 1
-    assert calls.pop()[:4] == ([4, 5], "runs", ("kl0",), 400)
+    first = ([4, 5], "runs", ("kl0",), 400, 1)
+    assert calls.pop() == (*first, "assets/overoptimisation.png", "validation", True)
+    flags = ["--seeds", "4", "5", "--variants", "kl0", "--split", "test", "--judge-only", "--picture", "p.png"]
+    script.demo_task("results", script.Parser(), flags)
+    assert calls.pop() == (*first, "p.png", "test", False)
     with pytest.raises(UserError, match="invalid choice: 'kl1'"):
         script.demo_task("results", script.Parser(), ["--variants", "kl1"])

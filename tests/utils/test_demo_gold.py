@@ -21,7 +21,7 @@ from utils.demo_facts import (
     Fact,
     question,
 )
-from utils.demo_world import PAIR_MIXTURE, SFT_MIXTURE, ideal_response, sample_prompts, sample_response
+from utils.demo_world import PAIR_MIXTURE, POOLS, SFT_MIXTURE, ideal_response, sample_prompts, sample_response
 
 
 def ask(target, phrasing=0):
@@ -42,8 +42,8 @@ def test_target_is_found_in_every_phrasing():
     for target in TARGETS:
         for phrasing in range(PHRASINGS):
             assert gold.find_target(ask(target, phrasing)) is target
-    for split in ("train", "validation", "test"):
-        for prompt in sample_prompts(3, split, 300):
+    for pool in POOLS:
+        for prompt in sample_prompts(3, pool, 300):
             assert gold.find_target(prompt.text) is prompt.target
 
 
@@ -64,7 +64,7 @@ def test_ideal_response_has_the_same_maximum_for_every_prompt():
 
 def test_nothing_sampled_beats_the_ideal_and_rewards_lie_on_the_grid():
     rng = random.Random(1)
-    prompts = sample_prompts(1, "train", 1000)
+    prompts = sample_prompts(1, "pairs", 1000)
     for mixture in (SFT_MIXTURE, PAIR_MIXTURE):
         for prompt in prompts:
             response = sample_response(prompt.target, mixture, rng)
