@@ -21,8 +21,8 @@ from utils import batching
 
 
 def steps_per_epoch(lengths: np.ndarray, config: RunConfig) -> int:
-    """Optimizer steps that take every row once; the last rows make a smaller step."""
-    return math.ceil(len(lengths) / config.global_batch_size)
+    """Optimizer steps that take every row once; their sizes differ by at most one row."""
+    return batching.steps_per_epoch(len(lengths), config.global_batch_size)
 
 
 def optimizer_steps(lengths: np.ndarray, config: RunConfig) -> int:
@@ -32,10 +32,10 @@ def optimizer_steps(lengths: np.ndarray, config: RunConfig) -> int:
 
 
 def data_order(lengths: np.ndarray, config: RunConfig, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Row indices of optimizer steps start .. stop - 1: every row exactly once an epoch, like lengths together."""
+    """Row indices of optimizer steps start .. stop - 1, see `utils.batching.epoch_batches`."""
     size = steps_per_epoch(lengths, config)
     for epoch in range(start // size, math.ceil(stop / size)):
-        batches = batching.epoch_batches(lengths, config.global_batch_size, config.seed, epoch, drop_last=False)
+        batches = batching.epoch_batches(lengths, config.global_batch_size, config.seed, epoch)
         yield from batches[max(0, start - epoch * size) : stop - epoch * size]
 
 
@@ -47,10 +47,15 @@ def micro_batches(
     return batching.micro_batches(rows, lengths, config.batch_size, config.tokens_per_micro_batch, sequences)
 
 
-def evaluation_batches(lengths: np.ndarray, config: RunConfig) -> list[np.ndarray]:
+def evaluation_rows(lengths: np.ndarray, config: RunConfig) -> np.ndarray:
     """The held-out rows of an evaluation, always the same, sorted by length."""
     rows = np.arange(min(len(lengths), config.eval_examples))
-    return micro_batches(rows[np.argsort(lengths[rows], kind="stable")], lengths, config)
+    return rows[np.argsort(lengths[rows], kind="stable")]
+
+
+def evaluation_batches(lengths: np.ndarray, config: RunConfig) -> list[np.ndarray]:
+    """`evaluation_rows` in micro-batches."""
+    return micro_batches(evaluation_rows(lengths, config), lengths, config)
 
 
 def prompt_order(count: int, batch: int, seed: int, iteration: int) -> np.ndarray:

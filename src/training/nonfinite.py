@@ -6,17 +6,23 @@ finding are the rows of the batch taken one by one, to tell which of them is to 
 A finding leaves two files in the run's folder, `nonfinite_step_XXXXXXXX.json` (rows, texts, ids, and their numbers as
 text, since JSON has no NaN) and `.safetensors` (the same numbers as tensors; `ids` is padded with -1). With
 `--on-nonfinite stop` the run then ends with exit code 1 and weights and optimizer as they were; with `skip` the batch
-is dropped: no optimizer step is taken and the optimizer's state stays as it is.
+is dropped: no optimizer step is taken, and the states of optimizer and loss scaling stay as they are.
+
+A gradient that overflows under loss scaling (--dtype fp16) is no such finding as long as there is a scale to lower: the
+same batch is taken again at half of it. So every step that is counted was taken, every row still trains once an epoch,
+and step count, schedule and order of the data know nothing of overflows. Below a scale of 1 it is a finding.
 
 Shapes: B rows of a batch, L tokens of a row, T response columns.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,23 @@ _NAMES = {
 _NAMED, _SHOWN_ROWS = 3, 8
 _MOST_IN_A_ROW = 10
 """Batches that are skipped one after another before the run is stopped all the same: it would learn nothing more."""
+
+
+class Overflow(Exception):
+    """The gradients of a step overflowed under loss scaling; the scale has been lowered and the step not been taken."""
+
+
+def again_after_overflow(step: Callable) -> Callable:
+    """Decorates a method that makes gradients and takes an optimizer step with `Guard.step`: while the gradients
+    overflow under loss scaling, all of it is done again."""
+
+    @wraps(step)
+    def until_taken(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            with contextlib.suppress(Overflow):
+                return step(*args, **kwargs)
+
+    return until_taken
 
 
 @dataclass
@@ -162,14 +185,17 @@ class Guard:
         self.tokenizer = tokenizer
         counts = (state or {}).get("nonfinite") or {"skipped": 0, "in_a_row": 0}
         self.skipped, self.in_a_row = counts["skipped"], counts["in_a_row"]
+        self.overflows: int = (state or {}).get("overflows", 0)
+        self._scaling: dict[str, Any] | None = None  # state of the loss scaling before a batch that overflowed
 
-    def state(self) -> dict[str, dict[str, int]]:
+    def state(self) -> dict[str, Any]:
         """The counts, for a checkpoint."""
-        return {"nonfinite": {"skipped": self.skipped, "in_a_row": self.in_a_row}}
+        return {"nonfinite": {"skipped": self.skipped, "in_a_row": self.in_a_row}, "overflows": self.overflows}
 
     def metrics(self) -> dict[str, int]:
-        """Batches skipped so far, where the user asked for that."""
-        return {"train/skipped": self.skipped} if self.choice == "skip" else {}
+        """Batches skipped so far, where the user asked for that, and overflows so far, from the first one on."""
+        skipped = {"train/skipped": self.skipped} if self.choice == "skip" else {}
+        return skipped | ({"train/overflows": self.overflows} if self.overflows else {})
 
     def step(
         self, step: int, runtime: Runtime, module: nn.Module, optimizer: torch.optim.Optimizer,
@@ -188,21 +214,39 @@ class Guard:
             The norms of the groups' gradients, or None when the batch is skipped.
 
         Raises:
-            RunStopped: the batch is not skipped.
+            Overflow: to take the batch again, see `again_after_overflow`. RunStopped: the batch is not skipped.
         """
         try:
             norms = runtime.step(optimizer, groups, max_norm, loss)
         except NonFiniteStep as error:
             names = [] if error.loss else broken_gradients(runtime.unwrap(module))
+            scale = "" if runtime.loss_scale is None else f" at a loss scale of {runtime.loss_scale:g}"
+            scaling = self._scaling or runtime.scaler_state()
             runtime.discard(optimizer)
+            runtime.restore_scaler(scaling)  # the scale was not to blame: later batches keep theirs
+            self._scaling = None
             was_training = module.training
             module.eval()
             suspects = rows_to_blame(rows, view, [p for group in groups.values() for p in group])
             module.train(was_training)
-            self.found(step, "the loss" if error.loss else gradient_name(names), suspects)
+            self.found(step, "the loss" if error.loss else gradient_name(names) + scale, suspects)
             return None
-        self.in_a_row = 0
+        if norms is None:
+            self._overflowed(step, runtime, optimizer)
+        self.in_a_row, self._scaling = 0, None
         return norms
+
+    def _overflowed(self, step: int, runtime: Runtime, optimizer: torch.optim.Optimizer) -> None:
+        """Lowers the loss scale and raises what has the batch taken again."""
+        scale, self._scaling = runtime.loss_scale, self._scaling or runtime.scaler_state()
+        runtime.discard(optimizer)
+        self.overflows += 1
+        if runtime.loss_scale < scale:
+            raise Overflow
+        raise RunStopped(  # every gradient is finite, only their norm is not
+            f"step {step}: the norm of the gradients is above what fp32 holds, and no loss scaling made it so; no step "
+            f"was taken; {self.last_good()}. Lower --lr"
+        )
 
     def evaluation(self, step: int, loss: float, rows: Iterable[int], view: RowView) -> None:
         """Looks at a held-out loss; a run that skips goes on without a model for best/.

@@ -144,7 +144,7 @@ class Runtime:
         groups: dict[str, list[nn.Parameter]],
         max_norm: float,
         loss: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | None:
         """Unscale, clip each group of parameters by its own norm, step, zero.
 
         Clipping has to stand between the last backward pass and the step, on unscaled gradients, or it does nothing.
@@ -154,7 +154,8 @@ class Runtime:
             loss: [] the step's loss over all ranks, looked at together with the norms.
 
         Returns:
-            The groups' norms before clipping, 0-dim tensors.
+            The groups' norms before clipping, 0-dim tensors. None where the gradients overflowed under loss scaling: no
+            step was taken, and the caller goes on with `discard`, which lowers the scale, and the same batch again.
 
         Raises:
             NonFiniteStep: the loss is not finite, or a norm where no loss scaling would explain it. Weights, optimizer
@@ -163,7 +164,8 @@ class Runtime:
         self.accelerator.unscale_gradients(optimizer)
         gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in groups.items()}
         norms = {name: torch.nn.utils.get_total_norm(grads) for name, grads in gradients.items()}
-        self._check_finite(norms, loss)
+        if not self._all_finite(norms, loss):
+            return None
         for name, group in groups.items():
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, norms[name])
         optimizer.step()
@@ -171,25 +173,31 @@ class Runtime:
         self._memory.after_step()
         return norms
 
-    def _check_finite(self, norms: dict[str, Tensor], loss: Tensor | None) -> None:
+    def _all_finite(self, norms: dict[str, Tensor], loss: Tensor | None) -> bool:
+        """Whether loss and norms are; False only for what a lower loss scale may cure, see `step`."""
         looked_at = [*norms.values()] if loss is None else [*norms.values(), loss.detach()]
         finite = torch.stack([x.isfinite().to(self.device) for x in looked_at]).tolist()  # the step's one wait
         if all(finite):
-            return
-        # With loss scaling an overflow is normal: the scaler skips the step and halves its scale. At a scale of 1 there
-        # is nothing left that halving could cure.
-        scaler = self.accelerator.scaler
-        explained = scaler is not None and scaler.get_scale() > 1
-        broken = [] if explained else [name for name, ok in zip(norms, finite) if not ok]
+            return True
+        # At a scale of 1 there is nothing left that halving could cure.
+        scale = self.loss_scale
+        curable = scale is not None and scale > 1
+        broken = [] if curable else [name for name, ok in zip(norms, finite) if not ok]
         loss_is_broken = loss is not None and not finite[-1]
         if broken or loss_is_broken:
             raise NonFiniteStep(loss_is_broken, broken)
+        return False
 
     def discard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Forget the gradients of a step that `step` refused to take."""
+        """Forget the gradients of a step that `step` did not take; if they overflowed, the loss scale is halved."""
         optimizer.zero_grad(set_to_none=True)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it has unscaled these gradients, and would refuse to unscale others
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by before a backward pass; None without loss scaling."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else None
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the loss scaling; empty without it."""
@@ -251,7 +259,7 @@ def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             if p not in optimizer.state:
                 continue
             state = optimizer.state[p]
-            step = state["step"].clamp(min=1)  # 0 while loss scaling has skipped every step: the moments are 0 then
+            step = state["step"]
             scale = (1 - beta2**step).sqrt() / (1 - beta1**step)  # both bias corrections
             denom = state["exp_avg_sq"].sqrt() + group["eps"] * (1 - beta2**step).sqrt()
             move = group["lr"] * (scale * state["exp_avg"] / denom + group["weight_decay"] * p)

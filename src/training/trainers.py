@@ -27,7 +27,7 @@ from training import loop
 from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, minibatch_plan
 from training.held_out import evaluate_policy, evaluate_ranking, sample_answers
 from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, parameter_hash
-from training.nonfinite import Guard, NonFiniteRollout, RowView
+from training.nonfinite import Guard, NonFiniteRollout, RowView, again_after_overflow
 from training.phases import Phases
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from training.reward_scale import RewardScale
@@ -103,6 +103,7 @@ class SFTTrainer:
                     return loop.stopped(self.saver, self.step, self.interrupt)
             return loop.finished(self.saver, self.step, self.state())
 
+    @again_after_overflow
     def train_step(self, rows: np.ndarray) -> dict[str, float | Tensor]:
         """One optimizer step on the examples `rows`, in micro-batches; the figures to log."""
         self.model.train()
@@ -248,14 +249,14 @@ class RewardModelTrainer:
             self.normalise()
             return loop.finished(self.saver, self.step, self.state())
 
+    @again_after_overflow
     def train_step(self, prompts: np.ndarray) -> dict[str, float | Tensor]:
         """One optimizer step on all completions of the given prompts; the figures to log."""
         self.model.train()
         started = time.perf_counter()
         count = self.runtime.sum_over_ranks(torch.tensor(len(prompts), device=self.runtime.device))
         total, right, pairs, tokens = (torch.zeros((), device=self.runtime.device) for _ in range(4))
-        completions = [len(self.train[i].response_ids) for i in prompts]
-        parts = loop.micro_batches(prompts, self.train.lengths, self.config, completions)
+        parts = self.micro_batches(self.train, prompts)
         for i, part in enumerate(parts):
             batch = collate_ranked([self.train[j] for j in part], self.tokenizer.pad_id)
             with self.runtime.micro_step(self.model, last=i == len(parts) - 1):
@@ -282,6 +283,11 @@ class RewardModelTrainer:
             "time/tokens_s": float(tokens) / (time.perf_counter() - started),
         }
 
+    def micro_batches(self, data: RankedDataset, rows: np.ndarray) -> list[np.ndarray]:
+        """Cut rows, sorted by length, into passes; in a budget of tokens every completion of a row counts."""
+        completions = [len(data[i].response_ids) for i in rows]
+        return loop.micro_batches(rows, data.lengths, self.config, completions)
+
     def scores(self, batch: RankedBatch) -> tuple[Tensor, Tensor]:
         """Scores [B, K] and their mask, from one forward of every completion."""
         rows, mask = batch.rows.to(self.runtime.device), batch.mask.to(self.runtime.device)
@@ -302,7 +308,7 @@ class RewardModelTrainer:
         Loss and calibration are those of the scores that were trained, before the affine is measured anew.
         """
         self.model.eval()
-        parts = loop.evaluation_batches(self.validation.lengths, self.config)
+        parts = self.micro_batches(self.validation, loop.evaluation_rows(self.validation.lengths, self.config))
         examples = [[self.validation[i] for i in part] for part in parts]
         batches = [collate_ranked(part, self.tokenizer.pad_id) for part in examples]
         report = evaluate_ranking(batches, self.scores)
@@ -492,6 +498,7 @@ class PPOTrainer:
         metrics |= {f"{group['name']}_lr": group["lr"] for group in self.optimizer.param_groups}
         return metrics | {"train/optimizer_steps": len(norms), "policy/kl_stopped": float(stop)}
 
+    @again_after_overflow
     def optimizer_step(
         self, experience: Experience, advantages: Tensor, returns: Tensor, minibatch: list[np.ndarray],
         norms: list[dict[str, Tensor]],

@@ -1,4 +1,4 @@
-"""From examples to batches: collation, length buckets, and the part of each process.
+"""From examples to batches: collation, the order of an epoch, micro-batches of like lengths, the part of each process.
 
 Rows are compact: prompt and response follow one another without a gap, padded on the right with the virtual PAD id.
 Masks come from lengths, never from comparing ids with PAD.
@@ -6,13 +6,13 @@ Masks come from lengths, never from comparing ids with PAD.
 Shapes: B rows, L columns (the longest row of the batch), P columns of prompts, K completions of one ranked row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from config.user_error import UserError
 from utils.dataset import RankedExample, SFTExample
 
 
@@ -84,49 +84,39 @@ def right_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor,
     return torch.from_numpy(_fill(prompts, att, pad_id)), torch.from_numpy(att)
 
 
-def epoch_batches(
-    lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int, window: int = 1, drop_last: bool = True
-) -> list[np.ndarray]:
-    """The batches of one epoch, of rows of similar length.
+def steps_per_epoch(rows: int, global_batch_size: int) -> int:
+    """Optimizer steps that take every one of so many rows once, none of them more than `global_batch_size`."""
+    return math.ceil(rows / global_batch_size)
+
+
+def epoch_batches(lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of one epoch: all rows in random order, divided evenly over `steps_per_epoch` batches.
 
     A pure function of its arguments, so that (epoch, number of batches done) is the whole position in the data.
-    Shuffles the rows, sorts each run of `window` batches by length, cuts it into batches, and shuffles the batches.
+
+    Evenly, because a step moves the weights as far whatever its rows are: were the last batch what is left over, say 1
+    row behind three batches of 32, that row would count as much as 32 others. So 97 rows are batches of 25, 24, 24, 24.
 
     Args:
         lengths: [N] tokens per row.
-        global_batch_size: rows of one optimiser step, over all micro-batches and processes.
+        global_batch_size: most rows of one optimizer step, over all micro-batches and processes.
         seed: of the run.
         epoch: from 0; every epoch has its own order.
-        window: batches sorted together. 1 leaves each batch a random sample, with its rows sorted so that micro-batches
-            are of like length; more saves padding and makes batches of like rows, whose gradients are noisier.
-        drop_last: leave out the rows (random ones) that do not fill a batch; otherwise one batch is smaller.
 
     Returns:
-        Arrays of row indices, no index twice, each array sorted by length, shortest first: slices of it are
-        micro-batches.
+        Arrays of row indices, every index once, whose sizes differ by at most one. Each is a random sample of the rows,
+        sorted by length, shortest first: slices of it are micro-batches of like lengths.
 
     Raises:
-        UserError: with `drop_last` the rows do not fill a single batch; ValueError: a size is below 1.
+        ValueError: `global_batch_size` is below 1.
     """
-    if global_batch_size < 1 or window < 1:
-        raise ValueError(f"global_batch_size and window are at least 1, not {global_batch_size} and {window}")
-    n = len(lengths)
-    if drop_last and n < global_batch_size:
-        raise UserError(
-            f"--global-batch-size: one optimiser step takes {global_batch_size} rows, but the data have only {n}; "
-            "lower it, or use more data"
-        )
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size is at least 1, not {global_batch_size}")
     lengths = np.asarray(lengths)
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(n)
-    if drop_last:
-        order = order[: n - n % global_batch_size]
-    batches = []
-    for start in range(0, len(order), window * global_batch_size):
-        bucket = order[start : start + window * global_batch_size]
-        bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
-        batches += [bucket[i : i + global_batch_size] for i in range(0, len(bucket), global_batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    steps = steps_per_epoch(len(order), global_batch_size)
+    batches = np.array_split(order, steps) if steps else []
+    return [rows[np.argsort(lengths[rows], kind="stable")] for rows in batches]
 
 
 def micro_batches(

@@ -1,5 +1,6 @@
 """Numbers that are not finite, injected in every stage: the run stops with a report, or goes on without the batch."""
 
+import copy
 import json
 import math
 
@@ -117,8 +118,8 @@ def test_a_broken_row_stops_the_run_and_is_named(sft_trainer, rm_trainer, stage:
 @pytest.mark.parametrize("stage", ["sft", "rm"])
 def test_a_skipped_batch_might_as_well_not_be_there(sft_trainer, rm_trainer, stage, where, monkeypatch) -> None:
     """With a constant learning rate the run has the bits of one on the data without that batch."""
-    skipping = make(stage, sft_trainer, rm_trainer, row=7, where=where, on_nonfinite="skip", epochs=1)
-    step = step_of(skipping, 7)
+    skipping = make(stage, sft_trainer, rm_trainer, row=12, where=where, on_nonfinite="skip", epochs=1)
+    step = step_of(skipping, 12)  # not the last one
     assert skipping.fit() == 0
     lines = [line for line in read_metrics(skipping.run) if "train/loss" in line]
     assert [line["train/skipped"] for line in lines] == [int(line["step"] >= step) for line in lines]
@@ -129,10 +130,10 @@ def test_a_skipped_batch_might_as_well_not_be_there(sft_trainer, rm_trainer, sta
     whole = loop.data_order
 
     def without(lengths, config, start, stop):
-        return (rows for rows in whole(lengths, config, start, stop) if 7 not in rows)
+        return (rows for rows in whole(lengths, config, start, stop) if 12 not in rows)
 
     monkeypatch.setattr(loop, "data_order", without)
-    other = make(stage, sft_trainer, rm_trainer, row=7, where=where, epochs=1)
+    other = make(stage, sft_trainer, rm_trainer, row=12, where=where, epochs=1)
     assert other.fit() == 0
     assert_equal_weights(weights(skipping.model), weights(other.model))
     for key, value in skipping.optimizer.state_dict()["state"].items():
@@ -392,3 +393,127 @@ def test_prompts_of_ppo_are_named_by_their_place_in_the_data(ppo_trainer) -> Non
     assert trainer.fit() == 0
     record = json.loads((trainer.run / "nonfinite_step_00000001.json").read_text())
     assert sorted(r["row"] for r in record["rows"]) == sorted(loop.prompt_order(5, 8, 0, 1).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overflows under loss scaling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scaling(runtime, monkeypatch):
+    """`scaling(scale)`: torch's own loss scaling on this machine's CPU; returns the scaler."""
+
+    def start(scale: float = 256.0, growth_interval: int = 2000) -> torch.amp.GradScaler:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+        monkeypatch.setattr(runtime.accelerator, "scaler", scaler)
+        monkeypatch.setattr(runtime.accelerator, "unscale_gradients", lambda o: scaler.unscale_(o.optimizer))
+        return scaler
+
+    return start
+
+
+def make_stage(stage: str, request, **settings):
+    """A trainer of any stage with a schedule that moves, checkpoints and evaluations on the way, and a figure a step."""
+    cadence = dict(eval_every=2, save_every=2, eval_examples=4)
+    if stage == "ppo":
+        return request.getfixturevalue("ppo_trainer")(kl_target=0.5, minibatches=2, **cadence, **settings)
+    sizes = dict(global_batch_size=7, epochs=2, log_every=1, warmup_steps=2)
+    return request.getfixturevalue(f"{stage}_trainer")(**sizes, **cadence, **settings)
+
+
+def overflow(trainer, scaler: torch.amp.GradScaler, limits: dict[int, float]) -> None:
+    """Gradients of the steps (PPO: iterations) in `limits` are infinite while the scale is above the limit."""
+    parameter = trainer.trainable[-1] if hasattr(trainer, "trainable") else trainer.parameters["critic"][0]
+    parameter.register_hook(
+        lambda g: g + math.inf if scaler.get_scale() > limits.get(trainer.step + 1, math.inf) else g
+    )
+
+
+def told(trainer) -> list[dict]:
+    """What the run logged, without times and the count of overflows."""
+    lines = read_metrics(trainer.run)
+    return [{k: v for k, v in x.items() if not k.startswith("time") and k != "train/overflows"} for x in lines]
+
+
+STAGES = ["sft", "rm", "ppo"]
+OVERFLOWS = [({1: 128.0}, 1), ({1: 64.0, 3: 16.0, 4: 16.0}, 4), ({2: 1.0}, 8)]
+
+
+@pytest.mark.parametrize("limits,count", OVERFLOWS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_costs_no_step_no_schedule_and_no_row(stage, limits, count, request, scaling) -> None:
+    """The run has the bits and the figures of one that had started at the scale which fits."""
+    scaling()
+    calm = make_stage(stage, request)
+    assert calm.fit() == 0
+    scaler = scaling()
+    trainer = make_stage(stage, request)
+    overflow(trainer, scaler, limits)
+    assert trainer.fit() == 0
+    assert_equal_weights(*(weights(t.policy if stage == "ppo" else t.model) for t in (trainer, calm)))
+    assert told(trainer) == told(calm) and trainer.step == calm.step
+    assert trainer.guard.overflows == count and scaler.get_scale() == 256 / 2**count
+    assert [x["train/overflows"] for x in read_metrics(trainer.run) if "train/overflows" in x][-1] == count
+    assert not any("train/overflows" in line for line in read_metrics(calm.run))
+    counted = {int(s["step"]) for s in trainer.optimizer.state_dict()["state"].values()}
+    steps = [line.get("train/optimizer_steps", "train/loss" in line) for line in told(trainer)]
+    assert counted == {sum(map(int, steps))}  # as many as were told, and none twice
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resume_between_overflows_is_exact(stage, request, scaling) -> None:
+    limits = {1: 64.0, 2: 16.0, 3: 8.0}
+    scaler = scaling(growth_interval=3)  # the scale also grows on the way
+    whole = make_stage(stage, request)
+    overflow(whole, scaler, limits)
+    states, held, save = {}, {}, whole.saver.save_step
+    model = whole.policy if stage == "ppo" else whole.model
+
+    def keep(step, state):
+        states[step], held[step] = copy.deepcopy(state), weights(model)
+        return save(step, state)
+
+    whole.saver.save_step = keep
+    assert whole.fit() == 0
+    end = weights(model), scaler.state_dict(), whole.guard.state()
+
+    scaler = scaling(growth_interval=3)
+    again = make_stage(stage, request, state=states[2])
+    other = again.policy if stage == "ppo" else again.model
+    other.load_state_dict(held[2])
+    overflow(again, scaler, limits)
+    assert again.guard.overflows == states[2]["overflows"] > 0 and again.step == 2
+    assert again.fit() == 0
+    assert_equal_weights(weights(other), end[0])
+    assert (scaler.state_dict(), again.guard.state()) == end[1:]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_scale_that_collapses_ends_the_run_with_a_remedy(stage, request, scaling) -> None:
+    scaler = scaling()
+    trainer = make_stage(stage, request)
+    overflow(trainer, scaler, {2: 0.0})
+    with pytest.raises(RunStopped) as error:
+        trainer.fit()
+    message = str(error.value)
+    assert message.startswith("step 2: the gradient of ") and " at a loss scale of 1 is not finite in row" in message
+    assert "no step was taken" in message and "--dtype fp32" in message and "--on-nonfinite skip" in message
+    assert trainer.step == 1 and trainer.guard.overflows == 8
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_that_no_scale_helps_leaves_the_scale_to_the_others(stage, request, scaling) -> None:
+    scaler = scaling()
+    trainer = make_stage(stage, request, on_nonfinite="skip")
+    overflow(trainer, scaler, {2: 0.0})
+    assert trainer.fit() == 0
+    assert (trainer.guard.skipped, trainer.guard.overflows, scaler.get_scale()) == (1, 8, 256.0)
+
+
+def test_a_norm_that_fp32_does_not_hold_is_no_overflow_of_the_scaling(sft_trainer, scaling) -> None:
+    scaling(2.0)
+    trainer = sft_trainer(batch_size=8, **STEADY)
+    trainer.trainable[-1].register_hook(lambda g: torch.full_like(g, 3e38))  # finite, their norm is not
+    with pytest.raises(RunStopped, match="step 1: the norm of the gradients is above what fp32 holds.*Lower --lr"):
+        trainer.fit()

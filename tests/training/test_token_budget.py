@@ -20,13 +20,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def watch_forwards(trainer, monkeypatch) -> list[tuple[int, int]]:
-    """Shapes of the trunk's passes with gradients."""
+def watch_forwards(trainer, monkeypatch, training: bool = True) -> list[tuple[int, int]]:
+    """Shapes of the trunk's passes, those with gradients or those without."""
     shapes, model = [], trainer.runtime.unwrap(trainer.model)
     hidden = model.hidden
 
     def counting(ids, *args, **kwargs):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() == training:
             shapes.append(tuple(ids.shape))
         return hidden(ids, *args, **kwargs)
 
@@ -81,6 +81,19 @@ def test_ppo_does_not_depend_on_the_budget(ppo_trainer, minibatches) -> None:
             assert all(not budget or len(p) == 1 or len(p) * lengths[p].max() <= budget for p in plan)
     for budget in BUDGETS:
         assert_equal_weights(results[budget], results[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("completions", [(2,), (4,), (9,), (2, 4, 9)])
+@pytest.mark.parametrize("budget", [50, 200, 400])
+def test_the_budget_of_an_evaluation_counts_every_completion(rm_trainer, monkeypatch, completions, budget) -> None:
+    data = ranked_examples(12, completions=completions)
+    trainer = rm_trainer(validation=data, tokens_per_micro_batch=budget)
+    shapes = watch_forwards(trainer, monkeypatch, training=False)
+    report = trainer.evaluate()
+    assert sum(rows for rows, _ in shapes) == sum(len(row.response_ids) for row in data)
+    assert all(rows * longest <= budget or rows <= max(completions) for rows, longest in shapes)
+    other = rm_trainer(validation=data, batch_size=5).evaluate()
+    assert report == pytest.approx(other, rel=1e-5, nan_ok=True)
 
 
 def test_evaluations_and_the_scale_do_not_depend_on_the_budget(rm_trainer, ppo_trainer) -> None:
