@@ -58,7 +58,7 @@ __all__ = [
     "open_source",
 ]
 
-_CACHE_VERSION = 1  # raise it when the same rows would give other tokens
+_CACHE_VERSION = 2  # raise it when the same rows would give other tokens
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class DatasetReport(Counts):
             "bad": self.bad,
             "with nothing said": self.empty,
             "duplicates": self.duplicates,
+            "left out because their conversation is in the test split": self.of_test,
         }
         shown = "".join(f", {count:,} {what}" for what, count in notes.items() if count)
         first = f" (first bad row: {self.first_bad})" if self.first_bad else ""
@@ -243,7 +244,8 @@ def _check_arguments(stage: str, split: str, max_length: int, max_prompt_length:
 
 
 def _report(source: RowSource, split: str, counts: Counts, table: TokenTable) -> DatasetReport:
-    passed_over = {key: getattr(source.counts, key) for key in ("read", "bad", "empty", "elsewhere", "first_bad")}
+    keys = ("read", "bad", "empty", "elsewhere", "of_test", "first_bad")
+    passed_over = {key: getattr(source.counts, key) for key in keys}
     tokens = len(table.prompts.flat) + len(table.responses.flat)
     values = asdict(counts) | passed_over | {"tokens": tokens}
     return DatasetReport(name=source.name, stage=source.stage, split=split, **values)

@@ -1,14 +1,14 @@
 """Makes the SFT split of HH-RLHF: `python src/utils/prepare_sft_dataset.py`, once, before `--dataset hh-sft`.
 
     --hh hub|PATH          HH-RLHF; the hub's training split by default, or a local JSON Lines file in the HH form
-    --rm-static hub|PATH   what the reward model trains and is tested on, all of whose dialogues stay out of the split
+    --rm-static hub|PATH   what the reward model trains and is tested on; all its conversations stay out of the split
     --out PATH             runs/data/hh-sft.jsonl by default, which is where the dataset name hh-sft looks
     --skip-bad-rows        count malformed rows of a local file instead of stopping at the first
 
-A dialogue of HH-RLHF is kept unless its chosen or its rejected side, white space aside, is one of the dialogues of
-rm-static. So nothing that the reward model trains on was seen in SFT. What is kept is written as {"prompt", "response"}
-of the chosen side, each demonstration once; rows stream through, and only 8-byte hashes of the dialogues stay in
-memory.
+HH-RLHF holds several beginnings of one conversation. A row is kept unless its conversation, told by the person's first
+turn as everywhere (utils/prompt_split.py), is one of rm-static's. So no question that the reward model trains on was
+answered in SFT. What is kept is written as {"prompt", "response"} of the chosen side, each demonstration once; rows
+stream through, and only 8-byte hashes stay in memory.
 """
 
 import contextlib
@@ -31,11 +31,12 @@ from tqdm import tqdm
 from config.user_error import UserError, run_main
 from utils.row_sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
 from utils.rows import Row
+from utils.template import PromptTemplate
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Writes the rows of HH-RLHF whose dialogue is not in rm-static, as demonstrations for SFT."""
+    """Writes the rows of HH-RLHF whose conversation is not in rm-static, as demonstrations for SFT."""
 
     hh: str = "hub"
     """HH-RLHF: "hub", or a local .jsonl or .jsonl.gz file of "chosen" and "rejected" dialogues."""
@@ -49,11 +50,12 @@ class PrepareConfig:
 
 @dataclass
 class PrepareReport:
-    """What became of the rows of HH-RLHF; `read` is the sum of the others."""
+    """What became of the rows of HH-RLHF; `read` is the sum of written, in_rm_static, duplicates, empty and bad."""
 
     read: int = 0
     written: int = 0
     in_rm_static: int = 0
+    """Rows of a conversation that rm-static has, whether with the same replies or others."""
     duplicates: int = 0
     empty: int = 0
     bad: int = 0
@@ -71,7 +73,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     rm_static = _source(config.rm_static, DahoasRMStaticDataset, "--rm-static", config.skip_bad_rows)
     seen_by_rm: set[bytes] = set()
     for row in tqdm(_rows(rm_static, ("train", "test")), desc="rm-static", unit=" rows", delay=1, disable=None):
-        seen_by_rm |= _hashes(row)
+        seen_by_rm |= _conversations(row)
     report = PrepareReport()
     rows = tqdm(_rows(hh, ("train",)), desc="HH-RLHF", unit=" rows", delay=1, disable=None)
     try:
@@ -87,7 +89,7 @@ def _demonstrations(rows: Iterator[Row], seen_by_rm: set[bytes], report: Prepare
     written: set[bytes] = set()
     for row in rows:
         demonstration = _hash(row.prompts[0] + row.completions[0])
-        if _hashes(row) & seen_by_rm:
+        if _conversations(row) & seen_by_rm:
             report.in_rm_static += 1
         elif not row.completions[0]:
             report.empty += 1
@@ -99,8 +101,8 @@ def _demonstrations(rows: Iterator[Row], seen_by_rm: set[bytes], report: Prepare
             yield json.dumps({"prompt": row.prompts[0], "response": row.completions[0]}, ensure_ascii=False)
     if not written:
         raise UserError(
-            f"--hh: no row is left to write: {report.in_rm_static} are in --rm-static, {report.empty} say nothing; "
-            "are both flags the same file?"
+            f"--hh: no row is left to write: {report.in_rm_static} are of conversations in --rm-static, {report.empty} "
+            "say nothing; are both flags the same file?"
         )
 
 
@@ -122,12 +124,13 @@ def _rows(source: HubDataset | JSONLDataset, splits: tuple[str, ...]) -> Iterato
         yield from source.hub_rows(split)
 
 
-def _hashes(row: Row) -> set[bytes]:
-    return {_hash(prompt + completion) for prompt, completion in zip(row.prompts, row.completions, strict=True)}
+def _conversations(row: Row) -> set[bytes]:
+    """Hashes of the conversations that a row's dialogues begin: nearly always one."""
+    return {_hash(PromptTemplate().opening(prompt)) for prompt in row.prompts}
 
 
-def _hash(dialogue: str) -> bytes:
-    return hashlib.blake2b(" ".join(dialogue.split()).encode(), digest_size=8).digest()
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
 
 
 def _write_lines(path: Path, lines: Iterator[str]) -> None:
@@ -161,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     report = prepare(config)
     print(
         f"{config.out}: {report.written:,} demonstrations from {report.read:,} rows; left out: "
-        f"{report.in_rm_static:,} in rm-static, {report.duplicates:,} duplicates, {report.empty:,} that say nothing, "
-        f"{report.bad:,} bad"
+        f"{report.in_rm_static:,} of conversations in rm-static, {report.duplicates:,} duplicates, "
+        f"{report.empty:,} that say nothing, {report.bad:,} bad"
     )
 
 

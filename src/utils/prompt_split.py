@@ -1,8 +1,9 @@
 """Which rows train what: splits by a hash of the conversation, so that no prompt is ever on both sides.
 
-A row's *key* is the first turn of its dialogue (data in the HH form hold several beginnings of one conversation; these
-stay together) or, for plain text, the text. Hashed, the key is a point u in [0, 1), and the point alone decides where
-the row goes: the order of the rows does not matter, and rows added later do not move the others.
+A row's *key* is the person's first turn in its dialogue, white space aside (data in the HH form hold several beginnings
+of one conversation; these stay together) or, for plain text, the text. Hashed, the key is a point u in [0, 1), and the
+point alone decides where the row goes: the order of the rows does not matter, and rows added later do not move the
+others.
 
     [0, v) validation      [v, 2v) test      [2v, 1) training, of which the first `ppo_fraction` are PPO's prompts
 

@@ -11,14 +11,15 @@
     PATH          JSONLDataset            a .jsonl or .jsonl.gz file                what its rows allow (utils/rows.py)
 
 Splits. The demo ships its own. Everything else is divided by a hash of the conversation (utils/prompt_split.py): a
-local file into train, validation and test; hh and rm-static, which have a test split, hold out nothing of their
-training split and share the hub's test split between validation and test, half each. The training prompts are divided
-once more between the reward model and PPO.
+local file into train, validation and test; hh and rm-static, which have a test split, share the hub's test split
+between validation and test, half each, and lose from their training split the rows whose conversation is in it. The
+training prompts are divided once more between the reward model and PPO.
 
 Malformed rows of a file stop with file and line, unless `skip_bad_rows`; those of a hub dataset, which the user cannot
 mend, are always passed over. Either way the `DatasetReport` counts them.
 """
 
+import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -256,18 +257,27 @@ class HubDataset(RowSource):
         """See `RowSource.rows`."""
         self.counts = Counts()
         held_out = split != "train" and self.has_test_split
-        source = "test" if held_out else "train"
+        tested = self._tested() if split == "train" and self.has_test_split else set()
         wanted = self.options.wanted(self.stage, split, self.is_ranked)
-        for row in self.hub_rows(source):
+        for row in self.hub_rows("test" if held_out else "train"):
             point = self.options.point(self._key(row))
             if held_out:
                 part = "validation" if point < 0.5 else "test"
             else:
                 part = self.options.part(point, self.has_test_split)
-            if part in wanted:
+            if part in wanted and point not in tested:
                 yield row
             else:
                 self.counts.elsewhere += 1
+                self.counts.of_test += point in tested
+
+    def _tested(self) -> set[float]:
+        """Hash points of the conversations in the hub's test split, whatever the stage can use of their rows."""
+        points = set()
+        for data in self.load("test"):
+            with contextlib.suppress(BadRow):
+                points.add(self.options.point(self._key(parse_row(data, "ppo", "", self.template))))
+        return points
 
     def hub_rows(self, split: str) -> Iterator[Row]:
         """Every row of the hub's own split "train" or "test"; `counts` goes on counting."""
@@ -368,7 +378,7 @@ def open_source(name_or_path: str, stage: str, **options: Any) -> RowSource:
 
 
 def _whole_key(row: Row) -> str:
-    return row.prompts[0] or row.completions[0]
+    return " ".join(row.prompts[0].split()) or row.completions[0]
 
 
 def _demo_file(name: str) -> Path:

@@ -100,9 +100,13 @@ class PromptTemplate:
         return self.response_prefix + text if text else ""
 
     def opening(self, prompt: str) -> str:
-        """The first turn of a dialogue: what two prompts from one conversation have in common."""
-        cut = prompt.find(self.assistant)
-        return prompt if cut < 0 else prompt[:cut]
+        """The person's first turn, with single spaces for all white space: what two prompts from one conversation have
+        in common, however their lines are broken and whether or not a greeting stands before it."""
+        human = self.human.rstrip()
+        start = max(0, prompt.find(human))
+        cut = prompt.find(self.assistant, start)
+        turn = prompt[start:] if cut < 0 else prompt[start:cut]
+        return self.human + " ".join(turn.removeprefix(human).split())
 
     def to_dict(self) -> dict[str, str]:
         """Plain data for a checkpoint's JSON."""

@@ -47,6 +47,8 @@ class Counts:
     """Demonstrations that say nothing."""
     elsewhere: int = 0
     """Belong to another split or stage."""
+    of_test: int = 0
+    """Of those elsewhere: rows of the training data whose conversation is one of the data's own test split."""
     cut: int = 0
     """Of those kept: prompt shortened from the left."""
     duplicates: int = 0

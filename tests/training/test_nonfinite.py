@@ -414,7 +414,7 @@ def scaling(runtime, monkeypatch):
 
 
 def make_stage(stage: str, request, **settings):
-    """A trainer of any stage with a schedule that moves, checkpoints and evaluations on the way, and a figure a step."""
+    """A trainer of any stage with a schedule that moves, and with checkpoints and evaluations on the way."""
     cadence = dict(eval_every=2, save_every=2, eval_examples=4)
     if stage == "ppo":
         return request.getfixturevalue("ppo_trainer")(kl_target=0.5, minibatches=2, **cadence, **settings)

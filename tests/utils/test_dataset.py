@@ -170,6 +170,24 @@ def test_beginnings_of_one_conversation_stay_together(load, tok, tmp_path):
     assert sum(map(len, openings)) == len(set.union(*openings)) == 100
 
 
+WRITTEN = [
+    lambda i: f"Human: is {i} odd",
+    lambda i: f"\n\nHuman:  is  {i}  odd \n\nAssistant: Why?\n\nHuman: I ask.\n\nAssistant:",
+    lambda i: f"\r\n\r\nHuman: is {i}\r\nodd\r\n\r\nAssistant:",
+    lambda i: f"\n\nAssistant: Hello.\n\nHuman: is {i} odd\n\nAssistant:",
+]
+"""One conversation, begun in other ways."""
+
+
+@pytest.mark.parametrize(("count", "ways"), [(4, WRITTEN[::2]), (100, WRITTEN)])
+def test_white_space_is_no_other_conversation(load, tok, tmp_path, count, ways):
+    rows = [{"prompt": begun(i), "chosen": "r", "rejected": "s"} for i in range(count) for begun in ways]
+    path = write(tmp_path / "f.jsonl", rows)
+    pools = [("rm", "train"), ("ppo", "train"), ("rm", "validation"), ("rm", "test")]
+    found = [{T.opening(text) for text in prompt_texts(load(path, *pool), tok)} for pool in pools]
+    assert sum(map(len, found)) == len(set.union(*found)) == count
+
+
 def test_a_fixed_preamble_is_no_conversation(load, tok, tmp_path):
     rows = [{"prompt": T.format(["You are kind.", "Yes.", f"q {i}"]), "response": "r"} for i in range(100)]
     path = write(tmp_path / "f.jsonl", rows)
@@ -294,6 +312,25 @@ def test_hub_datasets_divide_their_own_splits(load, tok, hub):
         assert not held[0] & held[1] and len(held[0] | held[1]) == 100 and min(map(len, held)) > 30
         assert all(words[1] in text for text in held[0] | held[1])
     assert ("Anthropic/hh-rlhf", "test") in hub.asked
+
+
+@pytest.mark.parametrize("begun", WRITTEN)
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_no_conversation_of_the_hubs_test_split_is_trained_on(load, tok, hub, stage, begun):
+    rows = hub.rows_of["Dahoas/rm-static"]
+    for i in range(0, 40, 2):
+        rows["train"][i]["prompt"] = T.format([f"is {i} odd", "Well.", "So?"])
+        rows["test"][i]["prompt"] = begun(i)
+    data = load("rm-static", stage)
+    trained, tested = (
+        {T.opening(text) for split in splits for text in prompt_texts(load("rm-static", stage, split), tok)}
+        for splits in (["train"], ["validation", "test"])
+    )
+    assert not trained & tested and len(tested) == 100
+    report = data.report
+    assert report.of_test == 20 and report.kept + report.elsewhere == report.read == 300
+    assert "20 left out because their conversation is in the test split" in report.summary()
+    assert load("rm-static", stage, "test").report.of_test == 0
 
 
 def test_bad_rows_of_the_hub_are_passed_over_and_counted(load, hub):

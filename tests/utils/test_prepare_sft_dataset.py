@@ -45,8 +45,8 @@ def out(tmp_path):
     return tmp_path / "new folder" / "hh-sft.jsonl"
 
 
-def test_dialogues_of_either_side_stay_out(tmp_path, out):
-    hh = write(tmp_path / "hh.jsonl", [pair(i) for i in range(10)])
+def test_conversations_of_rm_static_stay_out(tmp_path, out):
+    hh = write(tmp_path / "hh.jsonl", [pair(i) for i in range(12)])
     rm = write(tmp_path / "rm.jsonl", [
         static(0),
         static(1, good="other"),  # only the rejected side is shared
@@ -55,14 +55,26 @@ def test_dialogues_of_either_side_stay_out(tmp_path, out):
         static(4, good="one", bad="two"),  # same question, other dialogues
         {"prompt": "Human: question 5\nAssistant:", "chosen": "good  5\n", "rejected": "x"},  # same but for white space
         pair(6),  # in the HH form
+        {"prompt": T.format(["question 7", "Which?", "That."]), "chosen": "a", "rejected": "b"},  # goes on
+        {"prompt": "\r\n\r\nHuman:  question\r\n8\r\n\r\nAssistant:", "chosen": "a", "rejected": "b"},
     ])  # fmt: skip
     report = prepare(PrepareConfig(hh, rm, out))
-    assert numbers(out) == [4, 7, 8, 9]
-    assert (report.read, report.written, report.in_rm_static) == (10, 4, 6)
+    assert numbers(out) == [9, 10, 11]
+    assert (report.read, report.written, report.in_rm_static) == (12, 3, 9)
     assert json.loads(out.read_text().splitlines()[0]) == {
-        "prompt": "\n\nHuman: question 4\n\nAssistant:",
-        "response": " good 4",
+        "prompt": "\n\nHuman: question 9\n\nAssistant:",
+        "response": " good 9",
     }
+
+
+def test_later_turns_of_a_conversation_stay_out(tmp_path, out):
+    """HH-RLHF holds several beginnings of one conversation; rm-static may have any of them, on either side."""
+    turns = ["question 1", "Which?", "That."]
+    longer = {side: f"{T.format(turns)} {side}" for side in ("chosen", "rejected")}
+    differ = {"chosen": f"{T.format(['question 2'])} a", "rejected": f"{T.format(['question 3'])} a"}
+    hh = write(tmp_path / "hh.jsonl", [longer, differ, pair(4)])
+    assert prepare(PrepareConfig(hh, write(tmp_path / "rm.jsonl", [static(1), static(3)]), out)).in_rm_static == 2
+    assert numbers(out) == [4]
 
 
 def test_duplicates_and_silence_are_left_out_and_counted(tmp_path, out):
@@ -113,7 +125,7 @@ def test_wrong_input_leaves_no_file(tmp_path, out):
     hh = write(tmp_path / "hh.jsonl", [pair(i) for i in range(3)])
     torn = write(tmp_path / "torn.jsonl", [pair(1), {"chosen": "x"}])
     cases = [
-        (PrepareConfig(hh, hh, out), "--hh: no row is left to write: 3 are in --rm-static"),
+        (PrepareConfig(hh, hh, out), "--hh: no row is left to write: 3 are of conversations in --rm-static"),
         (PrepareConfig(torn, write(tmp_path / "rm.jsonl", [static(9)]), out), 'torn.jsonl:2: "chosen" has no turn'),
         (PrepareConfig("none.jsonl", hh, out), "--hh none.jsonl: no such file"),
         (PrepareConfig(hh, str(tmp_path / "no"), out), "--rm-static .*no: no such file"),
@@ -151,7 +163,7 @@ def test_as_a_script_from_the_root_and_from_src(tmp_path, out, folder, script):
     command = [sys.executable, script, "--hh", hh, "--rm-static", rm, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "4 demonstrations from 5 rows; left out: 1 in rm-static" in done.stdout
+    assert "4 demonstrations from 5 rows; left out: 1 of conversations in rm-static" in done.stdout
     wrong = subprocess.run([*command, "--rm-static", hh], cwd=ROOT / folder, capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 
@@ -163,8 +175,11 @@ def test_real_dialogues(tmp_path, out):
     with gzip.open(hh, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][:400]
     report = prepare(PrepareConfig(str(hh), write(tmp_path / "rm.jsonl", rows), out))
-    assert (report.read, report.in_rm_static) == (1000, 400)
-    seen = {" ".join(row[key].split()) for row in rows for key in ("chosen", "rejected")}
+
+    def openings(rows, *keys):
+        return {T.opening(T.prompt(row[key].rpartition(T.assistant)[0] + T.assistant)) for row in rows for key in keys}
+
     written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-    assert len(written) == report.written >= 590
-    assert not any(" ".join((row["prompt"] + row["response"]).split()) in seen for row in written)
+    assert not openings(written, "prompt") & openings(rows, "chosen", "rejected")
+    assert report.read == 1000 and len(written) == report.written > 570
+    assert report.in_rm_static > 400  # more rows than have the very dialogue

@@ -100,6 +100,25 @@ def test_opening_is_shared_by_beginnings_of_one_conversation():
     assert T.opening(T.format(["a"])) != T.opening(T.format(["b"]))
 
 
+@pytest.mark.parametrize("prompt", [
+    "Human: a b\n\nAssistant:",
+    "\n\nHuman:  a  b \n\nAssistant: c\n\nHuman: d",
+    "\r\n\r\nHuman: a b\r\n\r\nAssistant:",
+    "\n\nHuman: a\nb\n\nAssistant:",
+    "\n\nHuman: a\r\n b\t\n\nAssistant: c\n\nHuman: d\n\nAssistant:",
+    "\n\nHuman: a\u00a0b\n\nAssistant:",
+    "\n\nHuman:\na b\n\nAssistant:",
+    "\n\nAssistant: Hello.\n\nHuman: a b\n\nAssistant:",
+])  # fmt: skip
+def test_white_space_and_a_greeting_make_no_other_conversation(prompt):
+    assert T.opening(T.prompt(prompt)) == T.opening(T.format(["a b"])) == "\n\nHuman: a b"
+
+
+def test_greetings_alone_are_not_one_conversation():
+    prompts = [f"\n\nAssistant: Hello.\n\nHuman: {question}\n\nAssistant:" for question in "ab"]
+    assert T.opening(prompts[0]) != T.opening(prompts[1])
+
+
 def test_round_trip_through_plain_data():
     other = PromptTemplate(human="<u>", assistant="<a>", response_prefix="")
     assert PromptTemplate.from_dict(other.to_dict()) == other
