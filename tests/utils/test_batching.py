@@ -105,6 +105,14 @@ def test_an_epoch_is_a_pure_function_and_differs_by_seed_and_epoch():
     assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
+def test_micro_batches_of_an_epoch_leave_little_padding():
+    lengths = np.random.default_rng(0).integers(1, 200, 4096)
+    batches = epoch_batches(lengths, 64, 0, 0)
+    parts = [part for batch in batches for part in micro_batches(batch, lengths, 8)]
+    padded, whole = (sum(len(rows) * lengths[rows].max() for rows in found) for found in (parts, batches))
+    assert padded < 1.15 * lengths.sum() < whole
+
+
 def test_the_order_of_lengths_is_random_from_batch_to_batch():
     lengths = np.random.default_rng(0).integers(1, 200, 4096)
     means = [lengths[batch].mean() for batch in epoch_batches(lengths, 32, 0, 0)]
