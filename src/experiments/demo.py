@@ -135,19 +135,23 @@ def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()
 
 def failures(result: dict[str, Any]) -> list[str]:
     """What a run of the demo must reach, on any machine; wide of the expected figures, which the README gives."""
-    ppo, sft, rm = result["systems"]["ppo"], result["systems"]["sft"], result["reward_model"]
+    ppo, sft, best, rm = (*(result["systems"][name] for name in ("ppo", "sft", "best_of_16")), result["reward_model"])
     checks = [
         (
-            rm["noise_free_accuracy"] > 0.75,
-            f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.75",
+            rm["noise_free_accuracy"] > 0.85,
+            f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.85",
         ),
         (
-            ppo["win_rate_ci"][0] > 0.65,
-            f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.65",
+            ppo["win_rate_ci"][0] > 0.8,
+            f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.80",
         ),
         (
-            ppo["gold"] > sft["gold"] + 0.8,
-            f"PPO's gold reward {ppo['gold']:.2f} is not 0.8 above SFT's {sft['gold']:.2f}",
+            ppo["gold"] > sft["gold"] + 1.5,
+            f"PPO's gold reward {ppo['gold']:.2f} is not 1.5 above SFT's {sft['gold']:.2f}",
+        ),
+        (
+            ppo["gold"] > best["gold"],
+            f"PPO's gold reward {ppo['gold']:.2f} is not above best-of-16's {best['gold']:.2f}",
         ),
         (ppo["kl"] < 10, f"PPO went {ppo['kl']:.1f} nats away from SFT, expected under 10"),
         (ppo["eos_rate"] > 0.95, f"only {ppo['eos_rate']:.2f} of PPO's responses end, expected over 0.95"),

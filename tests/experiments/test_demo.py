@@ -76,11 +76,13 @@ def test_every_system_is_judged_against_sft(result):
     found, _ = result
     sft, vanilla = found["per_prompt"]["sft"], found["per_prompt"]["vanilla"]
     assert found["systems"]["sft"]["win_rate"] is None
-    for name in set(found["systems"]) - {"sft"}:
-        wins = win_scores(found["per_prompt"][name], sft).mean()
-        assert found["systems"][name]["win_rate"] == wins
-        if name != "vanilla":
-            assert wins != win_scores(found["per_prompt"][name], vanilla).mean(), "this case would not tell them apart"
+    others = [name for name in found["systems"] if name != "sft"]
+    against = {
+        other: [win_scores(found["per_prompt"][name], other_golds).mean() for name in others]
+        for other, other_golds in (("sft", sft), ("vanilla", vanilla))
+    }
+    assert [found["systems"][name]["win_rate"] for name in others] == against["sft"]
+    assert against["sft"] != against["vanilla"]
 
 
 def test_the_split_decides_prompts_and_pairs(monkeypatch):
@@ -212,14 +214,18 @@ def test_failures_name_what_was_missed():
     good = {
         "reward_model": {"noise_free_accuracy": 0.9},
         "systems": {
-            "sft": {"gold": 0.5}, "ppo": {"gold": 2.0, "win_rate_ci": (0.8, 0.9), "kl": 2.0, "eos_rate": 1.0},
+            "sft": {"gold": -0.5}, "ppo": {"gold": 2.0, "win_rate_ci": (0.85, 0.95), "kl": 2.0, "eos_rate": 1.0},
+            "best_of_16": {"gold": 1.9},
         },
     }  # fmt: skip
     assert failures(good) == []
     bad = json.loads(json.dumps(good))
-    bad["systems"]["ppo"] |= {"gold": 1.0, "win_rate_ci": (0.6, 0.7), "kl": 30.0, "eos_rate": 0.5}
+    bad["systems"]["ppo"] |= {"gold": 0.9, "win_rate_ci": (0.7, 0.9), "kl": 30.0, "eos_rate": 0.5}
     bad["reward_model"]["noise_free_accuracy"] = 0.6
-    assert len(failures(bad)) == 5
+    assert [line.split()[0] for line in failures(bad)] == ["reward", "PPO's", "PPO's", "PPO's", "PPO", "only"]
+    beaten = json.loads(json.dumps(good))
+    beaten["systems"]["best_of_16"]["gold"] = 2.1
+    assert failures(beaten) == ["PPO's gold reward 2.00 is not above best-of-16's 2.10"]
 
 
 def test_flags_go_to_every_script():
