@@ -21,6 +21,11 @@ from config.user_error import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# No GPT-2 comes near. A model.json from elsewhere can claim any size, and the module is built before weights are
+# compared with it.
+_MOST_LAYERS, _LARGEST_SIZE = 1000, 2**24
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes and options of one GPT-2. Enough to rebuild the module from."""
@@ -56,12 +61,16 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for field in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            _require(getattr(self, field) >= 1, f"model config: {field} must be at least 1, not {getattr(self, field)}")
+            value, most = getattr(self, field), _MOST_LAYERS if field == "n_layer" else _LARGEST_SIZE
+            _require(1 <= value <= most, f"model config: {field} must be 1 to {most}, not {value}")
         _require(
             self.n_embd % self.n_head == 0,
             f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}",
         )
-        _require(self.lora_rank >= 0, f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}")
+        _require(
+            0 <= self.lora_rank <= _LARGEST_SIZE,
+            f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}",
+        )
         for field in ("dropout", "lora_dropout"):
             value = getattr(self, field)
             _require(0 <= value < 1, f"model config: {field} must be in [0, 1), not {value}")
@@ -71,8 +80,9 @@ class GPTConfig:
         if self.embedding_rows == 0:
             object.__setattr__(self, "embedding_rows", self.vocab_size)
         _require(
-            self.embedding_rows >= self.vocab_size,
-            f"model config: embedding_rows {self.embedding_rows} is smaller than vocab_size {self.vocab_size}",
+            self.vocab_size <= self.embedding_rows <= _LARGEST_SIZE,
+            f"model config: embedding_rows {self.embedding_rows} is not between vocab_size {self.vocab_size} and "
+            f"{_LARGEST_SIZE}",
         )
 
     @property

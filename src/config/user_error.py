@@ -7,16 +7,19 @@ Exit codes of every script: 0 done; 2 the user's input is wrong, told in one lin
 import sys
 from collections.abc import Callable
 
+from utils.scrub import guard_terminal, printable, scrub
+
 
 class UserError(Exception):
     """The user's input is wrong.
 
     The message is one line that names the flag, or the file and line, and says what would be right. Line breaks that
-    slip in with a file name or a piece of the input are shown as spaces, so that the promise of one line always holds.
+    slip in with a file name or a piece of the input are shown as spaces, so that the promise of one line always holds;
+    secrets are left out and control characters shown (`utils.scrub`).
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(scrub(" ".join(message.split()))))
 
 
 class RunStopped(Exception):
@@ -26,17 +29,20 @@ class RunStopped(Exception):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(scrub(" ".join(message.split()))))
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and ends the process with the exit code of the contract above.
+
+    From here on everything printed, tracebacks too, is without secrets and control characters (`utils.scrub`).
 
     Args:
         main: takes nothing, returns an exit code or None for 0. A `UserError` becomes exit code 2 and one line on
             stderr, a `RunStopped` exit code 1 and one line, a place without permission exit code 2 and one line;
             every other exception keeps its traceback and Python's exit code 1.
     """
+    guard_terminal()
     try:
         code = main()
     except (UserError, RunStopped, PermissionError) as error:

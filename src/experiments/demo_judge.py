@@ -20,6 +20,7 @@ from experiments.overoptimisation import (
     held_out_prompts,
     measure,
     proxy_of,
+    reward_function_of,
     text_model,
     write_overoptimisation,
 )
@@ -53,7 +54,8 @@ def judge_demo(runs: dict[str, Path], count: int, seed: int, split: str = "valid
     ppo = PPORun.read(runs["ppo"])
     prompts = held_out_prompts("demo", models["sft"].template, count, split)
     sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], seed)
-    grader = Grader(models["sft"], proxy_of(ppo, machine), gold_reward, prompts, sampling, machine)
+    proxy = proxy_of(ppo, machine, reward_function_of(ppo))
+    grader = Grader(models["sft"], proxy, gold_reward, prompts, sampling, machine)
     graded = {name: grader.grade(model, name) for name, model in models.items()}
     graded["sft_greedy"] = grader.grade(models["sft"], "sft", greedy=True)
     graded["ppo_greedy"] = grader.grade(models["ppo"], "ppo", greedy=True)

@@ -26,6 +26,8 @@ from experiments.doctor_rules import (
     gradient_spikes,
     not_a_number,
 )
+from utils.run_folder import refuse_links
+from utils.scrub import printable
 
 # In the order of the causes: a fault high up (dropout on, say) brings others further down with it.
 _PPO_RULES: tuple[Rule, ...] = (
@@ -54,7 +56,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     record = read_run(folder)
     findings, unclear = examine(record)
     pictures = draw(record, findings, Path(flags.pictures) if flags.pictures else None)
-    print(report(record, findings, unclear, pictures))
+    print(printable(report(record, findings, unclear, pictures)))
     return 3 if findings else 0
 
 
@@ -67,9 +69,11 @@ def draw(record: RunRecord, findings: list[Finding], elsewhere: Path | None) -> 
     """One picture for each finding, in RUN/doctor in place of those of an earlier visit, or in a folder elsewhere.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or is a link out of the run.
     """
     folder = elsewhere or record.folder / "doctor"
+    if not elsewhere:
+        refuse_links(folder)
     try:
         for old in () if elsewhere else folder.glob("*.png"):
             old.unlink()

@@ -2,6 +2,9 @@
 
     python src/experiments/main.py -t overoptimisation ppo_demo_s0
     python src/experiments/main.py -t overoptimisation runs/ppo_hh_20260101120000 --judge rm:rm_large
+    python src/experiments/main.py -t overoptimisation ppo_mine --reward-fn reward.py:score --judge gold.py:score
+
+A run only tells which Python functions it was trained with; those that are run are named on the command line.
 
 The policy is taken at every checkpoint that the run has kept (train_ppo.py --save-every 3 --keep 10 keeps ten of a run
 of thirty iterations), and best-of-n of the SFT model is set beside it at n = 1, 2, 4, ... (Gao et al. 2022, figure 1).
@@ -14,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,14 +40,21 @@ from models.gpt import GPT
 from training.runtime import Runtime
 from training.start import template_of
 from utils.demo_gold import gold_reward
+from utils.durable import write_file
 from utils.judges import Score
-from utils.reward_function import load_reward_function
+from utils.reward_function import RewardFunction, load_reward_function
 from utils.row_sources import open_source
 from utils.run_folder import find_checkpoint, step_checkpoints
+from utils.scrub import scrubbed
 from utils.template import PromptTemplate
 from utils.tokenizer import load_tokenizer
 
 _FEWEST_PROMPTS = 256
+# What is used of a run's settings; a run from elsewhere may hold anything.
+_SETTINGS = {
+    "dataset": str, "batch_size": int, "temperature": (int, float), "response_length": int, "reward_fn": str,
+    "reward_fn_weight": (int, float),
+}  # fmt: skip
 _DRAWING = threading.Lock()  # `-t results` judges several seeds side by side, and matplotlib is not made for that
 # Of the rows that fit where training fits. There are no gradients here, but the log-probabilities of all tokens.
 _ROWS_PER_TRAINED = 4
@@ -67,12 +78,16 @@ class PPORun:
         """
         try:
             hyperparams = json.loads((folder / "hyperparams.json").read_text())
-        except (OSError, ValueError) as error:
+            stage, config = hyperparams.get("stage"), dict(hyperparams.get("config", {}))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"RUN {folder}: hyperparams.json cannot be read ({error}); give a PPO run") from None
-        if hyperparams.get("stage") != "ppo":
-            raise UserError(f"RUN {folder}: is a run of stage {hyperparams.get('stage')}; give a run of train_ppo.py")
-        sft, rm = (_where_it_is(folder, hyperparams.get(key, "")) for key in ("sft", "rm"))
-        return cls(folder, hyperparams["config"], sft, rm)
+        if stage != "ppo":
+            raise UserError(f"RUN {folder}: is a run of stage {stage}; give a run of train_ppo.py")
+        unusable = [name for name, kind in _SETTINGS.items() if not isinstance(config.get(name), kind)]
+        if unusable:
+            raise UserError(f"RUN {folder}: hyperparams.json has no usable {', '.join(unusable)}; give a PPO run")
+        sft, rm = (_where_it_is(folder, str(hyperparams.get(key) or "")) for key in ("sft", "rm"))
+        return cls(folder, config, sft, rm)
 
     def checkpoints(self) -> dict[int, Path]:
         """The policies that the run has kept, by step, without the one at step 0.
@@ -104,32 +119,57 @@ def text_model(checkpoint: Path) -> TextModel:
     return TextModel(GPT.from_checkpoint(checkpoint).eval(), load_tokenizer(checkpoint), template_of(checkpoint))
 
 
-def proxy_of(run: PPORun, machine: Machine) -> Proxy:
+def reward_function_of(run: PPORun, given: str = "") -> RewardFunction | None:
+    """The reward function that the run was trained on, as the user names it; None for a run without one.
+
+    What the run recorded is only shown: a folder from elsewhere could name any file, and importing it runs it.
+
+    Args:
+        given: --reward-fn FILE.py:FUNCTION, "" without the flag.
+
+    Raises:
+        UserError: the run had one and none is given, or the other way round, or it cannot be imported.
+    """
+    recorded = run.config["reward_fn"]
+    # With a reward model a function of weight 0 does not count.
+    if not recorded or not (run.rm is None or run.config["reward_fn_weight"]):
+        if given:
+            raise UserError(f"--reward-fn {given}: RUN {run.folder} was trained without one; leave it out")
+        return None
+    if not given:
+        raise UserError(
+            f"--reward-fn: RUN {run.folder} was trained on a reward function, recorded as {recorded!r}; what a run "
+            "names is not imported: look at it and name it yourself: python src/experiments/main.py "
+            f"-t overoptimisation {shlex.quote(str(run.folder))} --reward-fn FILE.py:FUNCTION"
+        )
+    return load_reward_function(given, "--reward-fn")
+
+
+def proxy_of(run: PPORun, machine: Machine, function: RewardFunction | None) -> Proxy:
     """What the run maximised, without the KL penalty and the penalty for a missing EOS: the reward model on the sampled
-    ids, and the run's own reward function with its weight."""
+    ids, and the run's own reward function (`reward_function_of`) with its weight."""
     rm = load_reward_model(run.rm, f"RUN {run.folder}") if run.rm is not None else None
-    spec = run.config["reward_fn"]
-    function = load_reward_function(spec, "--reward-fn of the run") if spec else None
-    # In place of the reward model the function counts in full, whatever its weight; with it at weight 0 not at all.
-    weight = run.config["reward_fn_weight"] if rm is not None else 1.0
+    weight = run.config["reward_fn_weight"] if rm is not None else 1.0  # in place of the reward model it counts in full
 
     def proxy(answers: Sequence[Answer], name: str) -> np.ndarray:
         scores = np.zeros(len(answers)) if rm is None else score_answers(rm, answers, machine, name, own_ids=True)
-        if function is not None and weight:
+        if function is not None:
             scores = scores + weight * np.array(function([a.prompt for a in answers], [a.text for a in answers]))
         return scores
 
     return proxy
 
 
-def gold_of(spec: str, dataset: str, runs_dir: str, machine: Machine) -> Score:
+def gold_of(spec: str, run: PPORun, runs_dir: str, machine: Machine) -> Score:
     """The judge that --judge names, as a function of (prompts, answers); "" is `gold` on the demo's data.
 
     Raises:
         UserError: there is no such judge, or none was named for data that have no gold reward.
     """
+    dataset, recorded = run.config["dataset"], run.config.get("eval_reward_fn")
     if not spec and dataset != "demo":
-        raise UserError(f"--judge: {dataset} has no gold reward; give rm:CHECKPOINT or FILE.py:FUNCTION")
+        known = f" (the run recorded --eval-reward-fn {recorded!r}, which is not imported unasked)" if recorded else ""
+        raise UserError(f"--judge: {dataset} has no gold reward{known}; give rm:CHECKPOINT or FILE.py:FUNCTION")
     if spec in ("", "gold"):
         return gold_reward
     if spec.startswith("rm:"):
@@ -161,8 +201,9 @@ def write_overoptimisation(
 ) -> tuple[dict[str, Any], Path]:
     """Write overoptimisation.json and .png into `out`; returns the figures and the picture's path."""
     figures = {**about, **overoptimisation_curves(checkpoints, samples, about["seed"])}
-    (out / "overoptimisation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_file(out / "overoptimisation.json", (json.dumps(scrubbed(figures), indent=2) + "\n").encode())
     picture = out / "overoptimisation.png"
+    picture.unlink(missing_ok=True)  # in a run from elsewhere it could be a link
     with _DRAWING:
         draw_overoptimisation(figures, picture)
     return figures, picture
@@ -180,6 +221,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge", default="", help="gold (the demo's, the default there), rm:CHECKPOINT, FILE.py:FUNCTION"
     )
+    parser.add_argument(
+        "--reward-fn", default="", help="FILE.py:FUNCTION that the run was trained on; what it recorded is not imported"
+    )
     parser.add_argument("--prompts", type=_at_least(2), default=400, help="held-out prompts, of the test split")
     parser.add_argument("--best-of", type=_at_least(2), default=16, help="samples of the SFT model per prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
@@ -196,18 +240,20 @@ def run_overoptimisation(flags: argparse.Namespace) -> int:
         UserError: a flag or the run is wrong.
     """
     ppo = PPORun.read(find_run(flags.run, flags.runs_dir))
-    ppo.checkpoints()  # before anything slow, like the next line
+    ppo.checkpoints()  # before anything slow, like the next lines
+    function = reward_function_of(ppo, flags.reward_fn)
     out = _writable(Path(flags.out).expanduser() if flags.out else ppo.folder)
     runtime = Runtime(flags.device, flags.dtype, flags.seed)
     machine = Machine(runtime.device, _ROWS_PER_TRAINED * ppo.config["batch_size"], runtime.autocast)
     dataset = ppo.config["dataset"]
-    gold = gold_of(flags.judge, dataset, flags.runs_dir, machine)
+    gold = gold_of(flags.judge, ppo, flags.runs_dir, machine)
+    print(f"the run names SFT model {ppo.sft}, reward model {ppo.rm or 'none'}, data set {dataset}; they are read")
     sft = text_model(ppo.sft)
     prompts = held_out_prompts(dataset, sft.template, flags.prompts)
     if len(prompts) < _FEWEST_PROMPTS:
         print(f"note: {len(prompts)} prompts; the KL of the x axis is rough with fewer than {_FEWEST_PROMPTS}")
     sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], flags.seed)
-    grader = Grader(sft, proxy_of(ppo, machine), gold, prompts, sampling, machine)
+    grader = Grader(sft, proxy_of(ppo, machine, function), gold, prompts, sampling, machine)
     samples = grader.draws(flags.best_of)
     about = describe_measurement(ppo, flags.judge or "gold", sampling)
     figures, picture = write_overoptimisation(measure(ppo, grader), samples, about, out)

@@ -29,6 +29,7 @@ from utils.dataset import load_dataset, open_source
 from utils.prompt_split import SPLITS
 from utils.rows import STAGES
 from utils.run_folder import find_checkpoint
+from utils.scrub import printable
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
 
@@ -379,7 +380,8 @@ def _device(wanted: str) -> str:
 
 
 def _paint(text: str, style: str) -> str:
-    """Text in an ANSI style where colours are wanted (https://no-color.org)."""
+    """Text in an ANSI style where colours are wanted (https://no-color.org); its own control characters are shown."""
+    text = printable(text)
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{style}m{text}\033[0m"

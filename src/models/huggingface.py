@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module)
 
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_PLAIN = (
+    "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon", "activation_function",
+    "tie_word_embeddings",
+)  # fmt: skip
 # Causal masks, which older versions of transformers wrote into every checkpoint.
 _OLD_BUFFERS = (".attn.bias", ".attn.masked_bias")
 
@@ -77,17 +81,27 @@ def load_pretrained(
 def _read(name: str) -> tuple[GPT2Config, dict[str, Tensor]]:
     """Config and tensors of a Hugging Face GPT-2 that this project's model computes."""
     # transformers takes seconds to import and is needed only here.
-    from transformers import AutoConfig, GPT2LMHeadModel
+    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
     remedy = "give a folder that holds config.json and model.safetensors, or go online once"
     try:
         with _quiet_transformers():
-            source = AutoConfig.from_pretrained(name)
+            # Said aloud: unsaid, transformers asks on the terminal whether to run the folder's Python files.
+            source = AutoConfig.from_pretrained(name, trust_remote_code=False)
             if source.model_type != "gpt2":
                 raise UserError(f"-p {name}: holds a {source.model_type} model; a GPT-2 is needed")
             _check_plain(name, source)
-            model, report = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            _check_sizes(name, source)
+            # Without its other entries, which could name kernels or quantisers: code.
+            plain = GPT2Config(**{size: getattr(source, size) for size in _PLAIN})
+            model, report = GPT2LMHeadModel.from_pretrained(
+                name, config=plain, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"-p {name}: needs Python code of its own (auto_map), which is never run; a plain GPT-2 is needed"
+            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"-p {name}: cannot be loaded from Hugging Face ({reason}); {remedy}") from None
     except (SafetensorError, UnpicklingError, RuntimeError):
@@ -117,6 +131,19 @@ def _check_plain(name: str, source: GPT2Config) -> None:
         raise UserError(f"-p {name}: scales attention in another way than GPT-2; use a plain one")
     if source.n_inner not in (None, 4 * source.n_embd):
         raise UserError(f"-p {name}: feed-forward width {source.n_inner} is not 4 x {source.n_embd}; use a plain GPT-2")
+
+
+def _check_sizes(name: str, source: GPT2Config) -> None:
+    """Refuse a folder whose config.json claims far more weights than it holds: they would be allocated first.
+
+    Raises:
+        UserError: it has less than a byte for each.
+    """
+    width, rows = source.n_embd, source.vocab_size + source.n_positions
+    files = [file for pattern in ("*.safetensors", "*.bin") for file in Path(name).glob(pattern)]
+    held = sum(file.stat().st_size for file in files)
+    if files and held < width * (12 * width * source.n_layer + rows):
+        raise UserError(f"-p {name}: the weights are damaged: {held} bytes are too few for its config.json")
 
 
 @contextlib.contextmanager

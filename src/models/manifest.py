@@ -86,6 +86,8 @@ def _listed(folder: Path) -> dict[str, dict]:
         isinstance(e, dict) and {"size", "sha256"} <= set(e) for e in files.values()
     ):
         raise ValueError("it is no list of files")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise ValueError("it lists files outside its folder")
     return files
 
 

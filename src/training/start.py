@@ -32,6 +32,7 @@ from utils.run_folder import (
     versions,
     write_hyperparams,
 )
+from utils.scrub import scrubbed
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
@@ -94,7 +95,7 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
         raise UserError(
             f"--resume {config.resume}: is a run of stage {hyperparams.get('stage')}, not {stage}; use its own script"
         )
-    changed = _differences(old, json.loads(json.dumps(resolved(config))))
+    changed = _differences(scrubbed(old), scrubbed(json.loads(json.dumps(resolved(config)))))
     refused = [f"{field}: {then!r} -> {now!r}" for field, (then, now) in changed.items() if field not in wanted]
     if refused:
         raise UserError(
@@ -248,7 +249,7 @@ def _take_up(config: RunConfig, resumption: Resumption) -> None:
         record = resumption.hyperparams
         changes = [*record.get("overridden", []), {"step": step, "settings": resumption.overridden}]
         record = {**record, "config": resolved(config), "overridden": changes}
-        write_file(run / HYPERPARAMS, (json.dumps(record, indent=2) + "\n").encode())
+        write_file(run / HYPERPARAMS, (json.dumps(scrubbed(record), indent=2) + "\n").encode())
 
 
 def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:

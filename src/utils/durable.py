@@ -127,6 +127,7 @@ def write_file(path: Path, data: bytes) -> None:
     """
     disk, fresh = Disk(), path.with_name("new" + WRITING)
     try:
+        fresh.unlink(missing_ok=True)  # of a write that was cut short; it could be a link
         fresh.write_bytes(data)
         disk.sync(fresh)
         disk.rename(fresh, path)

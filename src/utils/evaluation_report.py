@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.pairwise import Comparison
+from utils.scrub import scrubbed
 
 MAIN_PAIRS = (("sft", "vanilla"), ("ppo", "vanilla"), ("ppo", "sft"))
 EXAMPLES = 10  # of each main pair, half of them wins and half losses
@@ -59,7 +60,9 @@ class Evaluation:
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
-    """Write evaluation.json and evaluation.md into a folder."""
+    """Write evaluation.json and evaluation.md into a folder; the settings without secrets, the texts as they are."""
+    told = {part: scrubbed(getattr(evaluation, part)) for part in ("settings", "judge", "systems")}
+    evaluation = replace(evaluation, **told)
     text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     (folder / "evaluation.md").write_text(markdown(evaluation), encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config.user_error import UserError
 from utils.run_folder import REPO
+from utils.scrub import remember
 
 KEY_FILE, KEY_NAME = "openai.key", "OPENAI_API_KEY"
 _FORM = f'{{"{KEY_NAME}": "..."}}'
@@ -24,13 +25,11 @@ class ApiKey:
     value: str = field(repr=False)
     source: str
 
-    def scrub(self, text: str) -> str:
-        """`text` without the key, which some servers repeat in their errors."""
-        return text.replace(self.value, "[key]")
-
 
 def find_key(folders: Sequence[Path] | None = None) -> ApiKey | None:
     """The key from the first `openai.key` in the folders, else from the environment, else None.
+
+    From now on it is in nothing that is printed or recorded (`utils.scrub`): some servers repeat it in their errors.
 
     Args:
         folders: by default the working folder, the repo's root and its src/.
@@ -67,4 +66,5 @@ def _read(file: Path) -> str:
 def _checked(value: str, source: str) -> ApiKey:
     if not (value.isascii() and value.isprintable()) or " " in value:
         raise UserError(f"{source}: the key has characters that no key has; copy it again")
+    remember(value)
     return ApiKey(value, source)

@@ -28,6 +28,7 @@ from utils.judge_prompt import RESPONSE_FORMATS, TEMPERATURE, messages, parse_ve
 from utils.pairwise import JudgePlan, Question, Verdict
 from utils.patient_requests import UNREACHABLE, GaveUp, NotAsked, PatientRequests, Refused
 from utils.run_folder import REPO
+from utils.scrub import remember_url, scrubbed
 from utils.verdict_cache import VerdictCache
 
 DEFAULT_JUDGE_MODEL = "gpt-4.1-mini"
@@ -77,10 +78,11 @@ class OpenAIJudge:
         Raises:
             UserError: no key, an unusable option or cache file.
         """
+        url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+        remember_url(url)
         _check(options)
         self.options = options
-        url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-        self.url = _public(url)
+        self.url = scrubbed(url)
         key = find_key(options.key_folders)
         if key is None and url == OPENAI_URL:
             raise UserError(
@@ -94,8 +96,8 @@ class OpenAIJudge:
         # A server of one's own often wants no key, but the client does.
         client = OpenAI(api_key=key.value if key else "none", base_url=url, timeout=options.timeout, max_retries=0)
         self._requests = PatientRequests(
-            client, options.model, self.budget, url=self.url, scrub=key.scrub if key else str,
-            attempts=options.max_attempts, first_wait=options.first_wait, longest_wait=options.longest_wait,
+            client, options.model, self.budget, url=self.url, attempts=options.max_attempts,
+            first_wait=options.first_wait, longest_wait=options.longest_wait,
         )  # fmt: skip
         self._formats = list(RESPONSE_FORMATS)  # those that the server may still turn out to take, best first
         self._lock = threading.Lock()
@@ -255,17 +257,11 @@ def _check(options: JudgeOptions) -> None:
     if not options.model.strip():
         raise UserError("--judge-model: give the model's name")
     if options.base_url is not None and urlsplit(options.base_url).scheme not in ("http", "https"):
-        raise UserError(f"--base-url {_public(options.base_url)}: must begin with http:// or https://")
+        raise UserError(f"--base-url {scrubbed(options.base_url)}: must begin with http:// or https://")
     if options.concurrency < 1:
         raise UserError(f"--concurrency {options.concurrency}: must be at least 1")
     if options.price is not None and not (len(options.price) == 2 and min(options.price) >= 0):
         raise UserError(f"--judge-price {options.price}: give two numbers of at least 0")
-
-
-def _public(url: str) -> str:
-    """The URL without what may be secret in it: a password and a query."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def _text(question: Question) -> str:

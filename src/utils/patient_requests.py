@@ -6,7 +6,6 @@ import email.utils
 import random
 import threading
 import time
-from collections.abc import Callable
 from json import JSONDecodeError
 from typing import Any
 
@@ -14,6 +13,7 @@ import openai
 
 from config.user_error import UserError
 from utils.judge_cost import Budget
+from utils.scrub import printable, scrub
 
 UNREACHABLE = "cannot be reached"
 
@@ -27,7 +27,7 @@ class NotAsked(Exception):
 
 
 class Refused(Exception):
-    """The server finds fault with the request itself; the message is the server's, without the key."""
+    """The server finds fault with the request itself; the message is the server's, without secrets."""
 
 
 class PatientRequests:
@@ -45,7 +45,6 @@ class PatientRequests:
         budget: Budget,
         *,
         url: str,
-        scrub: Callable[[str], str],
         attempts: int,
         first_wait: float,
         longest_wait: float,
@@ -56,11 +55,10 @@ class PatientRequests:
             client: with its own retries off, so that waits, budget and counts are kept here alone.
             model: as the server calls it. url: for messages.
             budget: every request is reserved and settled there.
-            scrub: takes the key out of a text of the server's.
             attempts: requests for one answer.
             first_wait, longest_wait: seconds between attempts; the pause doubles from one to the other.
         """
-        self._client, self._model, self._budget, self._url, self._scrub = client, model, budget, url, scrub
+        self._client, self._model, self._budget, self._url = client, model, budget, url
         self._attempts, self._first_wait, self._longest_wait = attempts, first_wait, longest_wait
         self.made = 0
         self.stop = threading.Event()
@@ -143,7 +141,7 @@ class PatientRequests:
             raise UserError(f"--judge openai: the quota of this key at {self._url} is spent ({status})") from None
         if status in (408, 409, 425, 429) or status >= 500:
             return f"HTTP {status}"
-        raise Refused(self._scrub(_server_message(error))) from None
+        raise Refused(_server_message(error)) from None
 
 
 class _Unreadable(Exception):
@@ -201,4 +199,4 @@ def _retry_after(error: openai.APIStatusError) -> float | None:
 def _server_message(error: openai.APIStatusError) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     message = body.get("message") or f"HTTP {error.status_code}"
-    return str(message)[:300]
+    return printable(scrub(str(message)))[:300]

@@ -16,6 +16,7 @@ from typing import Any
 
 from config.user_error import UserError
 from utils.durable import standing, write_file
+from utils.scrub import scrubbed
 
 REPO = Path(__file__).resolve().parents[2]
 HYPERPARAMS, LOCK = "hyperparams.json", ".lock"
@@ -31,8 +32,10 @@ def create_run(stage: str, name: str, runs_dir: str) -> Path:
     """Make `STAGE_NAME_YYYYmmddHHMMSS` and return it; two runs started in one second get different seconds.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be made, or its name would show a secret.
     """
+    if scrubbed(name) != name:
+        raise UserError(f"-n {name}: holds a secret, which the folder's name would show; give another name")
     root = runs_root(runs_dir)
     moment = time.time()
     while True:
@@ -56,11 +59,12 @@ def lock_run(run: Path) -> None:
     """Keep other processes from writing to a run, until this one ends, however it ends.
 
     Raises:
-        UserError: another process has it, or it cannot be written to.
+        UserError: another process has it, it cannot be written to, or there is a link in it.
     """
     run = run.resolve()
     if run in _locks:
         return
+    refuse_links(run)
     try:
         handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -82,10 +86,21 @@ def lock_run(run: Path) -> None:
     os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
+def refuse_links(folder: Path) -> None:
+    """Refuse to write in a folder with symbolic links: a run from elsewhere could have files overwritten outside it.
+
+    Raises:
+        UserError: it is one, or there is one in it.
+    """
+    link = next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
+    if link is not None:
+        raise UserError(f"{link}: is a link, and nothing is written through links in a run; put a copy in its place")
+
+
 def write_hyperparams(
     folder: Path, stage: str, config: dict[str, Any], model: dict[str, Any], extra: dict[str, Any]
 ) -> None:
-    """Record the resolved configuration and what it ran on in hyperparams.json."""
+    """Record the resolved configuration and what it ran on in hyperparams.json, without secrets."""
     record = {
         "stage": stage,
         "config": config,
@@ -97,7 +112,7 @@ def write_hyperparams(
         "machine": platform.platform(),
         **extra,
     }
-    write_file(folder / HYPERPARAMS, (json.dumps(record, indent=2) + "\n").encode())
+    write_file(folder / HYPERPARAMS, (json.dumps(scrubbed(record), indent=2) + "\n").encode())
 
 
 def versions() -> dict[str, str]:

@@ -43,6 +43,7 @@ def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:
     except (
         OSError,
         EOFError,
+        MemoryError,  # of a header that claims more than there is
         ValueError,
         KeyError,
         TypeError,

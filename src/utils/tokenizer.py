@@ -229,8 +229,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if not any((path / name).is_file() for name in _HUGGINGFACE_FILES):
             raise UserError(f"tokenizer {path}: has none of the files {', '.join(_HUGGINGFACE_FILES)}")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            # Said aloud: unsaid, transformers asks on the terminal whether to run the folder's Python files.
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds, down to plain Exception, for a broken folder
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"tokenizer {path}: needs Python code of its own (auto_map), which is never run; save it as a "
+                    "plain tokenizer.json"
+                ) from None
             raise UserError(
                 f"tokenizer {path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})"
             ) from None

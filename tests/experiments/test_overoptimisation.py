@@ -10,7 +10,15 @@ from tiny_runs import make_runs
 from config.user_error import UserError
 from experiments import main, overoptimisation
 from experiments.graded_answers import Grader, best_of
-from experiments.overoptimisation import PPORun, measure, proxy_of, report, run_overoptimisation, text_model
+from experiments.overoptimisation import (
+    PPORun,
+    measure,
+    proxy_of,
+    report,
+    reward_function_of,
+    run_overoptimisation,
+    text_model,
+)
 from inference.answers import Machine, Sampling
 from utils.best_of_n import best_of_n_kl
 
@@ -36,7 +44,7 @@ def grader(run):
     def words(prompts, texts):
         return [float(len(text.split())) for text in texts]
 
-    return Grader(text_model(found.sft), proxy_of(found, Machine()), words, prompts, Sampling(1.0, 8, 0))
+    return Grader(text_model(found.sft), proxy_of(found, Machine(), None), words, prompts, Sampling(1.0, 8, 0))
 
 
 def test_from_the_command_line_to_the_picture(run, tmp_path, capsys, monkeypatch):
@@ -108,9 +116,12 @@ def test_grades_are_those_of_the_texts(grader):
 def test_the_proxy_is_what_ppo_maximised(run, grader, tmp_path, weight, with_rm):
     (tmp_path / "words.py").write_text("def count(prompts, texts):\n    return [len(t.split()) for t in texts]\n")
     plain = PPORun.read(run)
-    config = plain.config | {"reward_fn": f"{tmp_path}/words.py:count", "reward_fn_weight": weight}
+    spec = f"{tmp_path}/words.py:count"
+    config = plain.config | {"reward_fn": "as recorded", "reward_fn_weight": weight}
     both = PPORun(run, config, plain.sft, plain.rm if with_rm else None)
-    sample = Grader(grader.sft, proxy_of(both, Machine()), grader.gold, grader.prompts, grader.sampling)
+    counts = weight or not with_rm
+    function = reward_function_of(both, spec if counts else "")
+    sample = Grader(grader.sft, proxy_of(both, Machine(), function), grader.gold, grader.prompts, grader.sampling)
     expected = grader.grade(grader.sft, "x").proxy * with_rm
     words = sample.grade(sample.sft, "x").gold
     assert sample.grade(sample.sft, "x").proxy == pytest.approx(expected + (weight if with_rm else 1.0) * words)
@@ -145,6 +156,35 @@ def test_wrong_runs(run, tmp_path):
     (other / "hyperparams.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         run_overoptimisation(flags(other))
+
+
+def test_a_reward_function_is_the_one_that_the_user_names(run, tmp_path):
+    """What the run recorded is shown and not imported; a flag without need is told."""
+    marker = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(
+        f"open({str(marker)!r}, 'w')\ndef f(prompts, texts):\n    return [0.0] * len(texts)\n"
+    )
+    recorded = f"{tmp_path}/evil.py:f\x1b[2J"
+    theirs = make_runs(
+        tmp_path / "theirs", steps=(2,), reward_fn=recorded, reward_fn_weight=0.5, eval_reward_fn=recorded
+    )
+    with pytest.raises(UserError) as error:
+        run_overoptimisation(flags(theirs))
+    told = str(error.value)
+    assert told.startswith("--reward-fn: ") and repr(recorded) in told and "\x1b" not in told and not marker.exists()
+    assert told.endswith(f"main.py -t overoptimisation {theirs} --reward-fn FILE.py:FUNCTION")
+    with pytest.raises(UserError, match="trained without one; leave it out"):
+        run_overoptimisation(flags(run, "--reward-fn", f"{tmp_path}/evil.py:f"))
+    assert not marker.exists()
+    hub = make_runs(tmp_path / "hub", steps=(2,), dataset="hh", eval_reward_fn=recorded)
+    with pytest.raises(
+        UserError, match=r"--judge: hh has no gold reward \(the run recorded --eval-reward-fn '.*evil.py:f"
+    ):
+        run_overoptimisation(flags(hub))
+    assert not marker.exists()
+    (tmp_path / "mine.py").write_text("def f(prompts, texts):\n    return [1.0] * len(texts)\n")
+    words = ["--reward-fn", f"{tmp_path}/mine.py:f", "--out", str(tmp_path / "out")]
+    assert run_overoptimisation(flags(theirs, *words)) == 0 and not marker.exists()
 
 
 def test_held_out_prompts_are_different_and_of_the_test_split(grader):

@@ -7,6 +7,7 @@ import pytest
 
 from config.user_error import UserError
 from utils.judge_key import find_key
+from utils.scrub import scrub
 
 KEY = "sk-test-0123456789"
 
@@ -75,4 +76,4 @@ def test_neither_repr_nor_errors_show_it(tmp_path):
     write(tmp_path, json.dumps({"OPENAI_API_KEY": KEY}))
     key = find_key((tmp_path,))
     assert KEY not in repr(key) + str(key) + f"{key}"
-    assert key.scrub(f"wrong key {KEY}!") == "wrong key [key]!"
+    assert scrub(f"wrong key {KEY}!") == "wrong key [secret]!"
