@@ -32,6 +32,7 @@ from utils.row_sources import (
     open_source,
 )
 from utils.rows import STAGES
+from utils.scrub import scrubbed
 from utils.template import PromptTemplate
 from utils.token_cache import default_cache_dir, read_arrays, write_arrays
 from utils.token_table import Counts, LengthLimits, TokenTable, tokenize_rows
@@ -220,7 +221,7 @@ def load_dataset(
             raise UserError(
                 f"--dataset {name_or_path}: nothing is left: {report.summary()} (at most {max_length} tokens a row)"
             )
-        write_arrays(folder, key, table.to_arrays() | {"report": _json_array(asdict(report))})
+        write_arrays(folder, key, table.to_arrays() | {"report": _json_array(scrubbed(asdict(report)))})
     else:
         table, report = cached
         # The entry may have been made from a copy of the data under another name.

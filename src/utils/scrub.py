@@ -23,13 +23,13 @@ SHOWN = "[secret]"
 
 _SHORTEST = 6  # shorter texts stand in too many places by chance
 _NAME = r"[\w.-]*(?:key|token|secret|passw(?:or)?d|pwd|auth|signature|credentials?)[\w.-]*"
-_URL = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"'<>]+)")
-_QUERY = re.compile(r"(\bhttps?://[^\s\"'<>?#]*)[?#][^\s\"'<>]*", re.IGNORECASE)
+_URL = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]+:/{1,2})([^\s\"'<>]+)")  # pathlib makes one / of two
+_QUERY = re.compile(r"(\bhttps?:/{1,2}[^\s\"'<>?#]*)[?#][^\s\"'<>]*", re.IGNORECASE)
 _IN_PLACE = (
     re.compile(rf"([?&;](?:{_NAME}|sig|sas|pat|code)=)[^&;#\s\"'<>]+", re.IGNORECASE),
     re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?)(?:(?:bearer|basic|token)\s+)?[^\s\"',}]+", re.IGNORECASE),
     re.compile(r"(\bbearer\s+)(?=\S*\d)[\w.~+/=-]{8,}", re.IGNORECASE),
-    re.compile(r"(--(?:[\w-]+[-_])?(?:key|token|secret|password)(?:=|\s+))[^\s-]\S*", re.IGNORECASE),
+    re.compile(r"(--(?:[\w-]+[-_])?(?:key|token|secret|password)(?:=|,?\s+))[^\s-]\S*", re.IGNORECASE),
     re.compile(r"(\bsk-)(?=[\w-]*\d)[\w-]{8,}"),
     re.compile(r"(\bhf_)[A-Za-z0-9]{20,}"),
 )
@@ -59,7 +59,7 @@ def scrub(text: str) -> str:
     """A text for people without the secrets in it."""
     for secret in sorted({*_known, *_of_environment()}, key=len, reverse=True):
         text = text.replace(secret, SHOWN)
-    text = _URL.sub(lambda match: match[1] + _without_user(match[2]), text) if "://" in text else text
+    text = _URL.sub(lambda match: match[1] + _without_user(match[2]), text) if ":/" in text else text
     for pattern in _IN_PLACE:
         text = pattern.sub(rf"\1{SHOWN}", text)
     return text
