@@ -146,8 +146,9 @@ COMMANDS: dict[str, Callable[[Place], Result]] = {
     "sft checkpoint": script("sft", "-n next -p RUN:sft_tiny/final"),
     "rm": script("rm", "-n next -p RUN:sft_tiny"),
     "ppo": script("ppo", "-n next -a RUN:sft_tiny -c RUN:rm_tiny"),
-    "resume rm": script("rm", "-n tiny -p sft_tiny --resume RUN:rm_tiny/checkpoints/step_00000002"),
+    # Going on at an earlier step sets final/ aside, so what starts from a run comes first.
     "resume ppo": script("ppo", "-n tiny -a sft_tiny -c rm_tiny --resume RUN:ppo_tiny/checkpoints/step_00000001"),
+    "resume rm": script("rm", "-n tiny -p sft_tiny --resume RUN:rm_tiny/checkpoints/step_00000002"),
     "resume sft": script("sft", "-n tiny -p sft_start --resume RUN:sft_tiny/checkpoints/step_00000002"),
 }  # fmt: skip
 
