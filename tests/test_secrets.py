@@ -18,13 +18,14 @@ sys.path += [str(Path(__file__).parent / "training"), str(Path(__file__).parent 
 from judge_server import JudgeServer
 from scripts import call, newest
 
+from config import scrub
 from config.configs import GPTConfig
 from config.user_error import run_main
 from experiments import main
 from models.gpt import GPT
 from training.saving import Saver
 from training.start import describe_model
-from utils import evaluate, judges, scrub
+from utils import evaluate, judges
 from utils.run_folder import REPO, create_run
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer

@@ -7,7 +7,7 @@ Exit codes of every script: 0 done; 2 the user's input is wrong, told in one lin
 import sys
 from collections.abc import Callable
 
-from utils.scrub import guard_terminal, printable, scrub
+from config.scrub import guard_terminal, printable, scrub
 
 
 class UserError(Exception):
@@ -15,7 +15,7 @@ class UserError(Exception):
 
     The message is one line that names the flag, or the file and line, and says what would be right. Line breaks that
     slip in with a file name or a piece of the input are shown as spaces, so that the promise of one line always holds;
-    secrets are left out and control characters shown (`utils.scrub`).
+    secrets are left out and control characters shown (`config.scrub`).
     """
 
     def __init__(self, message: str):
@@ -35,7 +35,7 @@ class RunStopped(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and ends the process with the exit code of the contract above.
 
-    From here on everything printed, tracebacks too, is without secrets and control characters (`utils.scrub`).
+    From here on everything printed, tracebacks too, is without secrets and control characters (`config.scrub`).
 
     Args:
         main: takes nothing, returns an exit code or None for 0. A `UserError` becomes exit code 2 and one line on

@@ -12,6 +12,7 @@ import argparse
 import textwrap
 from pathlib import Path
 
+from config.scrub import printable
 from config.user_error import UserError
 from experiments import doctor_ppo_curves as curves
 from experiments import doctor_ppo_loop as loop
@@ -27,7 +28,6 @@ from experiments.doctor_rules import (
     not_a_number,
 )
 from utils.run_folder import refuse_links
-from utils.scrub import printable
 
 # In the order of the causes: a fault high up (dropout on, say) brings others further down with it.
 _PPO_RULES: tuple[Rule, ...] = (

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from config.scrub import scrubbed
 from config.user_error import UserError
 from experiments.doctor_record import find_run
 from experiments.graded_answers import Graded, Grader, Proxy
@@ -45,7 +46,6 @@ from utils.judges import Score
 from utils.reward_function import RewardFunction, load_reward_function
 from utils.row_sources import open_source
 from utils.run_folder import find_checkpoint, step_checkpoints
-from utils.scrub import scrubbed
 from utils.template import PromptTemplate
 from utils.tokenizer import load_tokenizer
 

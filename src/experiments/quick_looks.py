@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config.scrub import printable
 from config.user_error import UserError
 from experiments.loss_example import loss_example
 from inference.generate import generate
@@ -29,7 +30,6 @@ from utils.dataset import load_dataset, open_source
 from utils.prompt_split import SPLITS
 from utils.rows import STAGES
 from utils.run_folder import find_checkpoint
-from utils.scrub import printable
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, resolved
+from config.scrub import scrubbed
 from config.user_error import UserError
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
@@ -32,7 +33,6 @@ from utils.run_folder import (
     versions,
     write_hyperparams,
 )
-from utils.scrub import scrubbed
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 

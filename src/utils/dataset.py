@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from config.scrub import scrubbed
 from config.user_error import UserError
 from utils.prompt_split import SPLITS, SplitOptions
 from utils.row_sources import (
@@ -32,7 +33,6 @@ from utils.row_sources import (
     open_source,
 )
 from utils.rows import STAGES
-from utils.scrub import scrubbed
 from utils.template import PromptTemplate
 from utils.token_cache import default_cache_dir, read_arrays, write_arrays
 from utils.token_table import Counts, LengthLimits, TokenTable, tokenize_rows

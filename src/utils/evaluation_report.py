@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from config.scrub import scrubbed
 from utils.pairwise import Comparison
-from utils.scrub import scrubbed
 
 MAIN_PAIRS = (("sft", "vanilla"), ("ppo", "vanilla"), ("ppo", "sft"))
 EXAMPLES = 10  # of each main pair, half of them wins and half losses

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from config.scrub import remember
 from config.user_error import UserError
 from utils.run_folder import REPO
-from utils.scrub import remember
 
 KEY_FILE, KEY_NAME = "openai.key", "OPENAI_API_KEY"
 _FORM = f'{{"{KEY_NAME}": "..."}}'
@@ -29,7 +29,7 @@ class ApiKey:
 def find_key(folders: Sequence[Path] | None = None) -> ApiKey | None:
     """The key from the first `openai.key` in the folders, else from the environment, else None.
 
-    From now on it is in nothing that is printed or recorded (`utils.scrub`): some servers repeat it in their errors.
+    From now on it is in nothing that is printed or recorded (`config.scrub`): some servers repeat it in their errors.
 
     Args:
         folders: by default the working folder, the repo's root and its src/.

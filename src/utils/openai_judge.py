@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from openai import OpenAI
 from tqdm import tqdm
 
+from config.scrub import remember_url, scrubbed
 from config.user_error import UserError
 from utils.judge_cost import PRICES, PRICES_OF, Budget, Price
 from utils.judge_key import KEY_FILE, KEY_NAME, find_key
@@ -28,7 +29,6 @@ from utils.judge_prompt import RESPONSE_FORMATS, TEMPERATURE, messages, parse_ve
 from utils.pairwise import JudgePlan, Question, Verdict
 from utils.patient_requests import UNREACHABLE, GaveUp, NotAsked, PatientRequests, Refused
 from utils.run_folder import REPO
-from utils.scrub import remember_url, scrubbed
 from utils.verdict_cache import VerdictCache
 
 DEFAULT_JUDGE_MODEL = "gpt-4.1-mini"

@@ -11,9 +11,9 @@ from typing import Any
 
 import openai
 
+from config.scrub import printable, scrub
 from config.user_error import UserError
 from utils.judge_cost import Budget
-from utils.scrub import printable, scrub
 
 UNREACHABLE = "cannot be reached"
 

@@ -14,9 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from config.scrub import scrubbed
 from config.user_error import UserError
 from utils.durable import standing, write_file
-from utils.scrub import scrubbed
 
 REPO = Path(__file__).resolve().parents[2]
 HYPERPARAMS, LOCK = "hyperparams.json", ".lock"

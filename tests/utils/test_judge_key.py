@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from config.scrub import scrub
 from config.user_error import UserError
 from utils.judge_key import find_key
-from utils.scrub import scrub
 
 KEY = "sk-test-0123456789"
 

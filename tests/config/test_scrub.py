@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from utils import scrub as module
-from utils.scrub import SHOWN, Terminal, guard_terminal, printable, remember, remember_url, scrub, scrubbed
+from config import scrub as module
+from config.scrub import SHOWN, Terminal, guard_terminal, printable, remember, remember_url, scrub, scrubbed
 
 SECRET = "hunter2-x9"
 
