@@ -10,7 +10,8 @@ from config.configs import GPTConfig, PPOConfig, RunConfig, SFTConfig, get_confi
 from config.user_error import UserError
 from models.checkpoint import DESCRIPTION, describe
 from training.memory_plan import Sources
-from training.start import Resumption, our_checkpoint, reward_source
+from training.resuming import Resumption
+from training.start import our_checkpoint, reward_source
 from utils.run_folder import find_checkpoint
 from utils.tokenizer import get_tokenizer
 

@@ -20,7 +20,7 @@ from config.user_error import UserError
 from training.device_memory import available_bytes, base_bytes, target
 from training.memory_plan import COMPLETIONS, MemoryPlan, Rows, Sources, freeze_method, largest, plan_memory
 from training.plan_sources import plan_sources, resized
-from training.start import Resumption
+from training.resuming import Resumption
 from utils.run_folder import step_checkpoints
 
 MARGIN = 0.1  # share of the memory that --tokens-per-micro-batch auto and the flags proposed leave free

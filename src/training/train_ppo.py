@@ -21,12 +21,11 @@ from config.user_error import UserError, run_main  # noqa: E402
 from models.checkpoint import describe  # noqa: E402
 from training.determinism import cost_of_determinism  # noqa: E402
 from training.preflight import fit, preflight  # noqa: E402
+from training.resuming import find_resumption, open_run  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
 from training.start import (  # noqa: E402
     Roles,
     describe_model,
-    find_resumption,
-    open_run,
     ppo_start,
     prompt_limit,
     require_one_process,

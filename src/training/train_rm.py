@@ -19,16 +19,9 @@ from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.determinism import cost_of_determinism  # noqa: E402
 from training.preflight import fit, preflight  # noqa: E402
+from training.resuming import find_resumption, open_run  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
-from training.start import (  # noqa: E402
-    describe_model,
-    find_resumption,
-    open_run,
-    prompt_limit,
-    require_one_process,
-    rm_start,
-    row_limit,
-)
+from training.start import describe_model, prompt_limit, require_one_process, rm_start, row_limit  # noqa: E402
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 

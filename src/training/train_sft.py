@@ -18,8 +18,9 @@ from config.configs import SFTConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.determinism import cost_of_determinism  # noqa: E402
 from training.preflight import fit, preflight  # noqa: E402
+from training.resuming import find_resumption, open_run  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
-from training.start import describe_model, find_resumption, freeze, open_run, require_one_process, row_limit, sft_start  # noqa: E402
+from training.start import describe_model, freeze, require_one_process, row_limit, sft_start  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 
