@@ -53,7 +53,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     parser.add_argument("--pictures", default="", help="folder for the pictures of the findings; default: RUN/doctor")
     flags = parser.parse_args(rest)
     folder = find_run(flags.run, flags.runs_dir)
-    record = read_run(folder)
+    record = read_run(folder, flags.runs_dir)
     findings, unclear = examine(record)
     pictures = draw(record, findings, Path(flags.pictures) if flags.pictures else None)
     print(printable(report(record, findings, unclear, pictures)))

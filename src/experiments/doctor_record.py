@@ -12,6 +12,7 @@ import numpy as np
 
 from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
 from config.user_error import UserError
+from utils.origins import places_of
 from utils.run_folder import places, runs_named, runs_root
 
 STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
@@ -118,8 +119,10 @@ def find_run(argument: str, runs_dir: str) -> Path:
     raise UserError(f"RUN {argument}: no such run or folder; runs in {root}: {there}")
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path, runs_dir: str = "runs") -> RunRecord:
     """Read a run's folder. A last line that was cut short, because the run writes or was killed, is left out.
+
+    The reward model's run of a PPO run is read, too; `runs_dir` is where else it is looked for.
 
     Raises:
         UserError: a file is missing, empty or malformed; the message names it, and the line.
@@ -134,7 +137,7 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(
         folder, stage, config, precision if precision in ("bf16", "fp16") else "fp32", series,
         [row for _, row in _rows(samples)] if samples.is_file() else [], (folder / "final").is_dir(),
-        _reward_run(folder, hyperparams) if stage == "ppo" else None,
+        _reward_run(folder, hyperparams, runs_dir) if stage == "ppo" else None,
     )  # fmt: skip
 
 
@@ -197,16 +200,15 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def _reward_run(folder: Path, hyperparams: dict[str, Any]) -> RunRecord | None:
-    """The run of the reward model, where it was or, after runs were moved, beside this one."""
+def _reward_run(folder: Path, hyperparams: dict[str, Any], runs_dir: str) -> RunRecord | None:
+    """The run of the reward model, where it was or, after runs were moved, beside this one or in `runs_dir`."""
     if not hyperparams.get("rm"):
         return None
-    recorded = Path(hyperparams["rm"])
-    for run in (recorded, recorded.parent, recorded.parent.parent):
-        for place in (run, folder.resolve().parent / run.name):
-            if (place / "metrics.jsonl").is_file():
+    for place in places_of(hyperparams["rm"], folder, runs_dir):
+        for run in (place, *place.parents[:2]):
+            if (run / "metrics.jsonl").is_file():
                 try:
-                    record = read_run(place)
+                    record = read_run(run, runs_dir)
                 except UserError:
                     return None
                 return record if record.stage == "rm" else None

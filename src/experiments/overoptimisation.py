@@ -43,6 +43,7 @@ from training.start import template_of
 from utils.demo_gold import gold_reward
 from utils.durable import write_file
 from utils.judges import Score
+from utils.origins import find_origin
 from utils.reward_function import RewardFunction, load_reward_function
 from utils.row_sources import open_source
 from utils.run_folder import find_checkpoint, step_checkpoints
@@ -70,8 +71,8 @@ class PPORun:
     rm: Path | None
 
     @classmethod
-    def read(cls, folder: Path) -> PPORun:
-        """From hyperparams.json.
+    def read(cls, folder: Path, runs_dir: str = "runs") -> PPORun:
+        """From hyperparams.json; `runs_dir` is where else the models are looked for that it started from.
 
         Raises:
             UserError: it is no PPO run, or the models it started from are gone.
@@ -86,7 +87,7 @@ class PPORun:
         unusable = [name for name, kind in _SETTINGS.items() if not isinstance(config.get(name), kind)]
         if unusable:
             raise UserError(f"RUN {folder}: hyperparams.json has no usable {', '.join(unusable)}; give a PPO run")
-        sft, rm = (_where_it_is(folder, str(hyperparams.get(key) or "")) for key in ("sft", "rm"))
+        sft, rm = (find_origin(hyperparams, key, folder, runs_dir, f"RUN {folder}") for key in ("sft", "rm"))
         return cls(folder, config, sft, rm)
 
     def checkpoints(self) -> dict[int, Path]:
@@ -101,17 +102,6 @@ class PPORun:
         if not found:
             raise UserError(f"RUN {self.folder}: has saved no checkpoint yet; wait for the first, see --save-every")
         return dict(sorted(found.items()))
-
-
-def _where_it_is(run: Path, recorded: str) -> Path | None:
-    """A checkpoint that a run names, where it was, or, after runs were moved, beside the run."""
-    if not recorded:
-        return None
-    path = Path(recorded)
-    for place in (path, run.resolve().parent / path.parent.name / path.name):
-        if (place / "model.json").is_file():
-            return place
-    raise UserError(f"RUN {run}: was trained from {recorded}, which is not there; put that run back beside this one")
 
 
 def text_model(checkpoint: Path) -> TextModel:
@@ -239,7 +229,7 @@ def run_overoptimisation(flags: argparse.Namespace) -> int:
     Raises:
         UserError: a flag or the run is wrong.
     """
-    ppo = PPORun.read(find_run(flags.run, flags.runs_dir))
+    ppo = PPORun.read(find_run(flags.run, flags.runs_dir), flags.runs_dir)
     ppo.checkpoints()  # before anything slow, like the next lines
     function = reward_function_of(ppo, flags.reward_fn)
     out = _writable(Path(flags.out).expanduser() if flags.out else ppo.folder)

@@ -16,7 +16,8 @@ from config.user_error import UserError
 from inference.answers import TextModel
 from models.checkpoint import describe
 from models.gpt import GPT, GPTRewardModel
-from utils.run_folder import find_checkpoint, runs_root
+from utils.origins import find_origin
+from utils.run_folder import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
@@ -188,18 +189,23 @@ def common_template(systems: Sequence[System]) -> PromptTemplate:
 
 def run_settings(checkpoint: Path) -> dict[str, Any]:
     """hyperparams.json of the run that a checkpoint lies in; {} when it has been copied out of it."""
+    return _run_around(checkpoint)[1]
+
+
+def _run_around(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """The run that a checkpoint lies in, and its hyperparams.json; see `run_settings`."""
     for folder in (checkpoint, *checkpoint.parents[:2]):
         try:
-            return json.loads((folder / "hyperparams.json").read_text())
+            return folder, json.loads((folder / "hyperparams.json").read_text())
         except (OSError, ValueError):
             continue
-    return {}
+    return checkpoint, {}
 
 
 def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple[Path | None, str]:
     """The reward model's checkpoint and a line on where it comes from: -c, or the one that the PPO run names.
 
-    A run whose folder was moved is looked for under its own name in `runs_dir`.
+    The one that a run names is found again after runs were moved, see `utils.origins`.
 
     Raises:
         UserError: -c names no reward model.
@@ -208,16 +214,14 @@ def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple
         checkpoint = find_checkpoint(argument, runs_dir, "-c")
         check_stage(checkpoint, f"-c {argument}", ("rm",))
         return checkpoint, f"reward model: {checkpoint}"
-    recorded = run_settings(Path(ppo.source)).get("rm") if ppo is not None else None
-    if not recorded:
+    run, record = _run_around(Path(ppo.source)) if ppo is not None else (Path(), {})
+    try:
+        checkpoint = find_origin(record, "rm", run, runs_dir, "the PPO run")
+    except UserError as error:
+        return None, f"reward model: none ({error}); name one with -c"
+    if checkpoint is None:
         return None, "reward model: none (name one with -c to see proxy scores)"
-    path = Path(recorded)
-    run = next((i for i, part in enumerate(path.parts) if re.fullmatch(r"rm_.+_\d{14}", part)), None)
-    moved = [] if run is None else [runs_root(runs_dir).joinpath(*path.parts[run:])]
-    for checkpoint in (path, *moved):
-        if (checkpoint / "model.json").is_file():
-            return checkpoint, f"reward model: {checkpoint}, the one that the PPO run was trained with"
-    return None, f"reward model: none ({recorded}, which the PPO run names, is not there; name one with -c)"
+    return checkpoint, f"reward model: {checkpoint}, the one that the PPO run was trained with"
 
 
 def load_reward_model(checkpoint: Path, flag: str) -> TextModel:

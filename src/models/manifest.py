@@ -20,7 +20,7 @@ def write_manifest(path: Path) -> None:
     """Write `path`, the manifest of all files in the folder around it."""
     folder = path.parent
     files = {
-        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": _sha256(file)}
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": digest_of(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != path
     }
@@ -97,7 +97,7 @@ def _fault_of_file(root: Path, name: str, entry: dict, contents: bool) -> str | 
         status = path.stat()
         if status.st_size != entry["size"]:
             return f"{name} has {status.st_size} bytes, {MANIFEST} says {entry['size']}"
-        if contents and _sha256(path) != entry["sha256"]:
+        if contents and digest_of(path) != entry["sha256"]:
             return f"{name} is not what was saved (its SHA-256 is not that of {MANIFEST})"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -106,7 +106,8 @@ def _fault_of_file(root: Path, name: str, entry: dict, contents: bool) -> str | 
     return None
 
 
-def _sha256(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     status = path.stat()
     return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
 

@@ -26,12 +26,12 @@ def plan_sources(config: RunConfig, resumption: Resumption | None = None) -> Sou
     if isinstance(config, SFTConfig):
         return _sft_sources(config, preset, resumption)
     argument, flag = (config.actor, "-a") if isinstance(config, PPOConfig) else (config.pretrain, "-p")
-    recorded = resumption.hyperparams if resumption else {}
+    origins = {key: str(folder or "") for key, folder in resumption.origins.items()} if resumption else {}
     notes: list[str] = []
-    sft = (_saved(recorded.get("sft") or argument, flag, config, notes) or preset).with_options(preset)
+    sft = (_saved(origins.get("sft") or argument, flag, config, notes) or preset).with_options(preset)
     reward = None
     if isinstance(config, PPOConfig):
-        wanted = recorded.get("rm", reward_source(config)[0]) or "none"
+        wanted = origins.get("rm", reward_source(config)[0]) or "none"
         reward = None if wanted == "none" else _saved(wanted, "-c", config, notes) or sft
     return Sources(sft, reward, tuple(notes))
 

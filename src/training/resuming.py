@@ -1,9 +1,14 @@
-"""Going on with a run: which one --resume means, whether it may be gone on with, and what gives way for it."""
+"""Going on with a run: which one --resume means, whether it may be gone on with, and what gives way for it.
+
+A run that goes on from a checkpoint has left the course that it took after it. What that course has left behind is set
+aside under another name (*.superseded1), or cut off, so that nobody takes it for this run's.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +16,20 @@ from typing import Any
 
 from torch import nn
 
-from config.configs import RunConfig, resolved
+from config.configs import PPOConfig, RunConfig, resolved
 from config.user_error import UserError
 from models.checkpoint import describe
 from models.manifest import fault_of
 from training.runtime import Runtime
 from training.saving import STATE, load_state, newest_whole
 from utils.durable import Disk, set_aside, standing, sweep, write_file
+from utils.origins import find_origin, without_folders
 from utils.run_folder import (
     HYPERPARAMS,
     create_run,
     lock_run,
+    newest_run,
     places,
-    runs_named,
     step_checkpoints,
     versions,
     write_hyperparams,
@@ -43,61 +49,63 @@ OVERRIDABLE = (
 )  # fmt: skip
 
 
+# Settings that name a file or a folder: a move changes the folders around it. What they mean is compared elsewhere,
+# rows by their fingerprint and models by their weights.
+_PATHS = ("dataset", "tokenizer", "pretrain", "actor", "critic", "reward_fn", "eval_reward_fn")
+
+
 @dataclass(frozen=True)
 class Resumption:
-    """A run to go on with: its folder, the checkpoint, the trainer's state, hyperparams.json, and the settings that now
-    differ: {field: [then, now]}."""
+    """A run to go on with: its folder, the checkpoint, the trainer's state, hyperparams.json, the settings that now
+    differ ({field: [then, now]}), and where the models that it was started from are now ("sft", "rm"; None: without).
+    """
 
     run: Path
     checkpoint: Path
     state: dict[str, Any]
     hyperparams: dict[str, Any]
     overridden: dict[str, list[Any]]
+    origins: dict[str, Path | None]
 
 
 def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
-    """What --resume means: None without the flag, or for `auto` when no unfinished run of this name has a checkpoint.
+    """What --resume means: None without the flag, or for `auto` when the newest run of this name has saved nothing.
 
     The run is locked; nothing in it is changed yet.
 
     Raises:
-        UserError: no such run, nothing whole to go on from, another process at work on it, or settings that differ from
-            the run's.
+        UserError: no such run, nothing whole to go on from, another process at work on it, settings that differ from
+            the run's, or a model that it was started from is gone.
+        SystemExit: with 0, for `auto` when that run is finished.
     """
     wanted = _override_fields(config)
     if not config.resume:
         return None
+    checkpoint = None
     if config.resume == "auto":
-        run = next((r for r in runs_named(f"{stage}_{config.name}", config.runs_dir) if _unfinished(r)), None)
+        run = _newest_saved(f"{stage}_{config.name}", config)
         if run is None:
-            print(f"--resume auto: no unfinished run {stage}_{config.name} with a checkpoint; starting a new one")
             return None
-        checkpoint = None
     else:
         run, checkpoint = _run_and_checkpoint(config)
-    lock_run(run)
-    checkpoint = _whole_checkpoint(run, checkpoint, config)
-    try:
-        hyperparams = json.loads((run / HYPERPARAMS).read_text())
-        old = dict(hyperparams["config"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"--resume {config.resume}: {HYPERPARAMS} of {run} is no record of a run ({error}); start a new one"
-        ) from None
-    if hyperparams.get("stage") != stage:
-        raise UserError(
-            f"--resume {config.resume}: is a run of stage {hyperparams.get('stage')}, not {stage}; use its own script"
-        )
-    changed = _differences(old, json.loads(json.dumps(resolved(config))))
+    record = _record_of(run, stage, config)
+    changed = _differences(record["config"], json.loads(json.dumps(resolved(config))))
     refused = [f"{field}: {then!r} -> {now!r}" for field, (then, now) in changed.items() if field not in wanted]
     if refused:
         raise UserError(
             f"--resume {run}: settings differ from the run's ({'; '.join(refused)}); repeat the run's own flags, or "
             f"allow the change with --resume-override where that makes sense ({', '.join(OVERRIDABLE)})"
         )
+    if config.resume == "auto":
+        _leave_if_finished(run, record, config, changed)
+        if not step_checkpoints(run):
+            checkpoint = standing(run / "final")
+    lock_run(run)
+    checkpoint = _whole_checkpoint(run, checkpoint, config)
     state = load_state(checkpoint)
+    origins = _origins(run, checkpoint, record, config)
     print(f"going on with {checkpoint}" + "".join(f"; {k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
-    return Resumption(run, checkpoint, state, hyperparams, changed)
+    return Resumption(run, checkpoint, state, record, changed, origins)
 
 
 def _override_fields(config: RunConfig) -> set[str]:
@@ -118,15 +126,111 @@ def _override_fields(config: RunConfig) -> set[str]:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     """{field: [then, now]} of the settings that decide what a run computes."""
     fields = [field for field in {**new, **old} if field not in _MAY_CHANGE]
-    return {field: [old.get(field), new.get(field)] for field in fields if old.get(field) != new.get(field)}
+    pairs = {field: [old.get(field), new.get(field)] for field in fields}
+    for field in _PATHS:
+        then, now = pairs.get(field, (None, None))
+        if isinstance(then, str) and isinstance(now, str) and without_folders(then) == without_folders(now):
+            del pairs[field]
+    return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _unfinished(run: Path) -> bool:
-    """Whether a run has step checkpoints, and none of them has become final/."""
-    steps, final = step_checkpoints(run), standing(run / "final")
-    if not steps or not final.exists():
-        return bool(steps)
-    return int(steps[-1].name[5:]) > describe(final).get("step", math.inf)  # gone on with after its end
+def _newest_saved(stem: str, config: RunConfig) -> Path | None:
+    """The newest run of a name; None, and a line that says why, when it has saved nothing to go on from."""
+    run = newest_run(stem, config.runs_dir)
+    if run is not None and (step_checkpoints(run) or standing(run / "final").exists()):
+        return run
+    if run is None:
+        print(f"--resume auto: no run {stem} yet; starting one")
+    else:
+        lock_run(run)  # it may be at work still
+        print(f"--resume auto: {run} was stopped before its first checkpoint; starting a new run")
+    return None
+
+
+def _record_of(run: Path, stage: str, config: RunConfig) -> dict[str, Any]:
+    """hyperparams.json of a run.
+
+    Raises:
+        UserError: it is none, or that of another stage.
+    """
+    try:
+        record = json.loads((run / HYPERPARAMS).read_text())
+        record["config"] = dict(record["config"])
+        if record.get("stage") in ("rm", "ppo"):
+            record["sft"] = str(record["sft"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--resume {config.resume}: {HYPERPARAMS} of {run} is no record of a run ({error}); start a new one"
+        ) from None
+    if record.get("stage") != stage:
+        raise UserError(
+            f"--resume {config.resume}: is a run of stage {record.get('stage')}, not {stage}; use its own script"
+        )
+    return record
+
+
+def _leave_if_finished(run: Path, record: dict[str, Any], config: RunConfig, changed: dict[str, list[Any]]) -> None:
+    """End the process with exit code 0 when a run has nothing left to train."""
+    done = _ended_at(run)
+    if done is None or _is_longer(record, config, done):
+        return
+    told = "".join(f"; {field}: {then!r} -> {now!r} changes nothing" for field, (then, now) in changed.items())
+    print(f"finished: {run} has all of its {done} {'iterations' if record['stage'] == 'ppo' else 'steps'}{told}")
+    raise SystemExit(0)
+
+
+def _ended_at(run: Path) -> int | None:
+    """The step of a run's final/; None when it has not ended: there is no whole one, or it was gone on with."""
+    final, steps = standing(run / "final"), step_checkpoints(run)
+    try:
+        description = describe(final)
+        done = int(description["step"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    if description.get("sealed") and fault_of(final) is not None:
+        return None
+    return None if steps and int(steps[-1].name[5:]) > done else done
+
+
+def _is_longer(record: dict[str, Any], config: RunConfig, done: int) -> bool:
+    """Whether the schedule now asked for goes on behind the `done` steps at which the run has ended.
+
+    How many steps an epoch has is known only when the data are read. But a run that ended before its --max-steps had
+    used up its epochs, and goes on only with more of them.
+    """
+    limit = config.max_steps or math.inf
+    if isinstance(config, PPOConfig):
+        return min(config.iterations, limit) > done
+    then = dict(record["config"])
+    for change in reversed(record.get("overridden", [])):  # back to the settings with which it came to its end
+        if change["step"] >= done:
+            then |= {field: values[0] for field, values in change["settings"].items()}
+    return limit > done and (then["max_steps"] == done or config.epochs > then["epochs"])
+
+
+def _origins(run: Path, checkpoint: Path, record: dict[str, Any], config: RunConfig) -> dict[str, Path | None]:
+    """Where the models are now that a run was started from; SFT goes on without them.
+
+    Raises:
+        UserError: one is gone, or is another one now.
+    """
+    found = {}
+    flags = {"rm": {"sft": "pretrain"}, "ppo": {"sft": "actor", "rm": "critic"}}.get(record["stage"], {})
+    for key, field in flags.items():
+        folder = find_origin(record, key, run, config.runs_dir, f"--resume {run}", getattr(config, field))
+        found[key] = folder
+        if folder is None:
+            continue
+        if key not in (record.get("weights") or {}):
+            if describe(folder).get("tokenizer") != describe(checkpoint).get("tokenizer"):
+                raise UserError(
+                    f"--resume {run}: was started from {record[key]}, and {folder} has another tokenizer; put the "
+                    "right one back, or start a new run"
+                )
+            print(f"note: {run} has recorded no digest of its {key} weights; {folder} is taken by name and tokenizer")
+        elif str(folder) != record[key]:
+            print(f"{record[key]} is now {folder}, with the same weights")
+    return found
 
 
 def _run_and_checkpoint(config: RunConfig) -> tuple[Path, Path | None]:
@@ -136,6 +240,11 @@ def _run_and_checkpoint(config: RunConfig) -> tuple[Path, Path | None]:
     run = next((p for p in around if (p / HYPERPARAMS).is_file()), None)
     if run is None:
         raise UserError(f"--resume {config.resume}: no run folder or checkpoint inside one; give runs/STAGE_NAME_TIME")
+    if ".superseded" in folder.name:
+        raise UserError(
+            f"--resume {config.resume}: is of a course that the run has left, and its figures are cut off; go on with "
+            "another checkpoint, or start a new run from its weights"
+        )
     return run, folder if run != folder else None
 
 
@@ -153,7 +262,9 @@ def _whole_checkpoint(run: Path, wanted: Path | None, config: RunConfig) -> Path
             )
         return wanted
     if not step_checkpoints(run):
-        raise UserError(f"--resume {config.resume}: has nothing under checkpoints/ to go on from; start a new run")
+        raise UserError(
+            f"--resume {config.resume}: {run} has nothing under checkpoints/ to go on from; start a new run"
+        )
     checkpoint, faults = newest_whole(run)
     if checkpoint is None:
         torn = "; ".join(faults)
@@ -217,19 +328,55 @@ def _compare_machines(config: RunConfig, runtime: Runtime, resumption: Resumptio
 
 def _take_up(config: RunConfig, resumption: Resumption) -> None:
     """Make a run ready to be gone on with: what writes left half done goes, and what lies ahead of the checkpoint gives
-    way, or the next --resume auto would jump to it."""
+    way, or the next --resume auto would jump to it, and the next reader take it for this run's."""
     run, disk = resumption.run, Disk()
     for folder in (run, run / "checkpoints"):
         sweep(folder, disk)
     step = resumption.state["step"]
-    ahead = [p for p in step_checkpoints(run) if int(p.name[5:]) > step and fault_of(p) is None]
-    final = run / "final"
-    if final.exists() and describe(final)["step"] > step:
-        ahead.append(final)
-    for folder in ahead:
-        print(f"{folder} is ahead of step {step} and is kept as {set_aside(folder, 'superseded', disk).name}")
+    why = dict.fromkeys(_ahead(run, step), f"is ahead of step {step}")
+    why |= dict.fromkeys(_outdated(run, resumption.state), f"tells of figures behind step {step}")
+    for path, told in why.items():
+        print(f"{path} {told} and is kept as {set_aside(path, 'superseded', disk).name}")
+    _agree_on_best(run, resumption.state, disk)
     if resumption.overridden:
         record = resumption.hyperparams
         changes = [*record.get("overridden", []), {"step": step, "settings": resumption.overridden}]
         record = {**record, "config": resolved(config), "overridden": changes}
         write_file(run / HYPERPARAMS, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _ahead(run: Path, step: int) -> list[Path]:
+    """Whole checkpoints, and reports of numbers gone wrong, that were written behind `step`."""
+    ahead = [p for p in step_checkpoints(run) if int(p.name[5:]) > step and fault_of(p) is None]
+    final = run / "final"
+    if final.exists() and describe(final)["step"] > step:
+        ahead.append(final)
+    reports = ((p, re.fullmatch(r"(?:nonfinite|kl)_step_(\d+)\.(?:json|safetensors)", p.name)) for p in run.iterdir())
+    return ahead + sorted(p for p, found in reports if found and int(found[1]) > step)
+
+
+def _outdated(run: Path, state: dict[str, Any]) -> list[Path]:
+    """What was drawn from the run's figures, if some of these are now cut off."""
+    log = run / "metrics.jsonl"
+    if not log.exists() or log.stat().st_size <= state.get("logs", {}).get("metrics", 0):
+        return []
+    return [p for p in (run / "doctor", run / "overoptimisation.json", run / "overoptimisation.png") if p.exists()]
+
+
+def _agree_on_best(run: Path, state: dict[str, Any], disk: Disk) -> None:
+    """Let best/ and the best figure in the trainer's state be of one model, or begin the search for it anew.
+
+    A best/ that was saved behind the checkpoint has taken the place of the one that the state tells of, so neither can
+    stay: the state's figure would keep every model out of best/ that is not better than one that is lost.
+    """
+    best = run / "best"
+    if best.exists() and fault_of(best) is None:
+        description = describe(best)
+        figures = [abs(value) for name, value in description.items() if name.startswith("eval/")]
+        if description["step"] <= state["step"] and abs(state["best"]) in figures:
+            return
+        print(
+            f"{best} is of step {description['step']}, not the best up to step {state['step']}, and is kept as "
+            f"{set_aside(best, 'superseded', disk).name}"
+        )
+    state["best"] = math.inf

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs
+from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, resolved
 from config.user_error import UserError
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
@@ -39,6 +39,24 @@ def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, t
         "template": template.to_dict(),
         "trained_from": trained_from,
     }
+
+
+def dropout_in_words(config: SFTConfig, dropout: float, resumption: Resumption | None) -> str:
+    """What dropout makes of the size of a pass: the masks of a pass are drawn together, so other passes have others.
+
+    A stream of random numbers for each row would mend that, but attention draws its masks inside torch's kernel.
+    """
+
+    def passes(settings: dict[str, Any]) -> str:
+        tokens = settings["tokens_per_micro_batch"]
+        return f"--tokens-per-micro-batch {tokens}" if tokens else f"-b {settings['batch_size']}"
+
+    now = passes(resolved(config))
+    then = passes(resumption.hyperparams["config"]) if resumption is not None else now
+    told = f"dropout {dropout} draws its masks pass by pass"
+    if then != now:
+        return f"note: {told}: with {now} in place of {then} the run will not end as it would have"
+    return f"{told}: results depend on {now} by more than rounding"
 
 
 def template_of(folder: Path) -> PromptTemplate:
@@ -128,7 +146,7 @@ def rm_start(
     """Reward model, frozen SFT model, tokenizer, template and the SFT checkpoint; `dtype` is that of the products."""
     options = without_dropout(get_configs(config.config))
     if resumption is not None:
-        source = Path(resumption.hyperparams["sft"])
+        source = resumption.origins["sft"]
     else:
         source = find_checkpoint(config.pretrain, config.runs_dir, "-p")
     sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)), dtype)
@@ -168,7 +186,7 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
     if rm_argument == "none" and needs_reward_model:
         raise UserError("-c none: PPO needs a reward: give a reward model with -c, or --reward-fn FILE.py:FUNCTION")
     if resumption is not None:
-        sft, rm = (Path(resumption.hyperparams[key]) if resumption.hyperparams[key] else None for key in ("sft", "rm"))
+        sft, rm = resumption.origins["sft"], resumption.origins["rm"]
     else:
         sft = find_checkpoint(config.actor, config.runs_dir, "-a")
         rm = None if rm_argument == "none" else find_checkpoint(rm_argument, config.runs_dir, "-c")

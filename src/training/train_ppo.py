@@ -34,6 +34,7 @@ from training.start import (  # noqa: E402
 )
 from training.trainers import PPOTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
+from utils.origins import record_origins  # noqa: E402
 from utils.reward_function import load_reward_function  # noqa: E402
 from utils.tokenizer import load_tokenizer  # noqa: E402
 
@@ -59,7 +60,7 @@ def main() -> int:
     for data in splits.values():
         print(data.report.summary())
     report_reward_model(roles, config)
-    sources = {"sft": str(roles.sft), "rm": str(roles.rm or ""), "data": splits["train"].fingerprint}
+    sources = {**record_origins(sft=roles.sft, rm=roles.rm), "data": splits["train"].fingerprint}
     run = open_run("ppo", config, roles.actor, runtime, resumption, sources)
     print(
         f"{roles.actor.config.name} from {roles.sft} on {runtime.describe()}; shared between the roles: "

@@ -24,6 +24,7 @@ from training.runtime import Runtime  # noqa: E402
 from training.start import describe_model, prompt_limit, require_one_process, rm_start, row_limit  # noqa: E402
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
+from utils.origins import record_origins  # noqa: E402
 
 
 def main() -> int:
@@ -46,7 +47,8 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    run = open_run("rm", config, model, runtime, resumption, {"sft": str(source), "data": splits["train"].fingerprint})
+    sources = {**record_origins(sft=source), "data": splits["train"].fingerprint}
+    run = open_run("rm", config, model, runtime, resumption, sources)
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = RewardModelTrainer(
         config, model, runtime.place(sft), tokenizer, splits["train"], splits["validation"], run, runtime,

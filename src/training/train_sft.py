@@ -20,7 +20,14 @@ from training.determinism import cost_of_determinism  # noqa: E402
 from training.preflight import fit, preflight  # noqa: E402
 from training.resuming import find_resumption, open_run  # noqa: E402
 from training.runtime import Runtime  # noqa: E402
-from training.start import describe_model, freeze, require_one_process, row_limit, sft_start  # noqa: E402
+from training.start import (  # noqa: E402
+    describe_model,
+    dropout_in_words,
+    freeze,
+    require_one_process,
+    row_limit,
+    sft_start,
+)
 from training.trainers import SFTTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 
@@ -48,6 +55,8 @@ def main() -> int:
         print(data.report.summary())
     run = open_run("sft", config, model, runtime, resumption, {"pretrain": source, "data": splits["train"].fingerprint})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
+    if model.config.dropout:
+        print(dropout_in_words(config, model.config.dropout, resumption))
     trainer = SFTTrainer(
         config, model, tokenizer, splits["train"], splits["validation"], run, runtime,
         describe_model("sft", tokenizer, template, source), resumption and resumption.state,

@@ -126,8 +126,11 @@ def test_the_reward_model_is_the_one_that_the_ppo_run_names(find, runs, tiny_run
     settings.write_text(json.dumps({"rm": f"/gone/runs/rm_t_{TIME}/final"}))
     moved = System("ppo", "checkpoint", str(tmp_path / "moved" / f"ppo_t_{TIME}" / "final"), "-p ppo_t")
     assert find_reward_model("", moved, str(tmp_path / "moved"))[0] == tmp_path / "moved" / f"rm_t_{TIME}" / "final"
+    # Without a word on where to look: beside the run that names it.
+    assert find_reward_model("", moved, str(runs))[0] == tmp_path / "moved" / f"rm_t_{TIME}" / "final"
+    shutil.move(tmp_path / "moved" / f"rm_t_{TIME}", tmp_path / "away")
     folder, line = find_reward_model("", moved, str(tmp_path))
-    assert folder is None and "is not there; name one with -c" in line
+    assert folder is None and f"/gone/runs/rm_t_{TIME}/final, which is neither there" in line and "with -c" in line
 
 
 def test_settings_are_those_of_the_run_around_a_checkpoint(runs, tmp_path):

@@ -64,9 +64,26 @@ class Album:
 
     def look(self, what: str) -> None:
         copy = self.folder / f"{len(self.moments):04d}" / self.run.name
-        # Links and not copies: every file of a run but the growing ones is written anew and never changed.
-        shutil.copytree(self.run, copy, copy_function=_link_unless_growing)
-        self.moments.append((what, copy))
+        self.moments.append((what, copy_of_runs(self.run, copy)))
+
+
+def copy_of_runs(folder: Path, to: Path) -> Path:
+    """A copy of a run's folder, or of a folder of runs, made in no time: links and not copies, for every file of a run
+    but the growing ones is written anew and never changed. Whoever changes one should `rewrite` it."""
+    return shutil.copytree(folder, to, copy_function=_link_unless_growing)
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Change a file of `copy_of_runs`, and not that which it was copied from."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+def edit_record(path: Path, change: Callable[[dict], object]) -> None:
+    """`rewrite` a JSON file (hyperparams.json, model.json) after `change` was made to its contents."""
+    record = json.loads(path.read_text())
+    change(record)
+    rewrite(path, json.dumps(record).encode())
 
 
 def _link_unless_growing(source: str, target: str) -> None:

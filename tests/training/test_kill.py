@@ -39,7 +39,7 @@ class Stage:
     def start(self, run: Path):
         trainer = self.trainer(run)
         model = trainer.saver.models[""]
-        extra = {"data": "rows", "runs_on": trainer.runtime.describe()}
+        extra = {"data": "rows", "sft": "", "runs_on": trainer.runtime.describe()}
         write_hyperparams(run, self.name, resolved(trainer.config), resolved(model.config), extra)
         return trainer
 

@@ -155,9 +155,11 @@ def test_a_resume_after_the_last_checkpoint_only_finishes(runs) -> None:
 
 def test_auto_starts_anew_when_there_is_nothing_to_go_on_with(runs) -> None:
     result = call("sft", "-n fresh --resume auto --max-steps 1 --save-every 100", runs)
-    assert result.code == 0 and "no unfinished run sft_fresh" in result.out
-    again = call("sft", "-n fresh --resume auto --max-steps 1", runs)  # that one is finished
-    assert again.code == 0 and "no unfinished run sft_fresh" in again.out
+    assert result.code == 0 and "--resume auto: no run sft_fresh yet; starting one" in result.out
+    shutil.rmtree(newest(runs, "sft_fresh") / "final")  # nothing saved
+    again = call("sft", "-n fresh --resume auto --max-steps 1", runs)
+    assert again.code == 0 and "was stopped before its first checkpoint; starting a new run" in again.out
+    assert len([p for p in runs.iterdir() if p.name.startswith("sft_fresh")]) == 2
 
 
 def test_settings_must_be_the_runs_own_unless_they_change_nothing(runs, monkeypatch) -> None:
