@@ -175,12 +175,12 @@ def flipped(name: str) -> Callable[[Path], None]:
 STEP = "checkpoints/step_00000002"
 
 
-def run_copy(change: Callable[[Path], None] = lambda folder: None) -> Prepare:
-    """HERE/run is a copy of the run sft_tiny, as if it had been killed after its step 2; then changed."""
+def run_copy(change: Callable[[Path], None] = lambda folder: None, stem: str = "sft_tiny") -> Prepare:
+    """HERE/run is a copy of one of the tiny runs, as if it had been killed after its step 2; then changed."""
 
     def prepare(world: World) -> None:
         run = world.here / "run"
-        shutil.copytree(world.newest("sft_tiny"), run)
+        shutil.copytree(world.newest(stem), run)
         shutil.rmtree(run / "final")
         change(run)
 
@@ -322,6 +322,7 @@ ACCEPTED = [
 
 FLAGS = [
     Case("a batch of 0", "sft -b 0"),
+    Case("a pass larger than a step", "sft -b 64", code=0),
     Case("a negative learning rate", "sft --lr -1e-4"),
     Case("a learning rate that is not finite", "sft --lr nan"),
     Case("a word for a number", "sft --lr fast"),
@@ -433,6 +434,7 @@ CHECKPOINTS = [
 ]  # fmt: skip
 
 RESUME = "sft -n tiny -p sft_start --resume HERE/run"
+RESUME_PPO = "ppo -n tiny -a sft_tiny -c rm_tiny --resume HERE/run"
 
 RESUMED = [
     Case("a folder that is no run", "sft --resume nowhere"),
@@ -449,6 +451,13 @@ RESUMED = [
     Case("a half copied checkpoint, named", f"{RESUME}/{STEP}", run_copy(cut(f"{STEP}/trainer_state.pt"))),
     Case("a trainer's state with code in it", RESUME, run_copy(pickled_code)),
     Case("a trainer's state of another form", RESUME, run_copy(other_state)),
+    Case("a checkpoint of a course that the run has left", f"{RESUME}/{STEP}.superseded1",
+         run_copy(lambda run: (run / STEP).rename(run / f"{STEP}.superseded1"))),
+    Case("the model that it was started from is gone", RESUME_PPO,
+         run_copy(description(lambda d: d.update(sft="/gone/sft_tiny_20260101000000/final", weights={"sft": "0" * 64}),
+                              "hyperparams.json"), "ppo_tiny")),
+    Case("the model that it was started from has been trained on", RESUME_PPO,
+         run_copy(description(lambda d: d["weights"].update(rm="0" * 64), "hyperparams.json"), "ppo_tiny")),
 ]  # fmt: skip
 
 REWARDS = [

@@ -37,7 +37,7 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(stage, args=argv, default=defaults, description=stage.__doc__)
+            config = tyro.cli(stage, args=argv, default=defaults, description=stage.__doc__)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -47,6 +47,17 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
         words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
         words = words.removeprefix("Error parsing ")
         raise UserError(re.split(" (?:For full|Argument) helptext", words)[0].strip()) from None
+    return _with_passes_within_a_step(config, told=bool(given & {"-b", "--batch-size"}))
+
+
+def _with_passes_within_a_step(config: StageConfig, told: bool) -> StageConfig:
+    """The configuration with -b of at most --global-batch-size: more rows than a step has make no larger pass."""
+    step = config.global_batch_size
+    if config.batch_size <= step:
+        return config
+    if told:
+        print(f"--batch-size {config.batch_size}: a step has --global-batch-size {step}, so passes are of {step}")
+    return replace(config, batch_size=step)
 
 
 def _reject_unknown_flags(stage: type, argv: list[str]) -> None:

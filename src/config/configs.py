@@ -162,8 +162,9 @@ class RunConfig:
     strategy: Annotated[Literal["naive"], arg(aliases=["-s"])] = "naive"
     """How the work is spread over devices: naive is one device."""
     batch_size: Annotated[int, arg(aliases=["-b"])] = 8
-    """Rows in one forward and backward pass: the knob for memory. Results do not depend on it. Given alone, it switches
-    a preset's --tokens-per-micro-batch off."""
+    """Rows (SFT, PPO) or prompts (RM) in one forward and backward pass, at most --global-batch-size: the knob for
+    memory. Results depend on it by rounding only, unless there is dropout, whose masks are drawn pass by pass. Given
+    alone, it switches a preset's --tokens-per-micro-batch off."""
     tokens_per_micro_batch: int | Literal["auto"] = 0
     """Bound a pass by its tokens, padding included (rows x longest), in place of --batch-size; a longer row has a pass
     of its own. auto: as many as fit, by the plan, with a tenth of the memory to spare. 0: off."""
@@ -213,7 +214,8 @@ class RunConfig:
     runs_dir: str = "runs"
     """Where run folders are made and looked for."""
     resume: str = ""
-    """auto: go on with the newest unfinished run of this name; PATH: with that run or checkpoint folder."""
+    """auto: go on with the newest run of this name, or end at once if it is finished; PATH: with that run or checkpoint
+    folder."""
     resume_override: str = ""
     """Settings that may differ from the run's when it is gone on with, by commas: max_steps, lr, eval_every, ..."""
     deterministic: bool = False
@@ -252,8 +254,6 @@ class RunConfig:
         self._not_negative("weight_decay")
         # numpy takes 32 bits, and every rank adds its own offset.
         _require(self.seed < 2**31, f"--seed {self.seed}: must be below {2**31}")
-        if self.batch_size > self.global_batch_size:  # asking for larger passes means asking for a larger step
-            object.__setattr__(self, "global_batch_size", self.batch_size)
 
     def _at_least(self, field: str, low: int) -> None:
         value = getattr(self, field)

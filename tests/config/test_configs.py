@@ -166,14 +166,23 @@ def test_resolved_is_enough_to_rebuild(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_larger_pass_is_a_larger_step(stage):
-    """Asking for more rows at once than an optimizer step has means asking for a larger step."""
-    default = stage_defaults(stage, "gpt2")
-    for rows in (1, 2, default.global_batch_size):
-        config = parse_cli(stage, ["--config", "gpt2", "-b", str(rows)])
-        assert (config.batch_size, config.global_batch_size) == (rows, default.global_batch_size)
-    config = parse_cli(stage, ["--config", "gpt2", "-b", "500"])
-    assert (config.batch_size, config.global_batch_size) == (500, 500)
+@pytest.mark.parametrize("rows", [1, 2, 5, 31, 32, 33, 64, 129, 256, 10000])
+@pytest.mark.parametrize("more", [[], ["--tokens-per-micro-batch", "512"], ["--global-batch-size", "7"]], ids=str)
+def test_no_pass_is_larger_than_a_step_and_no_step_grows(stage, rows, more, capsys):
+    """--global-batch-size is part of the recipe, -b is not."""
+    step = 7 if "7" in more else stage_defaults(stage, "gpt2").global_batch_size
+    for flag in (["-b", str(rows)], [f"--batch-size={rows}"]):
+        config = parse_cli(stage, ["--config", "gpt2", *flag, *more])
+        assert (config.batch_size, config.global_batch_size) == (min(rows, step), step)
+        assert config.tokens_per_micro_batch == (512 if "512" in more else 0)
+        told = f"--batch-size {rows}: a step has --global-batch-size {step}, so passes are of {step}\n"
+        assert capsys.readouterr().out == (told if rows > step else "")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_smaller_step_has_smaller_passes_without_a_word(stage, capsys):
+    config = parse_cli(stage, ["--global-batch-size", "3"])
+    assert (config.batch_size, config.global_batch_size) == (3, 3) and not capsys.readouterr().out
 
 
 BAD = [
