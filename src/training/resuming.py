@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from config.configs import PPOConfig, RunConfig, resolved
+from config.scrub import scrubbed
 from config.user_error import UserError
 from models.checkpoint import describe
 from models.manifest import fault_of
@@ -89,7 +90,7 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     else:
         run, checkpoint = _run_and_checkpoint(config)
     record = _record_of(run, stage, config)
-    changed = _differences(record["config"], json.loads(json.dumps(resolved(config))))
+    changed = _differences(scrubbed(record["config"]), scrubbed(json.loads(json.dumps(resolved(config)))))
     refused = [f"{field}: {then!r} -> {now!r}" for field, (then, now) in changed.items() if field not in wanted]
     if refused:
         raise UserError(
@@ -342,7 +343,7 @@ def _take_up(config: RunConfig, resumption: Resumption) -> None:
         record = resumption.hyperparams
         changes = [*record.get("overridden", []), {"step": step, "settings": resumption.overridden}]
         record = {**record, "config": resolved(config), "overridden": changes}
-        write_file(run / HYPERPARAMS, (json.dumps(record, indent=2) + "\n").encode())
+        write_file(run / HYPERPARAMS, (json.dumps(scrubbed(record), indent=2) + "\n").encode())
 
 
 def _ahead(run: Path, step: int) -> list[Path]:

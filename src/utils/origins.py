@@ -54,10 +54,10 @@ def find_origin(
     Raises:
         UserError: it is not there, or its weights have changed.
     """
-    recorded = record.get(key)
+    recorded, weights = str(record.get(key) or ""), record.get("weights")  # a run from elsewhere may hold anything
     if not recorded:
         return None
-    wanted = (record.get("weights") or {}).get(key)
+    wanted = weights.get(key) if isinstance(weights, dict) else None
     changed = None
     for place in _candidates(recorded, run, runs_dir, argument):
         if wanted is None:
