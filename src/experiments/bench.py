@@ -3,6 +3,9 @@
     make bench                                                    # the peers' environment, then the whole table
     python src/experiments/main.py -t bench --only sampling_b8    # one row
     python src/experiments/main.py -t bench --device cuda         # every preset on a GPU under a 16 GB cap
+    python src/experiments/main.py -t bench --merge A.json B.json # the ratios of several hosts, from their --json files
+
+Each peer is measured twice: tuned, with what ours has and it can have too (bench_peers.py), and with its defaults.
 
 This file loads neither torch nor a peer: a process's peak memory begins with that of the one that started it.
 """
@@ -12,11 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +25,17 @@ from typing import Any
 
 from config.configs import get_configs
 from config.user_error import UserError
-from experiments.bench_table import Figures, Row, as_json, gpu_markdown, markdown, scaling_markdown, utilisation
+from experiments.bench_host import TOO_MUCH, Stolen, describe_machine
+from experiments.bench_table import (
+    Figures,
+    Row,
+    as_json,
+    gpu_markdown,
+    hosts_markdown,
+    markdown,
+    scaling_markdown,
+    utilisation,
+)
 from experiments.bench_work import WORKS, Work, gpu_works, scaling_works
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +43,8 @@ REPO = HERE.parents[1]
 PEERS_PYTHON = REPO / ".venv-bench/bin/python"
 OURS, PEERS, BOUNDS = "bench_ours.py", "bench_peers.py", "bench_bounds.py"
 BUSY = 0.7  # a load above this means that somebody else is computing
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""What `training.host_memory` sets for ours, for a tuned peer: freed memory is kept (man mallopt)."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help=f"rows to measure, with commas between them, of: {names}")
     parser.add_argument("--rounds", type=int, default=3, help="how often ours and the peer are measured in turn")
     parser.add_argument("--json", default="", metavar="FILE", help="write the results there as well")
+    parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="only make a table of such files")
     parser.add_argument("--scaling", action="store_true", help="cost against batch, response length and model size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: every preset, ours alone")
     parser.add_argument("--memory-gb", type=float, default=16.0, help="cap of the GPU's memory, with --device cuda")
@@ -57,16 +71,20 @@ def measure_all(flags: argparse.Namespace) -> int:
     """Measure, print the tables, write the JSON; 1 when a work of ours failed.
 
     Raises:
-        UserError: an unknown row, no round, a JSON file that cannot be written, or no GPU for --device cuda.
+        UserError: an unknown row, no round, a JSON file that cannot be written or read, or no GPU for --device cuda.
     """
     check(flags)
+    if flags.merge:
+        print(hosts_markdown([(name, report_in(name)) for name in flags.merge]))
+        return 0
     works = gpu_works(flags.memory_gb) if flags.device == "cuda" else list(WORKS)
     works = chosen(works, flags.only)
-    machine = describe_machine(flags.rounds)
+    machine, stolen = describe_machine(flags.rounds), Stolen()
     if machine["load"] > BUSY:
         print(f"warning: the load is {machine['load']:.1f}; other work makes these timings worthless", file=sys.stderr)
     if flags.device == "cuda":
         rows = [measure_row(work, flags) for work in works]
+        machine["stolen"] = told(stolen, "the whole run")
         machine["mfu"] = {row.work.name: utilisation(row) for row in rows}
         print(gpu_markdown(rows, machine))
         scaling = []
@@ -75,7 +93,7 @@ def measure_all(flags: argparse.Namespace) -> int:
         rows = [measure_row(work, flags) for work in works]
         # Once before and once after: the bound has to hold for the whole of the run.
         bounds.append(child(BOUNDS, replace(WORKS[0], sizes=sizes_of("gpt2")), sys.executable))
-        machine["bounds"] = middle(bounds)
+        machine |= {"bounds": middle(bounds), "stolen": told(stolen, "the whole run")}
         print(markdown(rows, machine))
         alone = argparse.Namespace(**{**vars(flags), "rounds": 1})
         scaling = [measure_row(work, alone) for work in scaling_works()] if flags.scaling else []
@@ -104,6 +122,21 @@ def check(flags: argparse.Namespace) -> None:
             raise UserError("--device cuda: this machine has none that torch can see")
 
 
+def report_in(file: str) -> dict[str, Any]:
+    """What an earlier run's --json wrote.
+
+    Raises:
+        UserError: the file is not there, or not such a report.
+    """
+    try:
+        report = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--merge {file}: cannot be read ({error}); give files that --json wrote") from None
+    if not isinstance(report, dict) or not {"machine", "rows"} <= set(report):
+        raise UserError(f"--merge {file}: is no report of this benchmark; give files that --json wrote")
+    return report
+
+
 def chosen(works: Sequence[Work], only: str) -> list[Work]:
     """The works that --only names, in the table's order; all when it is empty."""
     if not only:
@@ -116,16 +149,30 @@ def chosen(works: Sequence[Work], only: str) -> list[Work]:
 
 
 def measure_row(work: Work, flags: argparse.Namespace) -> Row:
-    """All rounds of one work, ours and the peer in turn; a side that failed once is not tried again."""
-    row = Row(replace(work, sizes=sizes_of(work.preset)))
-    environment = {"NANOGPT_FOLDER": flags.nanogpt}
+    """All rounds of one work, ours and both peers in turn; a side that failed once is not tried again."""
+    row, stolen = Row(replace(work, sizes=sizes_of(work.preset))), Stolen()
     for turn in range(flags.rounds):
-        sides = [(row.ours, OURS, sys.executable)] + ([(row.peer, PEERS, flags.peers)] if work.peer else [])
-        for figures, script, python in sides:
+        profiled = replace(row.work, profiled=turn == flags.rounds - 1 and flags.device == "cpu")
+        sides = [("ours", row.ours, OURS, sys.executable, profiled)]
+        if work.peer:
+            plain = replace(row.work, tuned=False)
+            sides += [("tuned peer", row.peer, PEERS, flags.peers, row.work)]
+            sides += [("peer with its defaults", row.plain, PEERS, flags.peers, plain)]
+        for name, figures, script, python, given in sides:
             if not figures.missing:
-                print(f"{work.name}, round {turn + 1} of {flags.rounds}: {script[6:-3]}", file=sys.stderr, flush=True)
-                take(figures, script, row.work, python, environment)
+                print(f"{work.name}, round {turn + 1} of {flags.rounds}: {name}", file=sys.stderr, flush=True)
+                allocator = ALLOCATOR if script == PEERS and given.tuned else {}
+                take(figures, script, given, python, {"NANOGPT_FOLDER": flags.nanogpt} | allocator)
+    row.stolen = told(stolen, work.name)
     return row
+
+
+def told(stolen: Stolen, what: str) -> float | None:
+    """The share of stolen time until now, with a warning when it spoils `what`."""
+    share = stolen.share()
+    if share is not None and share > TOO_MUCH:
+        print(f"warning: {what}: the host gave {share:.0%} of the cores' time to other guests", file=sys.stderr)
+    return share
 
 
 def take(figures: Figures, script: str, work: Work, python: str, environment: dict[str, str]) -> None:
@@ -137,15 +184,16 @@ def take(figures: Figures, script: str, work: Work, python: str, environment: di
 
 
 def child(script: str, work: Work, python: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run a measuring script to its end and read its answer.
+    """Run a measuring script to its end and read its answer; of malloc's settings it has those in `environment` alone.
 
     Raises:
         RuntimeError: it did not answer; the message is the end of its output.
     """
     command = [python, str(HERE / script), work.to_json()]
     offline = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline | (environment or {}))
+        done = subprocess.run(command, capture_output=True, text=True, env=clean | offline | (environment or {}))
     except OSError:
         raise RuntimeError(f"{python} is not there: make bench") from None
     try:
@@ -169,27 +217,3 @@ def middle(bounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key in ("products_tokens_s", "packed_tokens_s"):
         medians[key] = {batch: statistics.median(b[key][batch] for b in bounds) for batch in bounds[0][key]}
     return medians | {"threads": bounds[0]["threads"]}
-
-
-def describe_machine(rounds: int) -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": rounds,
-        "load": os.getloadavg()[0],
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it, or the platform's word for it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import nn
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
 from experiments.bench_bounds import half_type, matrix_flops
-from experiments.bench_work import NOT_AN_ID, Work, median_seconds, run_child
+from experiments.bench_work import NOT_AN_ID, PRODUCT, Work, median_seconds, peak_gb, run_child
 from inference.generate import generate
 from models.checkpoint import save_model
 from models.gpt import GPT, GPTRewardModel
@@ -71,6 +73,23 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def profiled(work: Work, once: Callable[[], None]) -> dict[str, Any]:
+    """The share of matrix products in the time of one more `once`, for a work that asks for it.
+
+    The profiler counts on this thread alone, which waits for the others inside a product. Its own time falls to what is
+    not a product, and its memory comes after the peak that is told.
+    """
+    if not work.profiled:
+        return {}
+    peak = peak_gb()
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        once()
+        seconds = time.perf_counter() - started
+    products = sum(e.self_cpu_time_total for e in profile.key_averages() if PRODUCT.fullmatch(e.key)) / 1e6
+    return {"products": products / seconds, "peak_gb": peak}
+
+
 def sampling(work: Work) -> dict[str, Any]:
     """Tokens per second of `generate`, all weights in half precision."""
     torch.manual_seed(0)
@@ -81,7 +100,7 @@ def sampling(work: Work) -> dict[str, Any]:
         generate(model, prompts, max_new_tokens=work.new, eos_id=NOT_AN_ID, seeds=range(work.batch))
         synchronise(work.device)
 
-    return {"value": work.batch * work.new / median_seconds(work, once)}
+    return {"value": work.batch * work.new / median_seconds(work, once)} | profiled(work, once)
 
 
 def sft(work: Work) -> dict[str, Any]:
@@ -96,7 +115,7 @@ def sft(work: Work) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(config, model, tokenizer, data, data, Path(folder), runtime, {})
         seconds = median_seconds(work, lambda: step(trainer, work))
-    return {"value": ids.size / seconds}
+        return {"value": ids.size / seconds} | profiled(work, lambda: step(trainer, work))
 
 
 def step(trainer: SFTTrainer | RewardModelTrainer, work: Work) -> None:
@@ -156,7 +175,7 @@ def ppo(work: Work) -> dict[str, Any]:
         config = replace(
             config, actor=str(folder / "sft"), critic=str(folder / "rm"), ppo_epochs=work.epochs, minibatches=1,
             response_length=work.new, prompt_length=work.prompt, temperature=1.0,
-            iterations=work.warmup + work.repeats, **steps_of(config, work),
+            iterations=work.warmup + work.repeats + work.profiled, **steps_of(config, work),
         )  # fmt: skip
         runtime = Runtime(config.device, config.dtype, config.seed)
         roles = ppo_start(config, None, runtime.matrix_dtype)
@@ -177,7 +196,7 @@ def ppo(work: Work) -> dict[str, Any]:
                 raise RuntimeError(f"{figures['train/optimizer_steps']} optimizer steps, expected {work.epochs}")
             parts.update({k: float(v) for k, v in figures.items() if k.startswith("time/") and k.endswith("_s")})
 
-        return {"value": median_seconds(work, once), "parts": parts}
+        return {"value": median_seconds(work, once), "parts": dict(parts)} | profiled(work, once)
 
 
 def write_in_a_process_of_its_own(work: Work, folder: Path) -> None:
@@ -213,6 +232,7 @@ def measure(work: Work) -> dict[str, Any]:
     if work.device == "cuda":
         result["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
         result["matrix_flops"] = matrix_flops("cuda")
+    result["threads"] = torch.get_num_threads()
     return result | {"versions": {p: metadata.version(p) for p in ("torch", "loralib", "accelerate")}}
 
 

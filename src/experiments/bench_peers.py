@@ -2,6 +2,9 @@
 
 Nothing of this project is used but the description of the work. What each peer does is what its documentation shows,
 with the faster choice wherever it leaves one: no gradient checkpointing, no dropout, fused AdamW.
+
+A tuned peer is also given what ours has: its memory allocator's settings (bench.py), every matrix product in bf16, and
+frozen weights in bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.bench_work import Work, median_seconds, run_child
+from experiments.bench_work import PRODUCT, Work, median_seconds, run_child
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +68,23 @@ def random_ids(rows: int, length: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(vocab_size - 1, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
+def product_types():
+    """A context that notes in `seen` the types of all matrix products, as torch carries them out."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class ProductTypes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if PRODUCT.fullmatch(func._schema.name):
+                self.seen.add(str(args[1].dtype).removeprefix("torch."))
+            return func(*args, **(kwargs or {}))
+
+    return ProductTypes()
+
+
 def transformers_sampling(work: Work) -> dict[str, Any]:
     """Tokens per second of `generate` with its default cache, all weights in bf16."""
     import torch
@@ -81,7 +101,9 @@ def transformers_sampling(work: Work) -> dict[str, Any]:
         if out.shape[1] != work.prompt + work.new:
             raise RuntimeError(f"{out.shape[1] - work.prompt} tokens were sampled, expected {work.new}")
 
-    return {"value": work.batch * work.new / median_seconds(work, once)}
+    with product_types() as types:
+        once()
+    return {"value": work.batch * work.new / median_seconds(work, once), "types": sorted(types.seen)}
 
 
 def transformers_sft(work: Work) -> dict[str, Any]:
@@ -119,50 +141,80 @@ def training_step(work: Work, model: torch.nn.Module, loss_of) -> dict[str, Any]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return {"value": ids.numel() / median_seconds(work, once)}
+    with product_types() as types, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss_of(model, ids[:1])
+    return {"value": ids.numel() / median_seconds(work, once), "types": sorted(types.seen)}
 
 
 def trl_ppo(work: Work) -> dict[str, Any]:
     """Seconds of an iteration of TRL's PPOTrainer: rollout, scores, `epochs` optimizer steps on the whole batch.
 
-    `peft_config` gives the policy adapters and leaves the critic to train in full, as TRL documents it; `trl_critic`
-    gives PEFT's adapters to the critic too, so that both sides train alike.
+    By itself the trainer knows bf16 in the forward passes of the update alone, and samples and scores in fp32.
     """
     # TRL's own bf16 flag does not reach the Accelerator that its PPOTrainer makes; this does.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     import torch
-    from peft import LoraConfig, inject_adapter_in_model
-    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
     from trl.experimental.ppo import PPOTrainer
 
     torch.manual_seed(0)
+    iterations = work.warmup + work.repeats
+    clock, steps, types = [time.perf_counter()], [], product_types()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        trainer = PPOTrainer(
+            args=trl_settings(work, iterations, folder), **trl_models(work),
+            processing_class=end_tokenizer(work.sizes["vocab_size"] - 1), callbacks=[end_of_iteration(clock, types)],
+            train_dataset=prompt_dataset(work, iterations), eval_dataset=prompt_dataset(work, 1),
+        )  # fmt: skip
+
+        def after_step(*_) -> None:
+            steps.append(1)
+            # Autocast keeps its bf16 copies of weights until its outermost context ends: they are old now.
+            torch.clear_autocast_cache()
+
+        trainer.optimizer.optimizer.register_step_post_hook(after_step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=work.tuned):
+            types.__enter__()  # until the first iteration, which is not timed, ends
+            trainer.train()
+    if len(steps) != work.epochs * iterations:
+        raise RuntimeError(f"{len(steps)} optimizer steps in {iterations} iterations, expected {work.epochs} each")
+    seconds = median(b - a for a, b in zip(clock[work.warmup :], clock[work.warmup + 1 :]))
+    return {"value": seconds, "types": sorted(types.seen)}
+
+
+def trl_models(work: Work) -> dict[str, Any]:
+    """The roles by TRL's names for them; with LoRA the reference is the policy with its adapters off.
+
+    `peft_config` gives the policy adapters and leaves the critic to train in full, as TRL documents it; `trl_critic`
+    gives PEFT's adapters to the critic too, so that both sides train alike.
+    """
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
     config = gpt2_config(work)
     policy = GPT2LMHeadModel(config)
     value, reward = GPT2ForSequenceClassification(config), GPT2ForSequenceClassification(config)
-    reference, peft = None, None
-    if work.preset.endswith("/lora"):  # the reference is then the policy with its adapters off
+    reference, peft, frozen = None, None, [reward]
+    if work.preset.endswith("/lora"):
         adapters = {"r": work.sizes["lora_rank"], "lora_alpha": work.sizes["lora_alpha"], "fan_in_fan_out": True}
         peft = LoraConfig(**adapters, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
+        frozen.append(policy)
         if work.peer == "trl_critic":
             inject_adapter_in_model(LoraConfig(**adapters, target_modules=["c_attn", "c_proj", "c_fc"]), value)
             value.score.requires_grad_(True)
+            frozen.append(value)
     else:
         reference = GPT2LMHeadModel(config)
         reference.load_state_dict(policy.state_dict())
-    iterations = work.warmup + work.repeats
-    clock, steps = [time.perf_counter()], []
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        trainer = PPOTrainer(
-            args=trl_settings(work, iterations, folder), processing_class=end_tokenizer(config.eos_token_id),
-            model=policy, ref_model=reference, reward_model=reward, value_model=value,
-            train_dataset=prompt_dataset(work, iterations), eval_dataset=prompt_dataset(work, 1), peft_config=peft,
-            callbacks=[end_of_iteration(clock)],
-        )  # fmt: skip
-        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
-        trainer.train()
-    if len(steps) != work.epochs * iterations:
-        raise RuntimeError(f"{len(steps)} optimizer steps in {iterations} iterations, expected {work.epochs} each")
-    return {"value": median(b - a for a, b in zip(clock[work.warmup :], clock[work.warmup + 1 :]))}
+        frozen.append(reference)
+    if work.tuned:
+        for model in frozen:
+            trains = [p for p in model.parameters() if p.requires_grad] if model is value else []
+            model.to(torch.bfloat16)
+            for parameter in trains:  # PEFT does this itself for the policy's adapters
+                parameter.data = parameter.data.float()
+    roles = {"model": policy, "ref_model": reference, "reward_model": reward, "value_model": value}
+    return roles | {"peft_config": peft}
 
 
 def trl_settings(work: Work, iterations: int, folder: str):
@@ -197,12 +249,14 @@ def prompt_dataset(work: Work, iterations: int):
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * work.prompt] * len(ids)})
 
 
-def end_of_iteration(clock: list[float]):
-    """A callback that notes the time after each iteration."""
+def end_of_iteration(clock: list[float], types):
+    """A callback that notes the time after each iteration, and leaves the context `types` after the first."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__) -> None:
+            if len(clock) == 1:
+                types.__exit__(None, None, None)
             clock.append(time.perf_counter())
 
     return Clock()
@@ -224,6 +278,11 @@ def measure(work: Work) -> dict[str, Any]:
     if missing:
         return {"missing": missing}
     result = PEERS[work.peer](work)
+    if work.tuned and result["types"] != ["bfloat16"]:
+        raise RuntimeError(f"the tuned peer's matrix products ran in {' and '.join(result['types'])}")
+    import torch
+
+    result["threads"] = torch.get_num_threads()
     return result | {"versions": {package: metadata.version(package) for package in PACKAGES[work.peer]}}
 
 

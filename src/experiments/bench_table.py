@@ -5,15 +5,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from experiments.bench_bounds import Hardware, bound, flop_share
-from experiments.bench_work import Work
+from experiments.bench_host import TOO_MUCH
+from experiments.bench_work import WORKS, Work
+
+WITH_DEFAULTS = "… and the peer with its defaults"
+_RATIOS = {"ratio": "{:.2f}x", "plain_ratio": "({:.2f}x)"}
 
 
 @dataclass
 class Figures:
-    """What the rounds of one side gave for one work: values, peaks in GB, why nothing was measured, versions."""
+    """What the rounds of one side gave for one work: values, peaks in GB, why nothing was measured, versions.
+
+    products: the share of matrix products in the time, attention's included. types: those of the products' numbers.
+    """
 
     values: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
@@ -21,6 +29,9 @@ class Figures:
     versions: dict[str, str] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
     matrix_flops: float = 0.0
+    threads: int = 0
+    products: float | None = None
+    types: list[str] = field(default_factory=list)
 
     def add(self, result: dict[str, Any]) -> None:
         """Take in what one process answered."""
@@ -32,6 +43,9 @@ class Figures:
         self.versions |= result.get("versions", {})
         self.parts = result.get("parts", {})
         self.matrix_flops = result.get("matrix_flops", 0.0)
+        self.threads = result.get("threads", 0)
+        self.products = result.get("products", self.products)
+        self.types = result.get("types", self.types)
 
     @property
     def value(self) -> float | None:
@@ -46,18 +60,28 @@ class Figures:
 
 @dataclass
 class Row:
-    """One work and what both sides made of it."""
+    """One work and what each side made of it: ours, the tuned peer, the peer with its defaults."""
 
     work: Work
     ours: Figures = field(default_factory=Figures)
     peer: Figures = field(default_factory=Figures)
+    plain: Figures = field(default_factory=Figures)
+    stolen: float | None = None
+
+    def sides(self) -> dict[str, Figures]:
+        """The figures by the names that they have in the JSON file."""
+        return {"ours": self.ours, "peer": self.peer, "plain": self.plain}
 
     @property
     def ratio(self) -> float | None:
-        """How many times as fast as the peer: above 1, ours is faster."""
-        if self.ours.value is None or self.peer.value is None:
+        """How many times as fast as the tuned peer: above 1, ours is faster."""
+        return self.over(self.peer)
+
+    def over(self, other: Figures) -> float | None:
+        """How many times as fast ours is as the other side; None when one of them was not measured."""
+        if self.ours.value is None or other.value is None:
             return None
-        return self.ours.value / self.peer.value if self.work.faster_is_larger else self.peer.value / self.ours.value
+        return self.ours.value / other.value if self.work.faster_is_larger else other.value / self.ours.value
 
     def to_json(self) -> dict[str, Any]:
         """The row as in the JSON file."""
@@ -69,6 +93,12 @@ class Row:
             "unit": self.work.unit,
             "ours_peak_gb": self.ours.peak,
             "peer_peak_gb": self.peer.peak,
+            "plain": self.plain.value,
+            "plain_ratio": self.over(self.plain),
+            "plain_peak_gb": self.plain.peak,
+            "aim": self.work.aim or None,
+            "products": self.ours.products,
+            "stolen": self.stolen,
         }
 
     def bound_share(self, hardware: Hardware | None) -> tuple[float | None, float | None]:
@@ -82,11 +112,13 @@ class Row:
 def as_json(rows: Sequence[Row], machine: dict[str, Any], scaling: Sequence[Row] = ()) -> dict[str, Any]:
     """What --json writes; `machine` also holds the measured bounds and why a figure is null."""
     missing = {
-        row.work.name: {side: f.missing for side, f in (("ours", row.ours), ("peer", row.peer)) if f.missing}
+        row.work.name: {side: figures.missing for side, figures in row.sides().items() if figures.missing}
         for row in [*rows, *scaling]
     }
     spread = {
-        row.work.name: {"ours": row.ours.values, "peer": row.peer.values, "ours_parts": row.ours.parts} for row in rows
+        row.work.name: {side: figures.values for side, figures in row.sides().items()}
+        | {"ours_parts": row.ours.parts, "peer_types": row.peer.types, "plain_types": row.plain.types}
+        for row in rows
     }
     machine = machine | {"missing": {k: v for k, v in missing.items() if v}, "rounds_of": spread}
     report = {"machine": machine, "rows": [row.to_json() for row in rows]}
@@ -113,18 +145,75 @@ def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     ]
     for row in rows:
         limit, share = row.bound_share(hardware)
-        peer = shown(row.peer.value, row.work.unit) if row.work.peer else "none"
-        if row.peer.missing:
-            peer = "missing"
-        cells = [row.work.title, "failed" if row.ours.missing else shown(row.ours.value, row.work.unit), peer]
-        cells += [f"{row.ratio:.2f}x" if row.ratio else "", shown(limit, row.work.unit), percent(share)]
-        lines.append(_line(*cells, gigabytes(row.ours.peak), gigabytes(row.peer.peak)))
-    return "\n".join([*lines, "", *missing_lines(rows), describe(machine, rows)])
+        ours = "failed" if row.ours.missing else shown(row.ours.value, row.work.unit)
+        lines.append(
+            _line(row.work.title, ours, *against(row, row.peer), shown(limit, row.work.unit), percent(share),
+                  gigabytes(row.ours.peak), gigabytes(row.peer.peak))
+        )  # fmt: skip
+        if row.work.peer:
+            lines.append(_line(WITH_DEFAULTS, "", *against(row, row.plain), "", "", "", gigabytes(row.plain.peak)))
+    return "\n".join([*lines, "", *missing_lines(rows), *verdicts(rows, machine), describe(machine, rows)])
+
+
+def against(row: Row, other: Figures) -> tuple[str, str]:
+    """A peer's figure and the ratio to it, as two cells."""
+    figure = "missing" if other.missing else shown(other.value, row.work.unit)
+    ratio = row.over(other)
+    return figure if row.work.peer else "none", f"{ratio:.2f}x" if ratio else ""
+
+
+def verdicts(rows: Sequence[Row], machine: dict[str, Any]) -> list[str]:
+    """Which aims are met, where our time goes, and what may have spoilt the figures: a line each, then an empty one."""
+    aims = [
+        f"{row.work.name} {row.ratio:.2f}x of {row.work.aim:g}x, {'met' if row.ratio >= row.work.aim else 'missed'}"
+        for row in rows
+        if row.work.aim and row.ratio
+    ]
+    products = [f"{row.work.name} {row.ours.products:.0%}" for row in rows if row.ours.products is not None]
+    threads = {figures.threads for row in rows for figures in row.sides().values() if figures.threads}
+    lines = ["Aims against the tuned peer: " + "; ".join(aims) + "."] if aims else []
+    if products:
+        lines.append("Matrix products' share of our time, attention's included: " + ", ".join(products) + ".")
+    if machine.get("stolen") is not None:
+        spoilt = [f"{row.work.name} {row.stolen:.0%}" for row in rows if (row.stolen or 0) > TOO_MUCH]
+        above = f"; rows with more than {TOO_MUCH:.0%}: {', '.join(spoilt)}" if spoilt else ""
+        lines.append(f"Stolen by other guests of the host: {machine['stolen']:.1%} of the cores' time{above}.")
+    if len(threads) > 1:
+        lines.append(f"Warning: the sides had different numbers of threads: {sorted(threads)}.")
+    return [*lines, ""] if lines else []
+
+
+def hosts_markdown(reports: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """One column per host, from the files that --json wrote: its facts and our ratios, the defaults' in brackets."""
+    machines = [report["machine"] for _, report in reports]
+    bounds = [machine.get("bounds") or {} for machine in machines]
+    lines = [
+        _line("", *(Path(name).stem for name, _ in reports)),
+        "|" + "---|" * (1 + len(reports)),
+        _line("processor", *(f"{m.get('cpu', '')}, {m.get('cores', '')} cores" for m in machines)),
+        _line("bf16 matrices", *(_scaled(b.get("matrix_flops"), 1e12, "TFLOP/s") for b in bounds)),
+        _line("reads", *(_scaled(b.get("bandwidth"), 1e9, "GB/s") for b in bounds)),
+        _line("stolen time", *("" if m.get("stolen") is None else f"{m['stolen']:.1%}" for m in machines)),
+    ]
+    for work in WORKS:
+        if work.aim:
+            rows = [next((r for r in report["rows"] if r["work"] == work.name), {}) for _, report in reports]
+            cells = (
+                " ".join(words.format(row[key]) for key, words in _RATIOS.items() if row.get(key) is not None)
+                for row in rows
+            )
+            lines.append(_line(f"{work.title} (aim {work.aim:g}x)", *cells))
+    return "\n".join(lines)
 
 
 def missing_lines(rows: Sequence[Row]) -> list[str]:
     """One line per figure that could not be measured."""
-    lines = [f"- {row.work.name}: peer {row.work.peer} missing: {row.peer.missing}" for row in rows if row.peer.missing]
+    lines = [
+        f"- {row.work.name}: peer {row.work.peer}{words} missing: {figures.missing}"
+        for row in rows
+        for words, figures in (("", row.peer), (" with its defaults", row.plain))
+        if figures.missing
+    ]
     lines += [f"- {row.work.name}: ours failed: {row.ours.missing}" for row in rows if row.ours.missing]
     return [*lines, ""] if lines else []
 
@@ -166,7 +255,7 @@ def describe(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     versions = {"ours": {}, "peers": {}}
     for row in rows:
         versions["ours"] |= row.ours.versions
-        versions["peers"] |= row.peer.versions
+        versions["peers"] |= row.peer.versions | row.plain.versions
     told = "; ".join(
         f"{side}: " + ", ".join(f"{k} {v}" for k, v in sorted(v.items())) for side, v in versions.items() if v
     )
@@ -205,6 +294,10 @@ def percent(share: float | None) -> str:
 def gigabytes(value: float | None) -> str:
     """A peak, or nothing."""
     return "" if value is None else f"{value:.2f} GB"
+
+
+def _scaled(value: float | None, by: float, unit: str) -> str:
+    return "" if value is None else f"{value / by:.3g} {unit}"
 
 
 def _line(*cells: object) -> str:

@@ -7,6 +7,7 @@ library alone.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import statistics
 import sys
@@ -19,6 +20,9 @@ SECONDS, TOKENS = "s/iteration", "tokens/s"
 NOT_AN_ID = -1
 """As the end of text: no id that can be sampled ends a row, so that both sides sample the same number of tokens."""
 
+PRODUCT = re.compile(r"(aten|mkldnn)::_?(addmm|mm|bmm|baddbmm|mv|addmv|linear_pointwise|scaled_dot_product\w*)_?")
+"""torch's names of matrix products; a "_" at the end is the form that works in place."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -27,7 +31,9 @@ class Work:
     name: the row's key. kind: which function of bench_ours.py and bench_peers.py does it. peer: who else does it, ""
     for nobody. preset: model preset. batch: rows. prompt, new: tokens of a prompt and of a response. warmup, repeats:
     untimed and timed repetitions in each process. device: cpu or cuda. memory_gb: cap of the GPU's memory, 0 for none.
-    sizes: the model's sizes for the peer, filled in from the preset.
+    aim: the ratio wanted to the tuned peer, 0 for none. tuned: whether the peer gets what ours has, or its defaults.
+    profiled: whether one more repetition, untimed, tells how long the matrix products take. sizes: the model's sizes
+    for the peer, filled in from the preset.
     """
 
     name: str
@@ -44,6 +50,9 @@ class Work:
     repeats: int = 3
     device: str = "cpu"
     memory_gb: float = 0.0
+    aim: float = 0.0
+    tuned: bool = True
+    profiled: bool = False
     sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -67,12 +76,12 @@ _SFT = Work("sft", "sft", "", peer="transformers_compiled", batch=4, prompt=1, n
 _PPO = Work("ppo_lora", "ppo", "", SECONDS, "trl", "gpt2/lora", repeats=1)
 
 WORKS = (
-    Work("sampling_b8", "sampling", "sampling, batch 8, 64 + 64 tokens, bf16", peer="transformers"),
-    Work("sampling_b32", "sampling", "sampling, batch 32, 64 + 64 tokens, bf16", peer="transformers", batch=32),
-    replace(_PPO, title=_PPO_TITLE + "LoRA r=8"),
+    Work("sampling_b8", "sampling", "sampling, batch 8, 64 + 64 tokens, bf16", peer="transformers", aim=2),
+    Work("sampling_b32", "sampling", "sampling, batch 32, 64 + 64 tokens, bf16", peer="transformers", batch=32, aim=2),
+    replace(_PPO, title=_PPO_TITLE + "LoRA r=8", aim=3),
     replace(_PPO, name="ppo_lora_critic", peer="trl_critic", title=_PPO_TITLE + "LoRA r=8 in both critics"),
-    replace(_PPO, name="ppo_full", preset="gpt2", title=_PPO_TITLE + "all weights"),
-    replace(_SFT, title=f"{_SFT_TITLE} (peer compiled)"),
+    replace(_PPO, name="ppo_full", preset="gpt2", title=_PPO_TITLE + "all weights", aim=2),
+    replace(_SFT, title=f"{_SFT_TITLE} (peer compiled)", aim=1.3),
     replace(_SFT, name="sft_eager", peer="transformers_eager", title=f"{_SFT_TITLE} (peer eager)"),
     replace(_SFT, name="sft_nanogpt", peer="nanogpt_compiled", title=f"{_SFT_TITLE} (nanoGPT, compiled)"),
     Work("demo_rollout", "rollout", "rollout of the offline demo, 128 prompts, fp32", preset="gpt2-nano", batch=128),
@@ -88,7 +97,7 @@ def scaling_works() -> list[Work]:
     works += [replace(ppo, name=f"ppo_lora_batch_{b}", batch=b) for b in (4, 8, 16)]
     works += [replace(ppo, name=f"ppo_lora_new_{n}", new=n) for n in (32, 64, 128)]
     works += [replace(ppo, name=f"ppo_lora_{p}", preset=f"{p}/lora") for p in ("gpt2", "gpt2-medium")]
-    return [replace(w, title=w.name.replace("_", " "), peer="", repeats=1) for w in works]
+    return [replace(w, title=w.name.replace("_", " "), peer="", repeats=1, aim=0) for w in works]
 
 
 def gpu_works(memory_gb: float) -> list[Work]:
