@@ -143,7 +143,7 @@ def reward_model(work: Work) -> dict[str, Any]:
             Rows(pairs, ids.shape[1]), Path(folder), runtime, {"held_out": None},
         )  # fmt: skip
         seconds = median_seconds(work, lambda: step(trainer, work))
-    return {"value": ids.size / seconds}
+        return {"value": ids.size / seconds} | profiled(work, lambda: step(trainer, work))
 
 
 @torch.no_grad()
@@ -219,8 +219,11 @@ def rollout(work: Work) -> dict[str, Any]:
     chosen = [prompts[i] for i in range(work.batch)]
     sampler = Sampler(tokenizer, runtime, config.temperature, config.response_length, config.batch_size)
     tokens = int(sampler.sample(model, chosen, range(work.batch)).n.sum())  # the same every time: rows have seeds
-    seconds = median_seconds(work, lambda: sampler.sample(model, chosen, range(work.batch)))
-    return {"value": tokens / seconds}
+
+    def once() -> None:
+        sampler.sample(model, chosen, range(work.batch))
+
+    return {"value": tokens / median_seconds(work, once)} | profiled(work, once)
 
 
 def measure(work: Work) -> dict[str, Any]:

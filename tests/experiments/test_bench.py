@@ -57,8 +57,7 @@ def test_works_of_ours_run(kind, preset, monkeypatch):
     monkeypatch.setattr(bench_ours, "write_in_a_process_of_its_own", bench_ours.write_checkpoints)
     result = bench_ours.measure(replace(TINY, kind=kind, preset=preset, profiled=True))
     assert result["value"] > 0 and result["versions"]["torch"] == torch.__version__
-    if kind != "rollout":
-        assert 0 < result["products"] < 1 and result["peak_gb"] > 0
+    assert 0 < result["products"] < 1 and result["peak_gb"] > 0
     if kind == "ppo":
         assert {"time/rollout_s", "time/update_s"} <= set(result["parts"])
 
@@ -290,7 +289,7 @@ def test_a_tuned_peer_with_products_in_fp32_is_an_error(monkeypatch):
     monkeypatch.setitem(bench_peers.PEERS, "transformers", lambda _: dict(result))
     with pytest.raises(RuntimeError, match="ran in bfloat16 and float32"):
         bench_peers.measure(WORKS[0])
-    assert bench_peers.measure(replace(WORKS[0], tuned=False)) >= result.items()
+    assert bench_peers.measure(replace(WORKS[0], tuned=False)).items() >= result.items()
 
 
 def test_the_table_of_a_gpu_holds_every_preset_and_says_what_did_not_fit():
