@@ -266,7 +266,7 @@ def test_demo_pairs_tokenise_in_seconds(load):
     cold = time.perf_counter() - start
     start = time.perf_counter()
     load("demo", "rm")
-    assert len(data) == 40_000 and cold < 20 and time.perf_counter() - start < 2
+    assert len(data) == 32_000 and cold < 20 and time.perf_counter() - start < 2
 
 
 class FakeHub:
