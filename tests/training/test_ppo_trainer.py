@@ -13,6 +13,7 @@ from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, is_adapter, share_base
 from training import trainers
 from training.invariants import parameter_hash
+from training.runtime import Runtime
 from utils.loss import masked_mean, masked_var
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,10 +187,79 @@ def test_the_adaptive_coefficient_follows_the_kl_of_the_iteration(ppo_trainer, m
     assert trainer.state()["kl_coef"] == trainer.kl_coef
 
 
+def test_rewards_take_the_coefficient_of_their_iteration(ppo_trainer, make_model, monkeypatch) -> None:
+    """Not the one of the command line: the figure objective/kl_coef would follow the KL, and the training would not."""
+    trainer = ppo_trainer(
+        actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2), kl_target=0.5, kl_horizon=40, lam=1.0,
+    )  # fmt: skip
+    seen, betas = watch_update(trainer, monkeypatch), []
+    for update in (2, 3, 4):
+        betas.append(trainer.kl_coef)
+        metrics = trainer.iteration(update)
+        experience = seen["experience"]
+        rewards = token_rewards(experience, betas[-1], 1.0)
+        to_go = rewards.flip(1).cumsum(1).flip(1) * experience.rmask  # the returns, with gamma = lam = 1
+        torch.testing.assert_close(seen["returns"], to_go, atol=1e-4, rtol=0)
+        assert float(metrics["objective/rlhf_reward"]) == pytest.approx(float(rewards.sum(1).mean()), abs=1e-4)
+    assert betas[0] == trainer.config.kl_coef and len(set(betas)) == 3
+
+
+class OneOfTwo(Runtime):
+    """One process of two whose other one has the same rows: sums over both are twice its own."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", "fp32", 0)
+        self.world_size = 2
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        return 2 * value
+
+    def max_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+
+def test_the_coefficient_counts_the_episodes_of_all_processes_and_their_mean_kl(ppo_trainer, make_model) -> None:
+    models = dict(actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2))
+    kl = float(ppo_trainer(**models).iteration(2)["objective/kl"])
+    target = kl / 1.1  # within what is not cut off, where a KL of one process, or of their sum, would show
+    for processes, runtime in ((1, Runtime("cpu", "fp32", 0)), (2, OneOfTwo())):
+        models = dict(actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2))
+        trainer = ppo_trainer(**models, kl_target=target, kl_horizon=100, kl_coef=0.2, on=runtime)
+        assert float(trainer.iteration(2)["objective/kl"]) == pytest.approx(kl)
+        assert trainer.kl_coef == pytest.approx(0.2 * (1 + 0.1 * 8 * processes / 100), rel=1e-5)
+
+
 def test_the_coefficient_is_fixed_by_default(ppo_trainer) -> None:
     trainer = ppo_trainer(iterations=2)
     trainer.fit()
     assert trainer.kl_coef == 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_rollout_draws_anew_and_every_evaluation_the_same(ppo_trainer, monkeypatch) -> None:
+    """A policy that stands still says other things to the same prompts; held-out figures can be told apart by it."""
+    trainer = ppo_trainer(train=prompt_examples(8), iterations=4, critic_warmup=4, eval_every=2)
+    drawn, sample = [], trainer.rollouts.sample
+
+    def watch(prompts, seeds):
+        experience = sample(prompts, seeds)
+        said = {tuple(p): tuple(r) for p, r in zip(experience.prompts(), experience.responses())}
+        drawn.append((said, list(seeds)))
+        return experience
+
+    monkeypatch.setattr(trainer.rollouts, "sample", watch)
+    trainer.fit()
+    evaluations, rollouts = [drawn[0], drawn[3], drawn[6]], [drawn[i] for i in (1, 2, 4, 5)]
+    assert len(drawn) == 7 and evaluations[0] == evaluations[1] == evaluations[2]
+    assert len({prompt for said, _ in rollouts for prompt in said}) == 8  # all four on the same prompts
+    seeds = [seed for _, row_seeds in [*rollouts, evaluations[0]] for seed in row_seeds]
+    assert len(set(seeds)) == len(seeds) == 4 * 8 + 6
+    for prompt in rollouts[0][0]:
+        assert len({said[prompt] for said, _ in rollouts}) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
