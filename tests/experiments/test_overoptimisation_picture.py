@@ -1,7 +1,8 @@
-"""The picture: what is drawn, and that all of it is inside."""
+"""The picture: what is drawn where, and that all of it is inside."""
 
 import numpy as np
 import pytest
+from matplotlib import colors
 
 from experiments import overoptimisation_picture
 from experiments.overoptimisation_picture import draw_overoptimisation
@@ -79,3 +80,95 @@ def test_peaks_and_points_are_named(drawn):
     shown = [t.get_text() for t in drawn(figures(last=2.0)).axes[0].texts]
     # PPO's peak is beyond what was measured.
     assert [t for t in shown if "peak" in t] == ["best-of-n: fitted gold peak at 1.6 nats"]
+
+
+FAMILIES, REWARDS = ("ppo", "best_of_n"), ("proxy", "gold")
+
+
+def all_different():
+    """Figures in which no reward, fit, band, interval or peak has the values of another."""
+    content, level = figures(last=6.0), 0.0
+    for family in FAMILIES:
+        for reward in REWARDS:
+            level += 1
+            fitted = content["fits"][family][reward]
+            fitted["curve"]["r"] = [r + level for r in fitted["curve"]["r"]]
+            fitted["band"] = {"low": [level - 0.3] * 20, "high": [level + 0.4] * 20}
+            fitted |= {"peak_d": 0.1 * level, "peak_reward": 10 * level}
+            for row in content[family]:
+                row[reward] += level
+                row[f"{reward}_ci"] = (row[reward] - level / 10, row[reward] + level / 5)
+                row["d_ci"] = (row["d"] - 0.01, row["d"] + 0.02)
+    return content
+
+
+def looks(line):
+    """What tells a line of points from others: colour, marker, whether it is filled."""
+    colour = colors.to_hex(line.get_color())
+    return colour, line.get_marker(), colors.to_hex(line.get_markerfacecolor()) == colour
+
+
+def shapes(axes, kind):
+    """{(colour, lowest y, highest y)} of the bands, {(colour, left, right, lowest y, highest y)} of the bars."""
+    found = set()
+    for shape in axes.collections:
+        is_band = len(shape.get_facecolor()) > 0
+        if is_band == (kind == "bands"):
+            colour = colors.to_hex(shape.get_edgecolor()[0])
+            for path in shape.get_paths():
+                (left, low), (right, high) = path.vertices.min(axis=0), path.vertices.max(axis=0)
+                place = () if is_band else (round(left, 9), round(right, 9))
+                found.add((colour, *place, round(low, 9), round(high, 9)))
+    return found
+
+
+def test_every_reward_is_drawn_in_its_own_colour_and_named_so(drawn):
+    content = all_different()
+    axes = drawn(content).axes[0]
+    legend = axes.get_legend()
+    named = dict(zip([t.get_text() for t in legend.get_texts()], legend.legend_handles))
+    label = {
+        ("ppo", "proxy"): "PPO: proxy, the reward it was trained on",
+        ("ppo", "gold"): "PPO: the judge, never trained on",
+        ("best_of_n", "proxy"): "best-of-n: proxy",
+        ("best_of_n", "gold"): "best-of-n: the judge",
+    }
+    assert set(named) == set(label.values()) and len({looks(handle) for handle in named.values()}) == 4
+    lines = {tuple(line.get_ydata()): line for line in axes.lines if len(line.get_xdata()) > 2}
+    bands, bars = set(), set()
+    for (family, reward), text in label.items():
+        rows = [row for row in content[family] if row.get("n") != 1]
+        points = lines.pop(tuple(row[reward] for row in rows))
+        assert list(points.get_xdata()) == [row["d"] for row in rows]
+        assert looks(points) == looks(named[text])
+        fitted, colour = content["fits"][family][reward], looks(named[text])[0]
+        curve = lines.pop(tuple(fitted["curve"]["r"]))
+        assert list(curve.get_xdata()) == fitted["curve"]["d"] and colors.to_hex(curve.get_color()) == colour
+        assert (curve.get_linestyle() == "-") == (named[text].get_linestyle() == "-") == (family == "ppo")
+        bands.add((colour, round(fitted["band"]["low"][0], 9), round(fitted["band"]["high"][0], 9)))
+        for row in rows:
+            (left, right), (low, high) = row["d_ci"], row[f"{reward}_ci"]
+            bars.add((colour, *(round(v, 9) for v in (row["d"], row["d"], low, high))))
+            bars.add((colour, *(round(v, 9) for v in (left, right, row[reward], row[reward]))))
+    assert not lines and shapes(axes, "bands") == bands and shapes(axes, "bars") == bars
+
+
+def test_texts_and_stars_stand_at_the_gold_reward(drawn):
+    """The proxy's peak, which is far beyond, tells nobody where to stop."""
+    content = all_different()
+    axes = drawn(content).axes[0]
+    at = {text.get_text(): text.xy for text in axes.texts}
+    first, _, last = ((row["d"], row["gold"]) for row in content["ppo"])
+    assert (at["step 10"], at["step 30, best"]) == (first, last)
+    for row in content["best_of_n"][1:]:
+        assert at[f"n={row['n']}"] == (row["d"], row["gold"])  # gold is the upper curve here
+    peaks = {(content["fits"][f]["gold"]["peak_d"], content["fits"][f]["gold"]["peak_reward"]) for f in FAMILIES}
+    stars = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "*"}
+    assert stars == peaks
+    lower = all_different()
+    for row in lower["best_of_n"]:
+        row["gold"] = row["proxy"] - 1
+    at = {text.get_text(): text.xy for text in drawn(lower).axes[0].texts}
+    assert [at[f"n={row['n']}"] for row in lower["best_of_n"][1:]] == [
+        (row["d"], row["proxy"]) for row in lower["best_of_n"][1:]
+    ]

@@ -172,6 +172,21 @@ def test_a_run_has_a_panel_and_a_row_for_every_curve(stage, tmp_path):
         assert re.findall("`([^`]+)`", shown) == list(curve.tags) and reading == curve.reading
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_line_of_a_panel_shows_the_tag_that_its_name_stands_for(stage, tmp_path):
+    """Gold under the proxy's name would show no over-optimisation at all."""
+    tags = {tag: 0.25 + 0.01 * i for i, tag in enumerate(t for curve in CURVES[stage] for t in curve.tags)}
+    lines = [{"step": step, "time": 1, **{tag: step * value for tag, value in tags.items()}} for step in (1, 2)]
+    figure = draw_run(stage, new_run(tmp_path, f"{stage}_x_20260101000000", *lines))
+    for axis, curve in zip(figure.axes, CURVES[stage], strict=True):
+        found = {line.get_label(): list(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) == 2}
+        own = {name: found[name] for name in curve.tags.values()}  # alarms are lines, too
+        assert own == {name: [tags[tag], 2 * tags[tag]] for tag, name in curve.tags.items()}
+    if stage == "ppo":
+        names = {tag: name for curve in CURVES[stage] for tag, name in curve.tags.items()}
+        assert "proxy" in names["eval/score"] and "gold" in names["eval/gold"] and "proxy" not in names["eval/gold"]
+
+
 def test_a_table_says_what_was_not_logged(tmp_path):
     run = new_run(tmp_path, "sft_x_20260101000000", {"step": 0, "time": 0, "train/loss": 3.25})
     rows = reading_table("sft", run).splitlines()[2:]
