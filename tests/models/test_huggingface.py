@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, GPT2ForSequenceC
 from config.configs import get_configs
 from config.user_error import UserError
 from inference.generate import generate
+from models.checkpoint import save_model
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel, KVCache
 from utils.tokenizer import get_tokenizer
 
@@ -118,6 +119,35 @@ def test_greedy_generation(pair, padded, random_rows):
         assert ours_ended.row(b).tolist() == response[:end]
         assert ours_ended.ended[b] == (eos in response)
         assert ours.generate(prompts[b], T, eos, temperature=0).tolist() == response[:end]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.3])
+def test_the_layer_norms_take_the_epsilon_of_the_folder(tmp_path, padded, random_rows, eps):
+    """In training, in generation and on the way back; at GPT-2's own 1e-5 a constant in its place would not show."""
+    theirs = reference(SHAPES[0], layer_norm_epsilon=eps)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(str(tmp_path / "theirs")).eval()
+    assert ours.config.layer_norm_eps == eps
+    ids, att = padded(random_rows(LENGTHS, ours.config.vocab_size), 0, "left", ours.config.vocab_size)
+    expected = their_logits(theirs, ids, att)[att]
+    torch.testing.assert_close(ours(ids, att)[att], expected, atol=1e-4, rtol=0)
+    cache = KVCache.allocate(ours.config, *ids.shape, ids.device, torch.float32)
+    parts = [ours.hidden(i, a, cache) for i, a in zip(ids.split([16, 1], 1), att.split([16, 1], 1), strict=True)]
+    torch.testing.assert_close(ours.lm_head(torch.cat(parts, 1))[att], expected, atol=1e-4, rtol=0)
+    prompts = random_rows(LENGTHS, ours.config.vocab_size)
+    generated = generate(ours, prompts, max_new_tokens=6, eos_id=ours.config.vocab_size, temperature=0)
+    for b, prompt in enumerate(prompts):
+        row = torch.cat([prompt, generated.responses[b]])[None]
+        choices = theirs(row).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert choices.tolist() == generated.responses[b].tolist()
+    ours.save_pretrained(tmp_path / "ours")
+    back = GPT2LMHeadModel.from_pretrained(tmp_path / "ours").eval()
+    assert back.config.layer_norm_epsilon == eps
+    save_model(ours, tmp_path / "checkpoint")
+    for model in (back, GPT.from_checkpoint(tmp_path / "checkpoint").eval()):
+        logits = model(ids[:1][att[:1]][None])
+        torch.testing.assert_close(getattr(logits, "logits", logits)[0], expected[: LENGTHS[0]], atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
