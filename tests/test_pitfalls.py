@@ -7,7 +7,6 @@ import ast
 import gzip
 import json
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 import training
-from config.configs import PPOConfig, RMConfig, SFTConfig
+from config.configs import PPOConfig
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.experience import ActorCritic, Rollouts, minibatch_plan
 from training.runtime import Runtime
@@ -82,22 +81,6 @@ def test_every_forward_pass_of_training_goes_through_the_module_itself(make_mode
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in inside:
                 owner = ast.unparse(node.func.value)
                 assert (path.name, owner) in within_a_forward, f"{path.name}: {owner}.{node.func.attr}(...)"
-
-
-@pytest.mark.parametrize("stage", [SFTConfig, RMConfig, PPOConfig])
-def test_every_flag_is_read_by_the_stage_that_has_it(stage) -> None:
-    """A flag that nothing reads is a flag that the script ignores."""
-    script = {SFTConfig: "train_sft.py", RMConfig: "train_rm.py", PPOConfig: "train_ppo.py"}[stage]
-    other_scripts = {"train_sft.py", "train_rm.py", "train_ppo.py"} - {script}
-    read = {
-        node.attr
-        for path, tree in trees("training", "utils", "models").items()
-        if path.name not in other_scripts
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
-    # One device is all that --strategy offers, so there is nothing to decide.
-    assert {field.name for field in fields(stage)} - read <= {"strategy"}
 
 
 def test_devices_and_workers_are_chosen_in_one_place() -> None:
