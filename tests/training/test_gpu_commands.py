@@ -4,6 +4,7 @@ Real GPT-2 BPE and 1,000 real HH pairs; only the model's sizes and the numbers o
 """
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from setups import assert_equal_weights, read_metrics, weights
 
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTRewardModel
-from utils.tokenizer import load_tokenizer
+from utils.dataset import load_dataset
+from utils.tokenizer import get_tokenizer, load_tokenizer
 
 SHORTER = "--response-length 6 --eval-examples 4"
 
@@ -53,10 +55,11 @@ def test_sft_takes_sizes_from_the_folder_and_the_recipe_from_the_preset(world) -
     assert description["tokenizer"]["kind"] == "tiktoken" and description["tokenizer"]["eos_id"] == 50256
     config = json.loads((run / "hyperparams.json").read_text())["config"]
     assert config["lr"] == 5e-5 and config["batch_size"] == 2 and config["dataset"] == str(data)
-    out = (runs / "sft.out").read_text()
-    assert (
-        "with the prompt cut from the left" in out and "dropped as too long" not in out.splitlines()[0] or "rows" in out
-    )
+    # Rows are cut to the folder's context of 256, not to the preset's of 1,024.
+    counts = r"sft train: (\d+) rows, .* (\d+) with the prompt cut from the left, (\d+) dropped as too long"
+    kept, cut, dropped = map(int, re.search(counts, (runs / "sft.out").read_text()).groups())
+    whole = load_dataset(str(data), "sft", "train", load_tokenizer(run / "final"), 1024)
+    assert kept + dropped == len(whole) and cut + dropped == sum(whole.lengths > 256) > 0 and dropped > 0
     # An untrained model of 50,257 tokens, at a few small steps.
     losses = [line["eval/loss"] for line in read_metrics(run) if "eval/loss" in line]
     assert 10 < losses[0] < 13 and losses[-1] < losses[0]
@@ -90,9 +93,6 @@ def test_reward_model_and_ppo(world, config: str) -> None:
 
 def test_rows_whose_prompts_differ_are_trained_on(world) -> None:
     """A few of these pairs differ already before the last reply; each reply keeps its own prompt."""
-    from utils.dataset import load_dataset
-    from utils.tokenizer import get_tokenizer
-
     _, _, data = world
     rows = load_dataset(str(data), "rm", "train", get_tokenizer("gpt2"), 1024)
     odd = [

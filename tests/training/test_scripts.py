@@ -268,7 +268,7 @@ def test_a_reward_model_of_another_vocabulary(runs, tmp_path) -> None:
     lines[300:302] = [f"{b} {i}", f"{a} {j}"]
     ranks.write_text("\n".join(lines) + "\n")
     error = call("ppo", f"-n wrong -a sft_one -c {copy}", runs).error
-    assert "tokenizer" in error or "vocabulary" in error
+    assert "the vocabulary is not the one recorded in identity.json" in error
     identity = copy / "tokenizer" / "identity.json"
     other = TiktokenTokenizer("demo", read_ranks(ranks), "demo")
     other.save(copy)
@@ -304,7 +304,8 @@ def test_actor_and_critic_on_one_adapter(runs) -> None:
     trunk = {key: value for key, value in final[""].items() if key.startswith("transformer.")}
     assert_equal_weights({key: final["critic"][key] for key in trunk}, trunk)
     assert final["critic"]["head.norm_gain"] == 1 and final["critic"]["head.weight"].any()
-    assert read_metrics(run)[1]["val/mean"] == 0 or any(line.get("val/mean") == 0 for line in read_metrics(run))
+    values = [line["val/mean"] for line in read_metrics(run) if "val/mean" in line]
+    assert values[0] == 0 != values[-1]
     shutil.rmtree(run / "final")
     again = call("ppo", f"{flags} -n joint --resume {run / 'checkpoints' / 'step_00000001'}", runs)
     assert again.code == 0, again.err
