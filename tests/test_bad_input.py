@@ -160,12 +160,12 @@ def test_the_table_has_every_case_and_no_other() -> None:
 @pytest.mark.parametrize("title,case", CASES, ids=[f"{title}: {case.given}" for title, case in CASES])
 def test_every_row_of_the_table(title: str, case: Case, world: World) -> None:
     case.prepare(world)
-    before, made = contents(world.runs), contents(world.here) if not case.user else {}
+    before, made = contents(world.runs), None if case.user else contents(world.here)
     result = run_case(case, world)
     told, stdout = [world.shown(line) for line in lines_of(result)], world.shown(result.out)
     after = contents(world.runs)
     assert {name: after.get(name) for name in before} == before
-    assert not made or {k: v for k, v in contents(world.here).items() if "__pycache__" not in k} == made
+    assert case.user or {k: v for k, v in contents(world.here).items() if "__pycache__" not in k} == made
     assert result.code == case.code, result.err
     _, expected, _ = TABLE[title, case.given]
     if case.code == 2:

@@ -271,7 +271,8 @@ def test_mutated_data_files_become_datasets_or_are_refused(files, tmp_path) -> N
                     ids = [*example.prompt_ids, *example.response_ids]
                 for each in ids:
                     text = tokenizer.decode(each.tolist())
-                    assert text in texts or text == "" or any(other.endswith(text.lstrip("\ufffd")) for other in texts)
+                    rest = text.lstrip("\ufffd")  # the first letter of a prompt that was cut may have lost a byte
+                    assert text in texts or (rest and any(other.endswith(rest) for other in texts)), text
     assert len(whole) > LOAD_CASES / 4
 
 

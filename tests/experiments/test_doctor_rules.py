@@ -141,7 +141,8 @@ def test_a_symptom_of_ppo(changes, config, code, step, inside):
     outside = (found.low is not None and found.value < found.low) or (
         found.high is not None and found.value > found.high
     )
-    assert outside or not np.isfinite(found.value) or found.tag == "val/mean"
+    # Of NaN nothing can be said, and values are judged by their distance to the returns.
+    assert outside == (np.isfinite(found.value) and found.tag != "val/mean")
     assert code not in codes(ppo(inside, **config))
 
 

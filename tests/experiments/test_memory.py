@@ -64,8 +64,14 @@ def test_a_check_reports_what_is_off_and_what_fails(monkeypatch, capsys) -> None
     assert "1.100" in shown and "failed: Killed" in shown and "1 of 3 within 15%" in shown
 
 
-@pytest.mark.parametrize("words", [["--gb", "0"], ["--check", "--only", "nothing"], ["--check", "--device", "cuda"]])
-def test_wrong_input(words, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--gb", "0"], "--gb"), (["--check", "--only", "nothing"], "--only: no case has all"),
+        (["--check", "--device", "cuda"], "--device cuda"),
+    ],
+)  # fmt: skip
+def test_wrong_input(words, told, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=told):
         memory.run(argparse.ArgumentParser(), words)

@@ -120,7 +120,7 @@ def test_the_order_of_lengths_is_random_from_batch_to_batch():
 
 
 def test_a_batch_of_no_rows_is_refused():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least 1, not 0"):
         epoch_batches(np.ones(7, int), 0, 0, 0)
 
 
@@ -131,7 +131,7 @@ def test_shards_partition_a_batch_and_stay_sorted(world):
     assert sorted(np.concatenate(shares)) == batch.tolist()
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert all(np.all(np.diff(share) > 0) for share in shares)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"rank {world} of {world}"):
         shard(batch, world, world)
 
 

@@ -114,6 +114,6 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch) -> None
     path = tmp_path / "file"
     write_file(path, b"one")
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="broken"):
         write_file(path, b"two")
     assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]

@@ -105,8 +105,13 @@ def test_few_prompts_give_finite_figures(scores):
 
 
 @pytest.mark.parametrize(
-    ("scores", "a", "b"), [([], [], []), ([1.5], [1], [1]), ([np.nan], [1], [1]), ([1, 0], [1], [1])]
-)
-def test_wrong_arguments(scores, a, b):
-    with pytest.raises(ValueError):
+    ("scores", "a", "b", "told"),
+    [
+        ([], [], [], "a score and two lengths"), ([1, 0], [1], [1], "a score and two lengths"),
+        ([[1, 0]], [[1, 2]], [[1, 3]], "a score and two lengths"), ([1, 0], [1, 2], [1], "a score and two lengths"),
+        ([1.5], [1], [1], "between 0 and 1"), ([-0.1], [1], [1], "between 0 and 1"), ([np.nan], [1], [1], "between 0"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(scores, a, b, told):
+    with pytest.raises(ValueError, match=told):
         length_controlled_win_rate(scores, a, b)

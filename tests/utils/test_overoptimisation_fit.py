@@ -54,7 +54,8 @@ def test_curves_without_a_peak():
 
 
 @pytest.mark.parametrize("fit", [fit_best_of_n, fit_rl])
-@pytest.mark.parametrize("d", [[0, 1], [1, 1], [-1, 1], [1, 2, 3]])
+@pytest.mark.parametrize("d", [[0, 1], [1, 1], [-1, 1], [0, 0], [1, 2, 3], [[1, 2]]])
 def test_too_few_points(fit, d):
-    with pytest.raises(ValueError):
+    told = "one reward per distance" if np.shape(d) != (2,) else "two different ones above 0"
+    with pytest.raises(ValueError, match=told):
         fit(d, [0.1, 0.2])

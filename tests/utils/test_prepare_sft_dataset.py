@@ -143,7 +143,7 @@ def test_a_failure_keeps_the_file_of_before(tmp_path):
     out = tmp_path / "sft.jsonl"
     out.write_text("old")
     hh = write(tmp_path / "hh.jsonl", [pair(1)])
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="no row is left to write"):
         prepare(PrepareConfig(hh, hh, out))
     assert out.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["hh.jsonl", "sft.jsonl"]
 

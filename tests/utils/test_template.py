@@ -125,7 +125,7 @@ def test_round_trip_through_plain_data():
     assert other.prompt("<u>hi<a>") == "<u>hi<a>"
     assert other.prompt("hi") == "<u>hi<a>"
     for data in ({"human": "x"}, T.to_dict() | {"more": "x"}, T.to_dict() | {"human": 1}, "human", [], 3, None):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="a prompt template has the strings"):
             PromptTemplate.from_dict(data)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="a text in both"):
         PromptTemplate(assistant=" ")

@@ -140,7 +140,7 @@ def test_arrays_round_trip_and_broken_ones_are_refused(tok):
     }
     for name, values in broken.items():
         for value in values:
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="of a token table do not fit together"):
                 TokenTable.from_arrays(arrays | {name: value}, tok.vocab_size)
         with pytest.raises(KeyError):
             TokenTable.from_arrays({key: value for key, value in arrays.items() if key != name}, tok.vocab_size)

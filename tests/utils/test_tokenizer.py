@@ -186,13 +186,14 @@ def test_call_of_an_empty_batch(demo):
     assert demo([], return_tensors="pt")["input_ids"].shape == (0, 0)
 
 
-@pytest.mark.parametrize("wrong", [
-    {"padding": "left"}, {"padding_side": "up"}, {"truncation": True},
-    {"padding": "max_length"}, {"return_tensors": "np"},
-    {"max_length": -1}, {"truncation_side": "x"},
+@pytest.mark.parametrize("wrong, told", [
+    ({"padding": "left"}, "padding is"), ({"padding_side": "up"}, "padding_side is"),
+    ({"truncation": True}, "need a max_length"), ({"padding": "max_length"}, "need a max_length"),
+    ({"return_tensors": "np"}, "return_tensors is"), ({"max_length": -1}, "max_length is 0 or more"),
+    ({"truncation_side": "x"}, "truncation_side is"),
 ])  # fmt: skip
-def test_call_refuses_wrong_arguments(demo, wrong):
-    with pytest.raises(ValueError):
+def test_call_refuses_wrong_arguments(demo, wrong, told):
+    with pytest.raises(ValueError, match=told):
         demo("text", **wrong)
 
 
