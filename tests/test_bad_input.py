@@ -8,7 +8,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from unittest import mock
 import pytest
 from accelerate.state import AcceleratorState
 from bad_input_cases import SECTIONS, Case, World
+from permissions import permissions_count
 
 sys.path.append(str(Path(__file__).parent / "training"))
 from scripts import SHORT, Result, call
@@ -62,7 +62,6 @@ def runs(tmp_path_factory) -> Iterator[Path]:
     parent = tempfile.TemporaryDirectory()
     folder = Path(parent.name) / "runs"
     folder.mkdir()
-    os.chmod(parent.name, 0o755)
     tokenizer = get_tokenizer("demo")
     size = dict(n_layer=1, n_head=1, n_embd=16, block_size=64, vocab_size=tokenizer.vocab_size)
     start = create_run("sft", "start", str(folder))
@@ -80,9 +79,7 @@ def runs(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def world(runs) -> Iterator[World]:
     before = set(runs.iterdir())
-    # Not pytest's own folder: a case may run as a user who may not enter that.
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
         yield World(Path(folder), runs)
         for path in Path(folder).glob("*"):
             path.chmod(0o755)
@@ -119,9 +116,8 @@ def run_case(case: Case, world: World) -> Result:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(contextlib.chdir(world.here))
-        if case.user and os.geteuid() == 0:  # permissions do not count for root
-            stack.callback(os.seteuid, 0)
-            os.seteuid(case.user)
+        if case.forbidden:
+            stack.enter_context(permissions_count())
         try:
             run_main(module.main)
             code = 0
@@ -160,12 +156,12 @@ def test_the_table_has_every_case_and_no_other() -> None:
 @pytest.mark.parametrize("title,case", CASES, ids=[f"{title}: {case.given}" for title, case in CASES])
 def test_every_row_of_the_table(title: str, case: Case, world: World) -> None:
     case.prepare(world)
-    before, made = contents(world.runs), None if case.user else contents(world.here)
+    before, made = contents(world.runs), None if case.forbidden else contents(world.here)
     result = run_case(case, world)
     told, stdout = [world.shown(line) for line in lines_of(result)], world.shown(result.out)
     after = contents(world.runs)
     assert {name: after.get(name) for name in before} == before
-    assert case.user or {k: v for k, v in contents(world.here).items() if "__pycache__" not in k} == made
+    assert case.forbidden or {k: v for k, v in contents(world.here).items() if "__pycache__" not in k} == made
     assert result.code == case.code, result.err
     _, expected, _ = TABLE[title, case.given]
     if case.code == 2:
