@@ -73,6 +73,16 @@ def test_estimate_is_unbiased_with_ties():
     assert best_of_n_estimate(proxy, gold, 3).mean() == pytest.approx(expected, abs=0.02)
 
 
+def test_half_precision_is_not_added_up_in():
+    """Scores as a GPU gives them."""
+    rng = np.random.default_rng(0)
+    proxy, gold = rng.normal(size=(2, 16)).astype(np.float16), rng.normal(size=(2, 16)).astype(np.float16)
+    found = best_of_n_estimate(proxy, gold, 4)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, best_of_n_estimate(proxy.astype(float), gold.astype(float), 4), atol=1e-12)
+    assert best_of_n_estimate([1, 0], [3, 5], 1) == 4  # whole numbers, one prompt
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="at least 1"):
         best_of_n_kl(0)

@@ -94,6 +94,18 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 0.88 < held / 200 <= 0.99
 
 
+def test_level_resamples_and_seed_are_those_of_the_call():
+    a, b, rng = answers(60)
+    scores = rng.choice([0, 0.5, 1], size=60)
+
+    def width(**options):
+        low, high = length_controlled_win_rate(scores, a, b, **{"resamples": 100, **options}).ci
+        return high - low
+
+    assert width(level=0.5) < 0.6 * width() and width(level=0.95) == width()
+    assert width(resamples=1) == 0 and width(seed=1) != width(seed=0) == width()
+
+
 def test_what_cannot_be_told_apart():
     assert length_controlled_win_rate([0, 1, 1], [5, 6, 7], [3, 4, 5]) is None
 

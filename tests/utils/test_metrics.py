@@ -71,6 +71,8 @@ def test_correlation_matches_loops(seed: int) -> None:
 def test_correlation_without_variation_is_undefined() -> None:
     assert math.isnan(correlation(tensor([0.1, 0.1, 0.1]), tensor([1.0, 2.0, 3.0])))
     assert math.isnan(correlation(tensor([1, 2]), tensor([3, 3])))
+    never = torch.full((3,), 0.1, dtype=torch.float64)  # its mean is not quite 0.1
+    assert math.isnan(correlation(never, tensor([1.0, 2.0, 3.0]))) and math.isnan(correlation(tensor([1, 2, 3]), never))
     assert math.isnan(correlation(torch.zeros(0), torch.zeros(0)))
     with pytest.raises(ValueError, match="two vectors of one length"):
         correlation(torch.zeros(3), torch.zeros(4))
@@ -208,6 +210,23 @@ def test_ranking_report_leaves_out_what_does_not_exist() -> None:
     assert report["score_mean"] == pytest.approx(4.0)
 
 
+def test_ranking_report_of_preferences_instead_of_ranks() -> None:
+    """Completion 2 was preferred to 0 and 0 to 1: every figure of pairs is one of these two pairs."""
+    scores, lengths = tensor([[1.0, 3.0, 2.0]]), tensor([[5, 9, 5]])
+    preferred = torch.zeros(1, 3, 3, dtype=torch.bool)
+    preferred[0, 2, 0] = preferred[0, 0, 1] = True
+    report = ranking_report(scores, lengths, everything(scores), preferred)
+    margins = [1.0 - 3.0, 2.0 - 1.0]
+    assert (report["accuracy"], report["kendall_tau"], report["longer_wins"]) == (0.5, 0.0, 0.25)
+    assert (report["margin_mean"], report["margin_sd"]) == (-0.5, 1.5)
+    assert report["nll"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 2)
+    assert report["ece"] == expected_calibration_error(tensor(margins))
+    ranked = ranking_report(scores, lengths, everything(scores))
+    assert (ranked["accuracy"], ranked["kendall_tau"], ranked["longer_wins"]) == (1 / 3, pytest.approx(-1 / 3), 0.5)
+    nothing = ranking_report(scores, lengths, everything(scores), torch.zeros_like(preferred))
+    assert math.isnan(nothing["accuracy"]) and math.isnan(nothing["nll"]) and nothing["score_mean"] == 2.0
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +246,15 @@ def test_repetition_vector() -> None:
     assert repetition([[7] * 5, [1, 2, 3]], 2) == 0.375
     assert repetition([[7] * 5, [1]], 2) == 0.75  # too short to say
     assert math.isnan(repetition([[1, 2, 3]], 4))
+
+
+def test_lengths_of_the_ngrams_where_none_is_given() -> None:
+    text = [[1, 2, 1, 2, 3, 1, 2, 1, 2, 4]]
+    assert distinct_n(text) == distinct_n(text, 2) != distinct_n(text, 3)
+    assert repetition(text) == repetition(text, 4) != repetition(text, 5)
+    assert text_degeneracy(text) == {
+        "distinct_2": distinct_n(text, 2), "repetition": repetition(text, 4), "duplicate_rate": 0.0,
+    }  # fmt: skip
 
 
 def test_duplicate_rate_vector() -> None:

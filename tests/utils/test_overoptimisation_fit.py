@@ -35,6 +35,15 @@ def test_no_other_coefficients_have_a_smaller_error(fit, curve, _):
         assert ((r - curve(d, a + da, b + db)) ** 2).sum() > error
 
 
+@pytest.mark.parametrize(("fit", "curve", "_"), CASES)
+def test_whole_numbers_and_half_precision_are_taken_as_floats(fit, curve, _):
+    for d in ([1, 2, 4], np.array([1, 2, 4], dtype=np.float16)):
+        exact = curve(np.array([1.0, 2.0, 4.0]), 0.3, 0.7)
+        found = curve(d, 0.3, 0.7)
+        assert found.dtype == np.float64 and found.tolist() == exact.tolist()
+        assert fit(d, np.array([0, 1, 1], dtype=np.float16)) == fit([1.0, 2.0, 4.0], [0.0, 1.0, 1.0])
+
+
 def test_peaks():
     assert best_of_n_peak(1, 0.3) == pytest.approx(1.6667, abs=1e-4)
     assert rl_peak(1, 0.3) == pytest.approx(10.3123, abs=1e-4)

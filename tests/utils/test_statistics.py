@@ -77,6 +77,33 @@ def test_seed_bootstrap_is_the_resampling_of_rows_and_columns():
     assert seed_bootstrap(scores) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.05)
 
 
+SCORES = np.random.default_rng(7).normal(size=(3, 40))
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [
+        lambda **options: bootstrap_interval(SCORES[0], **options),
+        lambda **options: paired_bootstrap(SCORES[0], SCORES[1], **options),
+        lambda **options: seed_bootstrap(SCORES, **options),
+    ],
+    ids=["one", "paired", "seeds"],
+)
+def test_level_resamples_and_seed_are_those_of_the_call(interval):
+    def width(**options):
+        low, high = interval(**options)
+        return high - low
+
+    assert width(level=0.5) < 0.5 * width() and width(level=0.99) > 1.1 * width(level=0.95) == 1.1 * width()
+    assert width(resamples=1) == 0 < width(resamples=2)
+    assert interval(seed=1) != interval(seed=0) == interval()
+
+
+def test_wilson_at_another_level():
+    low, high = wilson_interval(60, 100, level=0.9)
+    assert (low, high) == pytest.approx((0.517, 0.677), abs=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(2, 10), (10,), (3, 0)])
 def test_seed_bootstrap_needs_three_seeds(shape):
     with pytest.raises(ValueError, match="at least 3 seeds"):
