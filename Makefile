@@ -1,5 +1,5 @@
 # make demo   vanilla -> SFT -> reward model -> PPO on the offline world, ends with a table; exit 1 when RLHF did not work
-# make test   the whole test suite
+# make test   the whole test suite, on two processes of one thread each
 # make lint   ruff
 # make bench  speed and memory beside transformers and TRL; installs these into .venv-bench
 # Each builds .venv from the pinned requirements when it is missing or the pins have changed.
@@ -40,7 +40,7 @@ demo: $(RUN_STAMP)
 	$(PY) src/experiments/main.py -t demo
 
 test: $(DEV_STAMP)
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
