@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
+from experiments.bench_host import Stolen
 from experiments.demo_judge import judge_demo
 from experiments.demo_table import judged_table, results_table, seed_table
 from utils.run_folder import REPO, newest_run, runs_root
@@ -114,14 +115,16 @@ def run_seed(
 
 def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()) -> int:
     """What `make demo` does; 1 when RLHF did not work. `flags` go to every script."""
-    started = time.perf_counter()
+    started, stolen = time.perf_counter(), Stolen()
     result = run_seed(seed, runs_dir, (), prompts, flags=flags)
     print(seed_table(result))
     minutes = (time.perf_counter() - started) / 60
     took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())
     path = runs_root(runs_dir) / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{minutes:.1f} minutes ({took})")
+    share = stolen.share()
+    others = "" if share is None else f"; {share:.1%} of the machine's time went to other guests of its host"
+    print(f"\n{minutes:.1f} minutes ({took}){others}")
     print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
     print(judged_table(result))
     print(f"over-optimisation picture: {result['overoptimisation']}")

@@ -171,11 +171,13 @@ def test_judging_only_trains_nothing(result, tmp_path, monkeypatch):
 
 def test_the_demo_ends_with_table_and_picture(result, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run_stage", lambda stage, *_: 1.0)
+    monkeypatch.setattr(demo.Stolen, "share", lambda self: 0.125)
     splits = []
     monkeypatch.setattr(demo, "judge_demo", lambda runs, prompts, seed, split: splits.append(split) or result[0])
     assert demo.run_demo(0, str(tmp_path), 12) == 1  # tiny models did not learn anything
     assert splits == ["validation"]
     shown = capsys.readouterr().out
+    assert "minutes (" in shown and "; 12.5% of the machine's time went to other guests" in shown
     places = [shown.index(part) for part in ("| PPO vs SFT |", f"picture: {result[1]}", "FAILED:")]
     assert places == sorted(places)
     written = json.loads((tmp_path / "demo.json").read_text())
