@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from setups import EOS, VOCAB, Examples, assert_equal_weights, prompt_examples, 
 from config.user_error import RunStopped
 from models.checkpoint import describe
 from models.gpt import GPT, GPTRewardModel
+from training import loop, trainers
 from training.start import frozen
 from utils.batching import collate_ranked
 from utils.dataset import RankedExample
@@ -136,13 +138,41 @@ def test_samples_for_the_scale_are_drawn_as_ppo_draws_them(rm_trainer, make_mode
     rollouts = ppo.rollouts.sample(scale.prompts, scale.seeds)
     assert scale.samples.prompts() == rollouts.prompts() and scale.samples.responses() == rollouts.responses()
     own = [example.prompt_ids[0].tolist() for example in trainer.train]
-    assert all(prompt.tolist() in own for prompt in scale.prompts)
+    drawn = [own.index(prompt.tolist()) for prompt in scale.prompts]
+    assert len(set(drawn)) == 9 and drawn != sorted(drawn)  # at random, each once
+    assert scale.seeds == loop.row_seeds(0, loop.SCALE_SAMPLES, 9)
+    other = rm_trainer(sft=sft, normalise_prompts=9, seed=1).scale
+    assert [own.index(prompt.tolist()) for prompt in other.prompts] != drawn
+    assert other.seeds == loop.row_seeds(1, loop.SCALE_SAMPLES, 9)
+    trainer.measure_scale()
+    assert trainer.saver.description["normalised"] == {
+        "step": 0, "samples": 9, "temperature": 0.8, "response_length": 7,
+    }  # fmt: skip
 
 
 def test_prompts_for_the_scale_leave_room_for_a_response(rm_trainer) -> None:
     trainer = rm_trainer(max_length=14, response_length=8)
     assert max(map(len, trainer.scale.prompts)) == 6
     assert int(trainer.scale.samples.lengths.max()) <= 14
+
+
+def test_epochs_and_tokens_per_second_of_a_step(rm_trainer, monkeypatch) -> None:
+    """20 prompts in steps of 8. Every look at the clock is half a second later; every completion counts whole."""
+    clock = iter(np.arange(0, 100, 0.5))
+    trainer = rm_trainer(ranked_examples(20, completions=(2, 3)), log_every=1, max_steps=4, epochs=2, eval_every=100)
+    tokens, step = [], trainer.train_step
+
+    def watch(prompts):
+        rows = [trainer.train[i] for i in prompts]
+        tokens.append(sum(len(p) + len(r) for row in rows for p, r in zip(row.prompt_ids, row.response_ids)))
+        return step(prompts)
+
+    monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(trainer, "train_step", watch)
+    trainer.fit()
+    lines = [line for line in read_metrics(trainer.run) if "train/loss" in line]
+    assert [line["train/epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3])
+    assert [line["time/tokens_s"] for line in lines] == pytest.approx([2 * n for n in tokens])
 
 
 def test_scores_that_do_not_vary_are_an_error(rm_trainer, make_model) -> None:

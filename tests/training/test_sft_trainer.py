@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from setups import EOS, VOCAB, Examples, assert_equal_weights, random_ids, read_
 from inference.generate import generate
 from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic
+from training import loop, trainers
 from training.experience import ActorCritic
 from training.sampling import MicroBatch
 from training.trainers import sft_targets
@@ -184,3 +186,39 @@ def test_a_second_look_at_the_figures_of_a_step(sft_trainer) -> None:
         "step", "time", "train/loss", "train/grad_norm", "train/lr", "train/epoch", "time/tokens_s",
     }  # fmt: skip
     assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_epochs_and_tokens_per_second_of_a_step(sft_trainer, monkeypatch) -> None:
+    """20 rows in steps of 8: a third step is the first epoch's last. Every look at the clock is half a second later."""
+    clock = iter(np.arange(0, 100, 0.5))
+    trainer = sft_trainer(sft_examples(20), log_every=1, max_steps=4, epochs=2, eval_every=100)
+    tokens, step = [], trainer.train_step
+    monkeypatch.setattr(trainers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(
+        trainer, "train_step", lambda rows: (tokens.append(int(trainer.train.lengths[rows].sum())), step(rows))[1]
+    )
+    trainer.fit()
+    lines = [line for line in read_metrics(trainer.run) if "train/loss" in line]
+    assert [line["train/epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3])
+    assert [line["time/tokens_s"] for line in lines] == pytest.approx([2 * n for n in tokens])
+
+
+def test_samples_answer_the_first_held_out_prompts_with_room_for_the_answer(sft_trainer, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    lengths = [0, 50, 3, 40, 41, 39, 0, 9]
+    rows = [SFTExample(rng.integers(0, 40, n).astype(np.int32), response(rng, 2, 3)) for n in lengths]
+    validation = Examples(rows, [len(r.prompt_ids) + len(r.response_ids) for r in rows])
+    asked = []
+    monkeypatch.setattr(trainers, "sample_answers", lambda *given: (asked.append(given), ({"resp/x": 1.0}, []))[1])
+    trainer = sft_trainer(validation=validation, eval_examples=6, sample_tokens=24, seed=5)
+    assert trainer.sample() == trainer.sample() == {"resp/x": 1.0}
+    for model, prompts, seeds, sampler in asked:
+        assert model is trainer.runtime.unwrap(trainer.model)
+        expected = [r.prompt_ids[-40:].tolist() for r in rows[:6] if len(r.prompt_ids)]  # a context of 64 tokens
+        assert [p.tolist() for p in prompts] == expected
+        assert seeds == loop.row_seeds(5, loop.SFT_SAMPLES, 5)
+        assert (sampler.temperature, sampler.response_length) == (0.7, 24)
+    many = sft_trainer(validation=sft_examples(90, seed=9), sample_tokens=24)
+    many.sample()
+    assert len(asked[-1][1]) == 64  # however many examples an evaluation takes
+    assert sft_trainer(validation=validation, sample_tokens=64).sample() == {} and len(asked) == 3
