@@ -104,6 +104,14 @@ def test_level_resamples_and_seed_are_those_of_the_call():
 
     assert width(level=0.5) < 0.6 * width() and width(level=0.95) == width()
     assert width(resamples=1) == 0 and width(seed=1) != width(seed=0) == width()
+    assert length_controlled_win_rate(scores, a, b).ci == length_controlled_win_rate(scores, a, b, resamples=1_000).ci
+
+
+@pytest.mark.parametrize("by, which", [((1, 2, 3), "longer"), ((-1, -2, -3), "shorter")])
+def test_the_note_on_lengths_that_never_meet(by, which):
+    found = length_controlled_win_rate([1, 0, 1], [10 + d for d in by], [10, 10, 10])
+    assert found.note == f"every answer of the first system is {which}: equal length is beyond what was seen"
+    assert length_controlled_win_rate([1, 0, 1], [9, 11, 12], [10, 10, 10]).note == ""
 
 
 def test_what_cannot_be_told_apart():

@@ -96,7 +96,15 @@ def test_level_resamples_and_seed_are_those_of_the_call(interval):
 
     assert width(level=0.5) < 0.5 * width() and width(level=0.99) > 1.1 * width(level=0.95) == 1.1 * width()
     assert width(resamples=1) == 0 < width(resamples=2)
-    assert interval(seed=1) != interval(seed=0) == interval()
+    assert interval(seed=1) != interval(seed=0) == interval() == interval(resamples=10_000)
+
+
+def test_half_precision_and_verdicts_are_taken_as_floats():
+    half = SCORES.astype(np.float16)
+    assert bootstrap_interval(half[0], resamples=50) == bootstrap_interval(half[0].astype(float), resamples=50)
+    assert seed_bootstrap(half, resamples=50) == seed_bootstrap(half.astype(float), resamples=50)
+    wins, losses = half[0] > 0, half[0] < 0
+    assert paired_bootstrap(wins, losses, resamples=50) == paired_bootstrap(wins * 1.0, losses * 1.0, resamples=50)
 
 
 def test_wilson_at_another_level():
