@@ -53,7 +53,7 @@ def test_judging_a_run(result):
     systems = found["systems"]
     assert systems["sft"]["win_rate"] is None and systems["sft"]["kl"] == 0 and systems["ppo"]["kl"] > 1
     assert systems["best_of_16"]["proxy"] > systems["best_of_4"]["proxy"] > systems["sft"]["proxy"]
-    assert [systems[name]["kl"] for name in ("best_of_4", "sft_greedy")] == [None, None]
+    assert [systems[name]["kl"] for name in ("best_of_4", "sft_greedy", "ppo_greedy")] == [None, None, None]
     assert found["explained_var"] == pytest.approx(0.35)
     assert 0.3 < found["reward_model"]["accuracy"] < 0.7 and found["reward_model"]["pairs"] > 500
     json.dumps({**found, "seconds": {}}, allow_nan=False)
@@ -64,7 +64,7 @@ def test_the_picture_shares_the_samples_of_the_table(result):
     assert found["overoptimisation"] == str(ppo / "overoptimisation.png")
     figures = json.loads((ppo / "overoptimisation.json").read_text())
     policy, best = figures["ppo"][-1], figures["best_of_n"][-1]
-    assert (policy["step"], best["n"]) == (6, 16)
+    assert (policy["step"], best["n"], figures["judge"]) == (6, 16, "gold")
     for reward in ("proxy", "gold"):
         above = figures["sft"][reward]["mean"]
         assert policy[reward] + above == pytest.approx(found["systems"]["ppo"][reward])

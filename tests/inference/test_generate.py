@@ -332,6 +332,14 @@ def test_greedy_takes_the_most_likely_and_never_divides_by_zero():
     assert token.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("seeds", [None, range(4)])
+def test_uniforms_are_fine_enough_for_rare_ids(seeds):
+    """In fp32 they would be multiples of 2^-24, which never reach an id of less than 6e-8."""
+    uniforms = _row_uniforms(seeds, 4, 50, torch.device("cpu"))
+    assert uniforms.dtype == torch.float64
+    assert ((uniforms * 2**24) % 1 != 0).all()
+
+
 def test_every_uniform_gives_an_id_with_probability():
     """The ends of [0, 1), and ids of probability zero at both ends and between."""
     minus = float("-inf")

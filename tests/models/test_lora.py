@@ -84,6 +84,22 @@ def test_adapter_output_is_scaled_by_alpha_over_rank(make_model):
     torch.testing.assert_close(layer(x), by_hand)
 
 
+def test_an_adapter_over_a_packed_weight_in_half_precision(make_model, monkeypatch):
+    """The packed weight gives a product of its own type, to which the fp32 adapter adds."""
+    layer = make_model(lora_rank=4).transformer.h[0].mlp.c_fc
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    plain = layer(x)
+
+    def packed(x, weight, bias):
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    monkeypatch.setattr("models.lora.frozen_linear", packed)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = layer(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), plain, atol=0.05, rtol=0.05)
+
+
 def test_adapter_dropout_acts_in_training_only(make_model, batch):
     model = make_model(lora_rank=4, lora_dropout=0.3)
     assert torch.equal(model(*batch), make_model(lora_rank=4)(*batch))
@@ -112,9 +128,10 @@ def test_changing_mode_never_merges(make_model, batch, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("cls", [GPT, *ROLES])
-def test_merged_model_computes_what_the_adapted_one_does(make_model, batch, cls):
-    model = make_model(cls, lora_rank=4)
+def test_merged_model_computes_what_the_adapted_one_does(make_model, batch, cls, rank):
+    model = make_model(cls, lora_rank=rank)
     if cls in (GPTCritic, GPTRewardModel):
         model.set_normalisation(1.5, 0.3)
     before, outputs = bits(model), model(*batch)
