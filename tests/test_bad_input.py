@@ -24,18 +24,12 @@ from bad_input_cases import SECTIONS, Case, World
 from permissions import permissions_count
 
 sys.path.append(str(Path(__file__).parent / "training"))
-from scripts import SHORT, Result, call
+from scripts import SHORT, Result, call, train_tiny
 
-from config.configs import GPTConfig
 from config.user_error import run_main
-from models.gpt import GPT
-from training.saving import Saver
-from training.start import describe_model
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils import reward_function
-from utils.run_folder import REPO, create_run
-from utils.template import PromptTemplate
-from utils.tokenizer import get_tokenizer
+from utils.run_folder import REPO
 
 DOCUMENT = REPO / "docs" / "bad-input.md"
 CASES = [(title, case) for title, cases in SECTIONS.items() for case in cases]
@@ -62,16 +56,9 @@ def runs(tmp_path_factory) -> Iterator[Path]:
     parent = tempfile.TemporaryDirectory()
     folder = Path(parent.name) / "runs"
     folder.mkdir()
-    tokenizer = get_tokenizer("demo")
-    size = dict(n_layer=1, n_head=1, n_embd=16, block_size=64, vocab_size=tokenizer.vocab_size)
-    start = create_run("sft", "start", str(folder))
-    described = describe_model("sft", tokenizer, PromptTemplate(), "scratch")
-    Saver(start, {"": GPT(GPTConfig(name="gpt2-nano", **size))}, tokenizer, described, 1).save_final(0, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_CACHE_DIR", str(tmp_path_factory.mktemp("tokens")))
-        for stage, words in (("sft", "-p sft_start"), ("rm", "-p sft_tiny"), ("ppo", "-a sft_tiny -c rm_tiny")):
-            result = call(stage, f"-n tiny {words}", folder)
-            assert result.code == 0, result.err
+        train_tiny(folder)
         yield folder
     parent.cleanup()
 

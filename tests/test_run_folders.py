@@ -22,19 +22,15 @@ import pytest
 from accelerate.state import AcceleratorState
 
 sys.path.append(str(Path(__file__).parent / "training"))
-from scripts import SHORT, Result, call
+from scripts import SHORT, Result, train_tiny
 
-from config.configs import GPTConfig
 from config.user_error import UserError, run_main
 from models.gpt import GPT
 from models.manifest import MANIFEST, fault_of, write_manifest
-from training.saving import Saver
-from training.start import describe_model
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils.durable import write_file
 from utils.reward_function import load_reward_function
-from utils.run_folder import REPO, create_run
-from utils.template import PromptTemplate
+from utils.run_folder import REPO
 from utils.token_cache import read_arrays
 from utils.tokenizer import get_tokenizer
 
@@ -43,16 +39,9 @@ from utils.tokenizer import get_tokenizer
 def made(tmp_path_factory) -> Path:
     """Runs sft_tiny, rm_tiny and ppo_tiny of a tiny model. Do not write there."""
     folder = tmp_path_factory.mktemp("runs")
-    tokenizer = get_tokenizer("demo")
-    size = dict(n_layer=1, n_head=1, n_embd=16, block_size=64, vocab_size=tokenizer.vocab_size)
-    start = create_run("sft", "start", str(folder))
-    described = describe_model("sft", tokenizer, PromptTemplate(), "scratch")
-    Saver(start, {"": GPT(GPTConfig(name="gpt2-nano", **size))}, tokenizer, described, 1).save_final(0, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_CACHE_DIR", str(tmp_path_factory.mktemp("tokens")))
-        for stage, words in (("sft", "-p sft_start"), ("rm", "-p sft_tiny"), ("ppo", "-a sft_tiny -c rm_tiny")):
-            result = call(stage, f"-n tiny {words}", folder)
-            assert result.code == 0, result.err
+        train_tiny(folder)
     return folder
 
 

@@ -16,19 +16,13 @@ from accelerate.state import AcceleratorState
 
 sys.path += [str(Path(__file__).parent / "training"), str(Path(__file__).parent / "utils")]
 from judge_server import JudgeServer
-from scripts import call, newest
+from scripts import call, newest, save_start
 
 from config import scrub
-from config.configs import GPTConfig
 from config.user_error import run_main
 from experiments import main
-from models.gpt import GPT
-from training.saving import Saver
-from training.start import describe_model
 from utils import evaluate, judges
-from utils.run_folder import REPO, create_run
-from utils.template import PromptTemplate
-from utils.tokenizer import get_tokenizer
+from utils.run_folder import REPO
 
 SECRETS = {
     name: f"{name}-0123456789"
@@ -128,13 +122,7 @@ def test_an_evaluation(status, with_file, server, tiny_runs, tmp_path):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
     """A folder of runs with an SFT model to start from."""
-    folder = tmp_path_factory.mktemp("start")
-    tokenizer = get_tokenizer("demo")
-    size = dict(n_layer=1, n_head=1, n_embd=16, block_size=64, vocab_size=tokenizer.vocab_size)
-    run = create_run("sft", "start", str(folder))
-    described = describe_model("sft", tokenizer, PromptTemplate(), "scratch")
-    Saver(run, {"": GPT(GPTConfig(name="gpt2-nano", **size))}, tokenizer, described, 1).save_final(0, {})
-    return run / "final"
+    return save_start(tmp_path_factory.mktemp("start"))
 
 
 def test_all_stages_and_going_on(start, tmp_path):

@@ -12,8 +12,14 @@ from unittest import mock
 
 from accelerate.state import AcceleratorState
 
+from config.configs import GPTConfig
 from config.user_error import run_main
-from utils.run_folder import REPO
+from models.gpt import GPT
+from training.saving import Saver
+from training.start import describe_model
+from utils.run_folder import REPO, create_run
+from utils.template import PromptTemplate
+from utils.tokenizer import get_tokenizer
 
 # A few small steps: enough to pass every place, too few to learn anything.
 SHORT = {
@@ -85,3 +91,21 @@ def call(stage: str, arguments: str, runs: Path, device: str = "cpu") -> Result:
 def newest(runs: Path, stem: str) -> Path:
     """The newest run folder of that stem."""
     return max(p for p in runs.iterdir() if p.name.rpartition("_")[0] == stem)
+
+
+def save_start(runs: Path) -> Path:
+    """An SFT run `start` of a tiny model without training; returns its checkpoint."""
+    tokenizer = get_tokenizer("demo")
+    size = dict(n_layer=1, n_head=1, n_embd=16, block_size=64, vocab_size=tokenizer.vocab_size)
+    run = create_run("sft", "start", str(runs))
+    described = describe_model("sft", tokenizer, PromptTemplate(), "scratch")
+    Saver(run, {"": GPT(GPTConfig(name="gpt2-nano", **size))}, tokenizer, described, 1).save_final(0, {})
+    return run / "final"
+
+
+def train_tiny(runs: Path) -> None:
+    """Finished runs sft_tiny, rm_tiny and ppo_tiny of a tiny model."""
+    save_start(runs)
+    for stage, words in (("sft", "-p sft_start"), ("rm", "-p sft_tiny"), ("ppo", "-a sft_tiny -c rm_tiny")):
+        result = call(stage, f"-n tiny {words}", runs)
+        assert result.code == 0, result.err
