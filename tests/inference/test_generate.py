@@ -332,6 +332,20 @@ def test_greedy_takes_the_most_likely_and_never_divides_by_zero():
     assert token.tolist() == [1, 0]
 
 
+def test_a_uniform_of_zero_passes_over_ids_without_weight():
+    """Ids come in slices of 128; here the first has no weight at all."""
+    logits = torch.full((1, 300), float("-inf"))
+    logits[0, 200] = 0.0
+    token, logp = sample(logits, 1.0, uniform=torch.zeros(1, dtype=torch.float64))
+    assert token.item() == 200 and logp.item() == 0
+
+
+def test_greedy_decoding_draws_no_random_number(make_model):
+    model, before = make_model(), torch.random.get_rng_state()
+    generate(model, [[1, 2, 3]], max_new_tokens=3, eos_id=49, temperature=0.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("seeds", [None, range(4)])
 def test_uniforms_are_fine_enough_for_rare_ids(seeds):
     """In fp32 they would be multiples of 2^-24, which never reach an id of less than 6e-8."""
