@@ -46,7 +46,6 @@ GROUPS = {
 # One looks at a module's source, in which mutmut's import is one too many; the others start scripts, which lack it.
 NOT_HERE = (
     "tests/utils/test_loss.py::test_loss_imports_torch_and_the_standard_library_only",
-    "tests/utils/test_demo_world.py::test_script_regenerates_what_ships",
     "tests/utils/test_demo_world.py::test_scripts_run_from_src_as_well",
 )
 # Hundreds of trials each: run only on mutants that all other tests let pass (--again).

@@ -49,7 +49,9 @@ def result(tmp_path_factory):
 def test_judging_a_run(result):
     found, ppo = result
     order = ["vanilla", "sft", "sft_greedy", "best_of_4", "best_of_16", "ppo", "ppo_greedy"]
-    assert list(found["systems"]) == order and found["prompts"] == 12
+    assert list(found["systems"]) == order and (found["prompts"], found["split"]) == (12, "test")
+    assert len({tuple(sorted(figures)) for figures in found["systems"].values()}) == 1
+    assert list(found["per_prompt"]) == order
     systems = found["systems"]
     assert systems["sft"]["win_rate"] is None and systems["sft"]["kl"] == 0 and systems["ppo"]["kl"] > 1
     assert systems["best_of_16"]["proxy"] > systems["best_of_4"]["proxy"] > systems["sft"]["proxy"]
@@ -202,6 +204,11 @@ def test_reward_model_accuracy_keeps_pairs_together(monkeypatch):
     assert found["noise_free_accuracy"] == pytest.approx(1 - (1 - different) / 2)
     assert found["best_possible"] == pytest.approx(best_possible_accuracy(rows))
     assert found["accuracy"] == pytest.approx(found["best_possible"], abs=0.05)
+    opposite = lambda prompts, texts: [-gold for gold in gold_reward(prompts, texts)]  # noqa: E731
+    monkeypatch.setattr(demo_judge, "score_texts", lambda model, machine: opposite)
+    wrong = demo_judge.grade_reward_model(TextModel(None, None, PromptTemplate()), None)
+    assert wrong["accuracy"] == pytest.approx(1 - found["accuracy"])
+    assert wrong["noise_free_accuracy"] == pytest.approx(1 - found["noise_free_accuracy"])
 
 
 def test_ppo_keeps_ten_checkpoints_for_the_picture():

@@ -57,3 +57,22 @@ def test_stages_read_disjoint_prompts_unless_told_to_share():
 def test_wrong_options_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SplitOptions(**wrong)
+
+
+def test_points_stay_where_they_are():
+    """A row that trained a model must not be held out by a later version of the code."""
+    assert SplitOptions().point("\n\nHuman: How do I make tea?") == 0.8005852528624178
+    assert SplitOptions(seed=3).point("tea") == 0.01074036681588797
+
+
+@pytest.mark.parametrize("has_test_split", [True, False])
+def test_where_one_part_ends_and_the_next_begins(has_test_split):
+    options = SplitOptions(validation_fraction=0.1, ppo_fraction=0.25)
+    begins = 0.0 if has_test_split else 0.2
+    ends = begins + 0.25 * (1 - begins)
+    bounds = [(begins, "ppo"), (ends, "rm")] + [(0.1, "test")] * (not has_test_split)
+    for point, part in bounds:
+        assert options.part(point + 1e-9, has_test_split) == part
+        assert point == 0 or options.part(point - 1e-9, has_test_split) != part
+    assert options.part(0.0, has_test_split) == ("ppo" if has_test_split else "validation")
+    assert options.part(1 - 1e-9, has_test_split) == "rm"
