@@ -34,7 +34,8 @@ GROUPS = {
     "generate": ("inference/generate", "inference/test_generate inference/test_stop_strings"),
     "rollouts": (
         "training/sampling training/reward_scale training/experience",
-        "training/test_sampling training/test_experience training/test_rm_trainer training/test_ppo_metrics",
+        "training/test_sampling training/test_experience training/test_reward_scale training/test_rm_trainer "
+        "training/test_ppo_metrics training/test_token_budget",
     ),
     "trainers": (
         "training/trainers",
