@@ -204,7 +204,10 @@ def test_reward_model_accuracy_keeps_pairs_together(monkeypatch):
     assert found["noise_free_accuracy"] == pytest.approx(1 - (1 - different) / 2)
     assert found["best_possible"] == pytest.approx(best_possible_accuracy(rows))
     assert found["accuracy"] == pytest.approx(found["best_possible"], abs=0.05)
-    opposite = lambda prompts, texts: [-gold for gold in gold_reward(prompts, texts)]  # noqa: E731
+
+    def opposite(prompts, texts):
+        return [-gold for gold in gold_reward(prompts, texts)]
+
     monkeypatch.setattr(demo_judge, "score_texts", lambda model, machine: opposite)
     wrong = demo_judge.grade_reward_model(TextModel(None, None, PromptTemplate()), None)
     assert wrong["accuracy"] == pytest.approx(1 - found["accuracy"])
