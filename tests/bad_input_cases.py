@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.manifest import MANIFEST, write_manifest
+from utils.runs.manifest import MANIFEST, write_manifest
 from utils.tokenizer import TiktokenTokenizer, read_ranks
 
 

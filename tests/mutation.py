@@ -22,16 +22,17 @@ SEED = 0
 GROUPS = {
     "loss": ("utils/loss", "utils/test_loss utils/test_loss_ppo utils/test_loss_reward"),
     "statistics": (
-        "utils/statistics utils/length_control utils/best_of_n utils/overoptimisation_fit utils/metrics",
-        "utils/test_statistics utils/test_length_control utils/test_best_of_n utils/test_overoptimisation_fit "
-        "utils/test_metrics",
+        "utils/statistics utils/metrics utils/judging/length_control inference/best_of_n "
+        "experiments/overoptimisation/fit",
+        "utils/test_statistics utils/test_metrics utils/judging/test_length_control inference/test_best_of_n "
+        "experiments/overoptimisation/test_fit",
     ),
     "splits": (
-        "utils/prompt_split utils/demo_world",
-        "utils/test_prompt_split utils/test_demo_world utils/test_dataset",
+        "utils/data/splits utils/demo/world",
+        "utils/data/test_splits utils/demo/test_world utils/test_dataset",
     ),
     "models": ("models/lora models/vocabulary", "models/test_lora models/test_vocabulary models/test_roles"),
-    "generate": ("inference/generate", "inference/test_generate inference/test_stop_strings"),
+    "generate": ("models/generation", "models/test_generation models/test_stop_strings"),
     "rollouts": (
         "training/sampling training/reward_scale training/experience",
         "training/test_sampling training/test_experience training/test_reward_scale training/test_rm_trainer "
@@ -39,21 +40,21 @@ GROUPS = {
     ),
     "trainers": (
         "training/trainers",
-        "training/test_sft_trainer training/test_rm_trainer training/test_ppo_trainer training/test_nonfinite "
+        "training/test_sft_trainer training/test_rm_trainer training/test_ppo_trainer training/engine/test_nonfinite "
         "training/test_loop",
     ),
-    "demo": ("experiments/demo_judge", "experiments/test_demo"),
+    "demo": ("experiments/demo/judge", "experiments/demo/test_run"),
 }
 # One looks at a module's source, in which mutmut's import is one too many; the others start scripts, which lack it.
 NOT_HERE = (
     "tests/utils/test_loss.py::test_loss_imports_torch_and_the_standard_library_only",
-    "tests/utils/test_demo_world.py::test_scripts_run_from_src_as_well",
+    "tests/utils/demo/test_world.py::test_scripts_run_from_src_as_well",
 )
 # Hundreds of trials each: run only on mutants that all other tests let pass (--again).
 SLOW = (
-    "utils/test_length_control.py::test_the_interval_holds_the_truth_as_often_as_it_says",
-    "utils/test_length_control.py::test_a_judge_of_length_alone_says_nothing_about_quality",
-    "utils/test_length_control.py::test_the_fit_is_the_maximum_that_another_optimiser_finds",
+    "utils/judging/test_length_control.py::test_the_interval_holds_the_truth_as_often_as_it_says",
+    "utils/judging/test_length_control.py::test_a_judge_of_length_alone_says_nothing_about_quality",
+    "utils/judging/test_length_control.py::test_the_fit_is_the_maximum_that_another_optimiser_finds",
     "utils/test_statistics.py::test_the_bootstrap_interval_holds_the_truth_as_often_as_it_says",
     "training/test_ppo_trainer.py::test_a_toy_learns_to_say_a_letter",
 )

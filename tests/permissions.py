@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.run_folder import REPO
+from utils.runs.folder import REPO
 
 _VERSION_3 = 0x20080522  # of the structures of capget(2)
 _BYPASS = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH

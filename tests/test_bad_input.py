@@ -22,14 +22,12 @@ import pytest
 from accelerate.state import AcceleratorState
 from bad_input_cases import SECTIONS, Case, World
 from permissions import permissions_count
-
-sys.path.append(str(Path(__file__).parent / "training"))
 from scripts import SHORT, Result, call, train_tiny
 
 from config.user_error import run_main
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils import reward_function
-from utils.run_folder import REPO
+from utils.runs.folder import REPO
 
 DOCUMENT = REPO / "docs" / "bad-input.md"
 CASES = [(title, case) for title, cases in SECTIONS.items() for case in cases]

@@ -23,12 +23,12 @@ import torch
 from config.configs import GPTConfig
 from config.user_error import UserError
 from models.gpt import GPTRewardModel
-from models.manifest import MANIFEST
-from training.saving import STATE, Saver, load_state
 from training.start import describe_model, template_of
+from training.storage.saving import STATE, Saver, load_state
+from utils.data.rows import BadRow, parse_row, read_jsonl
+from utils.data.sources import DEMO_FOLDER
 from utils.dataset import load_dataset
-from utils.row_sources import DEMO_FOLDER
-from utils.rows import BadRow, parse_row, read_jsonl
+from utils.runs.manifest import MANIFEST
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer, load_tokenizer
 

@@ -16,8 +16,8 @@ import torch
 import training
 from config.configs import PPOConfig
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from training.engine.runtime import Runtime
 from training.experience import ActorCritic, Rollouts, minibatch_plan
-from training.runtime import Runtime
 from training.sampling import Sampler
 from training.start import frozen
 from utils.dataset import load_dataset
@@ -28,7 +28,7 @@ SRC = Path(training.__file__).resolve().parents[1]
 
 def trees(*folders: str) -> dict[Path, ast.Module]:
     """The syntax trees of all modules in these folders of src/."""
-    return {path: ast.parse(path.read_text()) for folder in folders for path in sorted((SRC / folder).glob("*.py"))}
+    return {path: ast.parse(path.read_text()) for folder in folders for path in sorted((SRC / folder).rglob("*.py"))}
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_devices_and_workers_are_chosen_in_one_place() -> None:
     for path, tree in trees("training", "utils", "models", "inference").items():
         for node in ast.walk(tree):
             assert not (isinstance(node, ast.keyword) and node.arg == "num_workers"), path.name
-            if path.name in ("runtime.py", "saving.py", "determinism.py", "evaluation_flags.py", "device_memory.py"):
+            if path.name in ("runtime.py", "devices.py", "saving.py", "determinism.py", "flags.py", "device.py"):
                 continue
             named = (isinstance(node, ast.Attribute) and node.attr == "cuda") or (
                 isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda")

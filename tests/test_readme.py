@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from flag_table import README, tables, with_tables
 
 from config.command_line import parse_cli
 from config.configs import PPOConfig, RMConfig, SFTConfig
-from config.flag_table import README, tables, with_tables
 from experiments import quick_looks
 from experiments.main import TASKS, Parser
 
@@ -22,7 +22,7 @@ STAGES = {"train_sft.py": SFTConfig, "train_rm.py": RMConfig, "train_ppo.py": PP
 
 
 def test_tables_of_flags_are_up_to_date():
-    assert with_tables(TEXT) == TEXT, "run `python src/config/flag_table.py`"
+    assert with_tables(TEXT) == TEXT, "run `python tests/flag_table.py`"
 
 
 def test_every_flag_has_a_text():

@@ -20,18 +20,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-
-sys.path.append(str(Path(__file__).parent / "training"))
 from scripts import SHORT, Result, train_tiny
 
 from config.user_error import UserError, run_main
 from models.gpt import GPT
-from models.manifest import MANIFEST, fault_of, write_manifest
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
-from utils.durable import write_file
+from utils.data.token_cache import read_arrays
 from utils.reward_function import load_reward_function
-from utils.run_folder import REPO
-from utils.token_cache import read_arrays
+from utils.runs.durable import write_file
+from utils.runs.folder import REPO
+from utils.runs.manifest import MANIFEST, fault_of, write_manifest
 from utils.tokenizer import get_tokenizer
 
 

@@ -13,16 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
-
-sys.path += [str(Path(__file__).parent / "training"), str(Path(__file__).parent / "utils")]
 from judge_server import JudgeServer
 from scripts import call, newest, save_start
 
 from config import scrub
 from config.user_error import run_main
 from experiments import main
-from utils import evaluate, judges
-from utils.run_folder import REPO
+from utils import evaluate
+from utils.judging import judges
+from utils.runs.folder import REPO
 
 SECRETS = {
     name: f"{name}-0123456789"

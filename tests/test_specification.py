@@ -19,11 +19,11 @@ import torch
 from config.configs import PRESETS, GPTConfig, PPOConfig, RMConfig, SFTConfig, stage_defaults
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training import loop
+from training.engine.runtime import Runtime
 from training.experience import minibatch_plan
-from training.runtime import Runtime
 from training.start import frozen
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
-from utils.batching import shard
+from utils.data.batching import shard
 from utils.dataset import RankedExample, SFTExample
 from utils.loss import penalise_missing_eos
 from utils.tokenizer import get_tokenizer

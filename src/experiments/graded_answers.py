@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inference.answers import Answer, Machine, Sampling, TextModel, kl_to_sft, sample_answers
-from utils.judges import Score
+from utils.judging.judges import Score
 
 Proxy = Callable[[Sequence[Answer], str], np.ndarray]
 """(answers [N], what the progress bar says) -> scores [N]."""

@@ -26,8 +26,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
-OWN_MODULE = ("overoptimisation", "doctor", "memory", "bench", "soak")  # experiments/TASK.py with run(parser, rest)
-TASKS = (*QUICK_LOOKS, "demo", "results", *OWN_MODULE)
+ROOMS = ("overoptimisation", "doctor", "memory", "bench")  # experiments/TASK/run.py has run(parser, rest)
+TASKS = (*QUICK_LOOKS, "demo", "results", *ROOMS, "soak")
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,8 +53,12 @@ def main() -> int:
     # Imports wait until the task is known: `-t tokenizer` should not load what `-t demo` needs.
     if chosen.task in ("demo", "results"):
         return demo_task(chosen.task, parser, rest)
-    if chosen.task in OWN_MODULE:
-        return importlib.import_module(f"experiments.{chosen.task}").run(parser, rest)
+    if chosen.task in ROOMS:
+        return importlib.import_module(f"experiments.{chosen.task}.run").run(parser, rest)
+    if chosen.task == "soak":
+        from experiments import soak
+
+        return soak.run(parser, rest)
     from experiments import quick_looks
 
     return quick_looks.run(chosen.task, parser, rest)
@@ -62,7 +66,7 @@ def main() -> int:
 
 def demo_task(task: str, parser: Parser, rest: list[str]) -> int:
     """Flags of `demo` and `results`."""
-    from experiments.demo import run_demo, run_results
+    from experiments.demo.run import run_demo, run_results
 
     parser.add_argument("--runs-dir", default="runs", help="where run folders are made")
     parser.add_argument("--prompts", type=int, default=400, help="held-out prompts to judge on; there are 400")

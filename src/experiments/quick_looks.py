@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from config.scrub import printable
 from config.user_error import UserError
 from experiments.loss_example import loss_example
-from inference.generate import generate
-from models.checkpoint import describe
+from models.generation import generate
 from models.gpt import GPT, GPTRewardModel
-from utils.batching import collate_ranked, collate_sft, left_pad
+from models.weights.checkpoint import describe
+from utils.data.batching import collate_ranked, collate_sft, left_pad
+from utils.data.rows import STAGES
+from utils.data.splits import SPLITS
 from utils.dataset import load_dataset, open_source
-from utils.prompt_split import SPLITS
-from utils.rows import STAGES
-from utils.run_folder import find_checkpoint
+from utils.runs.folder import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
 
@@ -374,7 +374,7 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(wanted: str) -> str:
-    from training.runtime import choose_device  # Accelerate takes seconds to import; two tasks do without
+    from config.devices import choose_device  # Accelerate takes seconds to import; two tasks do without
 
     return choose_device(wanted)
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.user_error import UserError
-from training.host_memory import resident_bytes
-from utils.run_folder import REPO, newest_run, runs_root
+from training.engine.host_memory import resident_bytes
+from utils.runs.folder import REPO, newest_run, runs_root
 
 _GROWTH = 0.02  # of the memory after the warm-up: what an allocator's rounding may add
 

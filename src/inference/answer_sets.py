@@ -31,11 +31,11 @@ from inference.answers import (
     score_answers,
     system_figures,
 )
+from inference.best_of_n import best_of_n_estimate, best_of_n_kl
 from inference.systems import System
-from utils.best_of_n import best_of_n_estimate, best_of_n_kl
-from utils.pairwise import blind
+from utils.data.token_cache import read_arrays, write_arrays
+from utils.judging.pairwise import blind
 from utils.template import PromptTemplate
-from utils.token_cache import read_arrays, write_arrays
 
 _CACHE_VERSION = 1  # raise it when the same weights and settings would give other answers
 

@@ -21,12 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from config.user_error import UserError
-from inference.generate import generate
-from utils.batching import collate_sft
+from models.generation import generate
+from utils.data.batching import collate_sft
+from utils.data.rows import BadRow, parse_row, read_jsonl
 from utils.dataset import SFTExample
 from utils.loss import target_mask
 from utils.metrics import correlation, text_degeneracy
-from utils.rows import BadRow, parse_row, read_jsonl
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 

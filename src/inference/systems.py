@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from config.user_error import UserError
 from inference.answers import TextModel
-from models.checkpoint import describe
 from models.gpt import GPT, GPTRewardModel
-from utils.origins import find_origin
-from utils.run_folder import find_checkpoint
+from models.weights.checkpoint import describe
+from utils.runs.folder import find_checkpoint
+from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
@@ -205,7 +205,7 @@ def _run_around(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
 def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple[Path | None, str]:
     """The reward model's checkpoint and a line on where it comes from: -c, or the one that the PPO run names.
 
-    The one that a run names is found again after runs were moved, see `utils.origins`.
+    The one that a run names is found again after runs were moved, see `utils.runs.origins`.
 
     Raises:
         UserError: -c names no reward model.

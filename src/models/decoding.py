@@ -3,7 +3,7 @@
 Shapes: B rows, S tokens in the cache, nh heads, hd channels per head, d = nh * hd, V vocabulary.
 
 This is `GPT.hidden` for one column, written flat: no mask is built, weights are in the product's type and layout
-already (`models.packing`), adapters are added and never merged. A test holds the two against each other.
+already (`models.cpu.packing`), adapters are added and never merged. A test holds the two against each other.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend_one
-from models.packing import decoding_weight, packed_linear
+from models.cpu.attention import attend_one
+from models.cpu.packing import decoding_weight, packed_linear
 from models.vocabulary import OutputTable, product_dtype
 
 if TYPE_CHECKING:

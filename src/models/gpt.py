@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config.configs import GPTConfig
-from models import checkpoint as model_checkpoint
-from models import huggingface, vocabulary
-from models.activation import gelu
-from models.attention import attend
+from models import vocabulary
+from models.cpu.activation import gelu
+from models.cpu.attention import attend
 from models.decoding import Decoder
 from models.lora import freeze_weights, projection
 from models.roles import CriticRole, RewardRole
+from models.weights import checkpoint as model_checkpoint
+from models.weights import huggingface
 
 if TYPE_CHECKING:
-    from inference.generate import Generation
+    from models.generation import Generation
 
 
 @dataclass
@@ -38,8 +39,8 @@ class KVCache:
     """Keys and values of everything seen so far, preallocated.
 
     keys, values: one [B, nh, S_max, hd] tensor per layer; in a CPU's memory the keys of a head lie as [hd, S_max], as a
-    query meets them (`models.attention.attend_one`). length: columns filled; the others hold anything. att: [B, S_max]
-    bool, which are real.
+    query meets them (`models.cpu.attention.attend_one`). length: columns filled; the others hold anything.
+    att: [B, S_max] bool, which are real.
     """
 
     keys: list[Tensor]
@@ -178,7 +179,7 @@ class TransformerDecoder(nn.Module):
             elif cache is None:
                 x = block(x, mask, None, 0, wanted)  # the number is the cache's; torch.compile tells blocks apart by it
             else:
-                # Never compiled (`training.compiling`): a cache has another shape at every call.
+                # Never compiled (`training.engine.compiling`): a cache has another shape at every call.
                 x = block.forward(x, mask, cache, layer, wanted)
         if cache is not None:
             cache.length += ids.shape[1]
@@ -311,16 +312,16 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path, config: GPTConfig | None = None, adapters: str = "keep") -> Self:
-        """Load one of our checkpoint folders into this role. See `models.checkpoint.load_model`."""
+        """Load one of our checkpoint folders into this role. See `models.weights.checkpoint.load_model`."""
         return model_checkpoint.load_model(cls, Path(folder), config, adapters)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, config: GPTConfig | None = None, vocab_size: int | None = None) -> Self:
-        """Load GPT-2 weights in Hugging Face's form. See `models.huggingface.load_pretrained`."""
+        """Load GPT-2 weights in Hugging Face's form. See `models.weights.huggingface.load_pretrained`."""
         return huggingface.load_pretrained(cls, name_or_path, config, vocab_size)
 
     def save_pretrained(self, folder: str | Path, eos_id: int | None = None) -> None:
-        """Write a folder that `transformers.GPT2LMHeadModel` loads. See `models.huggingface.save_pretrained`."""
+        """Write a folder that `transformers.GPT2LMHeadModel` loads: `models.weights.huggingface`."""
         huggingface.save_pretrained(self, Path(folder), eos_id)
 
     def generate(self, prompt: Tensor, max_new_tokens: int, eos_id: int, **sampling) -> Tensor:
@@ -328,9 +329,9 @@ class GPT(nn.Module):
         return self.batch_generate([prompt], max_new_tokens, eos_id, **sampling).row(0)
 
     def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int, **sampling) -> Generation:
-        """Continue prompts of mixed length. See `inference.generate.generate`."""
+        """Continue prompts of mixed length. See `models.generation.generate`."""
         # Imported here, because inference is built on models and not the other way round.
-        from inference.generate import generate
+        from models.generation import generate
 
         return generate(self, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from config.configs import GPTConfig
 from config.user_error import UserError
-from models.linear import Linear, linear
-from models.packing import frozen_linear
+from models.cpu.linear import Linear, linear
+from models.cpu.packing import frozen_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.linear import fill_rows, product
-from models.packing import kept_with, pack, packed_linear
+from models.cpu.linear import fill_rows, product
+from models.cpu.packing import kept_with, pack, packed_linear
 
 BLOCK = 2**28
 """Bytes of the logits that exist at the same time: 1,335 positions of GPT-2's vocabulary, or twice as many where half

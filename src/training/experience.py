@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.configs import PPOConfig
-from training.nonfinite import check_rollout
-from training.phases import Phases
-from training.runtime import Runtime
+from training.engine.nonfinite import check_rollout
+from training.engine.phases import Phases
+from training.engine.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
-from utils.batching import micro_batches
+from utils.data.batching import micro_batches
 from utils.reward_function import NonFiniteReward
 from utils.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ def minibatch_plan(
     Args:
         length: [B] tokens of each row.
         minibatches: optimizer steps per pass. micro_batch: rows per forward pass, or with `max_tokens` as many as have
-            no more than so many padded tokens; see `utils.batching.micro_batches`.
+            no more than so many padded tokens; see `utils.data.batching.micro_batches`.
 
     Returns:
         Row indices: one list of micro-batches per minibatch; every row is in exactly one.

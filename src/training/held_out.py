@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from training.experience import Experience, Rollouts, ScoreTexts, minibatch_plan
 from training.sampling import Sampler
-from utils.batching import RankedBatch
+from utils.data.batching import RankedBatch
 from utils.loss import kl_k1, masked_sum, penalise_missing_eos
 from utils.metrics import ranking_report, text_degeneracy
 

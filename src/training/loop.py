@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from config.configs import RunConfig
-from training.runtime import Interrupt, Runtime
-from training.saving import Saver, capture_rng, restore_rng
-from utils import batching
+from training.engine.runtime import Interrupt, Runtime
+from training.storage.saving import Saver, capture_rng, restore_rng
+from utils.data import batching
 
 
 def steps_per_epoch(lengths: np.ndarray, config: RunConfig) -> int:
@@ -32,7 +32,7 @@ def optimizer_steps(lengths: np.ndarray, config: RunConfig) -> int:
 
 
 def data_order(lengths: np.ndarray, config: RunConfig, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Row indices of optimizer steps start .. stop - 1, see `utils.batching.epoch_batches`."""
+    """Row indices of optimizer steps start .. stop - 1, see `utils.data.batching.epoch_batches`."""
     size = steps_per_epoch(lengths, config)
     for epoch in range(start // size, math.ceil(stop / size)):
         batches = batching.epoch_batches(lengths, config.global_batch_size, config.seed, epoch)
@@ -43,7 +43,7 @@ def micro_batches(
     rows: np.ndarray, lengths: np.ndarray, config: RunConfig, sequences: np.ndarray | None = None
 ) -> list[np.ndarray]:
     """Cut the rows of one optimizer step, sorted by length, into passes of at most --batch-size rows, or of at most
-    --tokens-per-micro-batch; see `utils.batching.micro_batches`."""
+    --tokens-per-micro-batch; see `utils.data.batching.micro_batches`."""
     return batching.micro_batches(rows, lengths, config.batch_size, config.tokens_per_micro_batch, sequences)
 
 

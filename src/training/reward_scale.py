@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.sampling import SampledRows, Sampler
-from utils.batching import micro_batches
+from utils.data.batching import micro_batches
 from utils.loss import reward_affine
 
 

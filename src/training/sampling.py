@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.configs import RunConfig
-from inference.generate import Generation, generate
-from training.runtime import Runtime
+from models.generation import Generation, generate
+from training.engine.runtime import Runtime
 from utils.loss import response_mask
 from utils.tokenizer import Tokenizer
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, resolved
 from config.user_error import UserError
-from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, round_frozen, share_base
-from training.resuming import Resumption
-from training.runtime import Runtime
-from utils.run_folder import find_checkpoint
+from models.weights.checkpoint import describe
+from training.engine.runtime import Runtime
+from training.storage.resuming import Resumption
+from utils.runs.folder import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 

@@ -18,11 +18,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import PPOConfig  # noqa: E402
 from config.user_error import UserError, run_main  # noqa: E402
-from models.checkpoint import describe  # noqa: E402
-from training.determinism import cost_of_determinism  # noqa: E402
-from training.preflight import fit, preflight  # noqa: E402
-from training.resuming import find_resumption, open_run  # noqa: E402
-from training.runtime import Runtime  # noqa: E402
+from models.weights.checkpoint import describe  # noqa: E402
+from training.engine.determinism import cost_of_determinism  # noqa: E402
+from training.engine.runtime import Runtime  # noqa: E402
+from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import (  # noqa: E402
     Roles,
     describe_model,
@@ -32,10 +31,11 @@ from training.start import (  # noqa: E402
     row_limit,
     template_of,
 )
+from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import PPOTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
-from utils.origins import record_origins  # noqa: E402
 from utils.reward_function import load_reward_function  # noqa: E402
+from utils.runs.origins import record_origins  # noqa: E402
 from utils.tokenizer import load_tokenizer  # noqa: E402
 
 

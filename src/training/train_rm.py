@@ -17,14 +17,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
-from training.determinism import cost_of_determinism  # noqa: E402
-from training.preflight import fit, preflight  # noqa: E402
-from training.resuming import find_resumption, open_run  # noqa: E402
-from training.runtime import Runtime  # noqa: E402
+from training.engine.determinism import cost_of_determinism  # noqa: E402
+from training.engine.runtime import Runtime  # noqa: E402
+from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import describe_model, prompt_limit, require_one_process, rm_start, row_limit  # noqa: E402
+from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
-from utils.origins import record_origins  # noqa: E402
+from utils.runs.origins import record_origins  # noqa: E402
 
 
 def main() -> int:

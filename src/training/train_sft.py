@@ -16,10 +16,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import SFTConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
-from training.determinism import cost_of_determinism  # noqa: E402
-from training.preflight import fit, preflight  # noqa: E402
-from training.resuming import find_resumption, open_run  # noqa: E402
-from training.runtime import Runtime  # noqa: E402
+from training.engine.determinism import cost_of_determinism  # noqa: E402
+from training.engine.runtime import Runtime  # noqa: E402
+from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import (  # noqa: E402
     describe_model,
     dropout_in_words,
@@ -28,6 +27,7 @@ from training.start import (  # noqa: E402
     row_limit,
     sft_start,
 )
+from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 

@@ -24,17 +24,17 @@ from tqdm import tqdm
 from config.configs import PPOConfig, RMConfig, SFTConfig
 from config.user_error import RunStopped
 from training import loop
+from training.engine.nonfinite import Guard, NonFiniteRollout, RowView, again_after_overflow
+from training.engine.phases import Phases
+from training.engine.runtime import Interrupt, Runtime, adamw, set_lr, trainable, update_ratios
 from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, minibatch_plan
 from training.held_out import evaluate_policy, evaluate_ranking, sample_answers
 from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, parameter_hash
-from training.nonfinite import Guard, NonFiniteRollout, RowView, again_after_overflow
-from training.phases import Phases
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from training.reward_scale import RewardScale
-from training.runtime import Interrupt, Runtime, adamw, set_lr, trainable, update_ratios
 from training.sampling import SFT_SAMPLES, Sampler, state_columns
-from training.saving import Saver
-from utils.batching import Batch, RankedBatch, collate_ranked, collate_sft
+from training.storage.saving import Saver
+from utils.data.batching import Batch, RankedBatch, collate_ranked, collate_sft
 from utils.dataset import PromptDataset, RankedDataset, SFTDataset
 from utils.loss import (
     Moments,
@@ -55,7 +55,7 @@ from utils.loss import (
     ranking_loss,
     value_loss,
 )  # fmt: skip
-from utils.metrics_log import MetricsLog
+from utils.runs.metrics_log import MetricsLog
 from utils.tokenizer import Tokenizer
 
 

@@ -1,7 +1,7 @@
 """Tokenised datasets that trainers index, by name or file, and the cache that makes them once.
 
-The names and where their rows come from are in utils/row_sources.py; how rows are divided into splits in
-utils/prompt_split.py; how they are tokenised and cut in utils/token_table.py.
+The names and where their rows come from are in utils/data/sources.py; how rows are divided into splits in
+utils/data/splits.py; how they are tokenised and cut in utils/data/token_table.py.
 
 Shapes: N rows, P tokens of a prompt, T tokens of a response, K completions of one row.
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from config.scrub import scrubbed
 from config.user_error import UserError
-from utils.prompt_split import SPLITS, SplitOptions
-from utils.row_sources import (
+from utils.data.rows import STAGES
+from utils.data.sources import (
     DATASETS,
     AnthropicHHRLHFDataset,
     DahoasRMStaticDataset,
@@ -32,10 +32,10 @@ from utils.row_sources import (
     RowSource,
     open_source,
 )
-from utils.rows import STAGES
+from utils.data.splits import SPLITS, SplitOptions
+from utils.data.token_cache import default_cache_dir, read_arrays, write_arrays
+from utils.data.token_table import Counts, LengthLimits, TokenTable, tokenize_rows
 from utils.template import PromptTemplate
-from utils.token_cache import default_cache_dir, read_arrays, write_arrays
-from utils.token_table import Counts, LengthLimits, TokenTable, tokenize_rows
 from utils.tokenizer import Tokenizer
 
 __all__ = [
@@ -180,7 +180,7 @@ def load_dataset(
         max_length: tokens of prompt, response and EOS together. A longer row loses the beginning of its prompt; it is
             dropped when the response alone does not fit. A response is never cut.
         max_prompt_length: tokens of a prompt alone; for "ppo" by default `max_length` - 1.
-        cache_dir: of the token cache; by default `utils.token_cache.default_cache_dir()`.
+        cache_dir: of the token cache; by default `utils.data.token_cache.default_cache_dir()`.
         skip_bad_rows: count malformed rows instead of stopping at the first.
         limit: use at most the first so many rows of the split.
         validation_fraction: see `SplitOptions`, as for the next three. They have to be the same in all stages of an

@@ -31,16 +31,16 @@ from inference.systems import (
     load_reward_model,
     run_settings,
 )
-from training.runtime import Runtime
-from utils.demo_gold import gold_reward
-from utils.evaluation_flags import EvaluateConfig, parse_flags
-from utils.evaluation_picture import draw_evaluation
-from utils.evaluation_prompts import DEFAULT_FILE, read_prompts
-from utils.evaluation_report import Evaluation, pair_table, write_evaluation
-from utils.judges import ScoreJudge, make_judge
-from utils.openai_judge import JudgeOptions
-from utils.pairwise import Comparison, Judge, both_orders, compare
-from utils.run_folder import create_run, find_checkpoint, runs_root, write_hyperparams
+from training.engine.runtime import Runtime
+from utils.demo.gold import gold_reward
+from utils.evaluation.flags import EvaluateConfig, parse_flags
+from utils.evaluation.picture import draw_evaluation
+from utils.evaluation.prompts import DEFAULT_FILE, read_prompts
+from utils.evaluation.report import Evaluation, pair_table, write_evaluation
+from utils.judging.judges import ScoreJudge, make_judge
+from utils.judging.language_model import JudgeOptions
+from utils.judging.pairwise import Comparison, Judge, both_orders, compare
+from utils.runs.folder import create_run, find_checkpoint, runs_root, write_hyperparams
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@
     --skip-bad-rows        count malformed rows of a local file instead of stopping at the first
 
 HH-RLHF holds several beginnings of one conversation. A row is kept unless its conversation, told by the person's first
-turn as everywhere (utils/prompt_split.py), is one of rm-static's. So no question that the reward model trains on was
+turn as everywhere (utils/data/splits.py), is one of rm-static's. So no question that the reward model trains on was
 answered in SFT. What is kept is written as {"prompt", "response"} of the chosen side, each demonstration once; rows
 stream through, and only 8-byte hashes stay in memory.
 """
@@ -29,8 +29,8 @@ import tyro
 from tqdm import tqdm
 
 from config.user_error import UserError, run_main
-from utils.row_sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
-from utils.rows import Row
+from utils.data.rows import Row
+from utils.data.sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
 from utils.template import PromptTemplate
 
 

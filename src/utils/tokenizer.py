@@ -205,7 +205,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def export_huggingface(self, folder: str | Path) -> None:
         """See `Tokenizer.export_huggingface`."""
-        from utils.tokenizer_export import write_huggingface_bpe
+        from utils.tokenizers.export import write_huggingface_bpe
 
         write_huggingface_bpe(Path(folder), self.ranks, EOS_TEXT)
 
@@ -269,7 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _sha256(self) -> str:
-        from utils.tokenizer_export import gpt2_style_vocabulary
+        from utils.tokenizers.export import gpt2_style_vocabulary
 
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         description = json.loads(backend.to_str()) if backend is not None else {}
@@ -304,7 +304,7 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
         return TiktokenTokenizer("gpt2", _gpt2_ranks())
     if name == "demo":
         if not DEMO_RANKS.is_file():
-            raise UserError(f"tokenizer demo: {DEMO_RANKS} is missing; restore it with `python src/utils/make_demo.py`")
+            raise UserError(f"tokenizer demo: {DEMO_RANKS} is missing; restore it with `python src/utils/demo/make.py`")
         return _from_ranks_file("demo", DEMO_RANKS, kind="demo")
     path = Path(os.path.expanduser(name))
     if path.is_dir():

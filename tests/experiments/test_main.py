@@ -56,21 +56,22 @@ def test_tasks_go_where_they_belong(monkeypatch):
     calls = []
     monkeypatch.setattr("experiments.quick_looks.run", lambda task, parser, rest: calls.append((task, rest)) or 0)
     monkeypatch.setattr("experiments.main.demo_task", lambda task, parser, rest: calls.append((task, rest)) or 7)
-    for task in script.OWN_MODULE:
-        monkeypatch.setattr(f"experiments.{task}.run", lambda parser, rest, task=task: calls.append((task, rest)) or 5)
+    own = {**{task: f"experiments.{task}.run" for task in script.ROOMS}, "soak": "experiments.soak"}
+    for task, module in own.items():
+        monkeypatch.setattr(f"{module}.run", lambda parser, rest, task=task: calls.append((task, rest)) or 5)
     codes = []
     for task in script.TASKS:
         monkeypatch.setattr(sys, "argv", ["main.py", "--flag", "1", "-t", task])
         codes.append(script.main())
     assert calls == [(task, ["--flag", "1"]) for task in script.TASKS]
-    own = {"demo": 7, "results": 7} | dict.fromkeys(script.OWN_MODULE, 5)
-    assert codes == [own.get(task, 0) for task in script.TASKS]
+    expected = {"demo": 7, "results": 7} | dict.fromkeys(own, 5)
+    assert codes == [expected.get(task, 0) for task in script.TASKS]
 
 
 def test_demo_flags_reach_the_demo(monkeypatch):
     calls = []
-    monkeypatch.setattr("experiments.demo.run_demo", lambda *flags: calls.append(flags) or 0)
-    monkeypatch.setattr("experiments.demo.run_results", lambda *flags: calls.append(flags) or 1)
+    monkeypatch.setattr("experiments.demo.run.run_demo", lambda *flags: calls.append(flags) or 0)
+    monkeypatch.setattr("experiments.demo.run.run_results", lambda *flags: calls.append(flags) or 1)
     assert script.demo_task("demo", script.Parser(), ["--seed", "3", "--prompts", "10"]) == 0
     assert calls.pop() == (3, "runs", 10, ())
     assert script.demo_task("demo", script.Parser(), ["--dtype", "bf16"]) == 0

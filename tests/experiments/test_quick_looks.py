@@ -13,8 +13,8 @@ from config.configs import GPTConfig
 from config.user_error import UserError
 from experiments import loss_example, quick_looks
 from experiments.main import Parser
-from models.checkpoint import save_model
 from models.gpt import GPT, GPTCritic, GPTRewardModel
+from models.weights.checkpoint import save_model
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 

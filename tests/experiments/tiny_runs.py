@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from config.configs import GPTConfig
-from models.checkpoint import save_model
 from models.gpt import GPT, GPTRewardModel
+from models.weights.checkpoint import save_model
 from training.start import describe_model
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from inference.generate import generate
-from models import packing
+from models.cpu import packing
 from models.decoding import Decoder
+from models.generation import generate
 from models.gpt import KVCache
-from training.runtime import adamw
-from utils.batching import right_pad
+from training.engine.runtime import adamw
+from utils.data.batching import right_pad
 
 EOS = 49
 CPU = torch.device("cpu")

@@ -253,7 +253,7 @@ def test_initial_weights_are_gpt2s(make_model):
 
 
 def test_class_methods_build_the_class_they_are_called_on(make_model, tmp_path):
-    from models.checkpoint import save_model
+    from models.weights.checkpoint import save_model
 
     save_model(make_model(), tmp_path)
     assert type(GPTActor.from_checkpoint(tmp_path)) is GPTActor

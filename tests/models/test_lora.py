@@ -8,9 +8,9 @@ from torch import nn
 
 from config.configs import GPTConfig, get_configs
 from config.user_error import UserError
-from models.checkpoint import load_model, save_model
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import is_adapter, merge_lora, round_frozen, share_base
+from models.weights.checkpoint import load_model, save_model
 
 ROLES = [GPTActor, GPTCritic, GPTRewardModel]
 

@@ -83,7 +83,7 @@ def test_head_starts_at_std_one_over_sqrt_d_plus_one():
 
 
 def test_a_new_head_starts_the_same_in_every_way_it_is_made(make_model, tmp_path):
-    from models.checkpoint import save_model
+    from models.weights.checkpoint import save_model
 
     save_model(make_model(n_embd=512), tmp_path)
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_the_reward_models_gain_scales_the_values(make_model, padded, rows):
 
 @torch.no_grad()
 def test_a_critic_from_a_reward_model_values_the_end_with_its_score(make_model, padded, rows, tmp_path):
-    from models.checkpoint import save_model
+    from models.weights.checkpoint import save_model
 
     reward = make_model(GPTRewardModel)
     reward.set_normalisation(0.7, 0.2)

@@ -7,7 +7,7 @@ from setups import LetterTokenizer, new_run, prompt_examples, ranked_examples, s
 
 from config.configs import PPOConfig, RMConfig, SFTConfig
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
-from training.runtime import Runtime
+from training.engine.runtime import Runtime
 from training.start import frozen
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from setups import read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.durable import Disk
+from utils.runs.durable import Disk
 
 
 class Camera(Disk):

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 from config.configs import GPTConfig
 from config.user_error import run_main
 from models.gpt import GPT
-from training.saving import Saver
 from training.start import describe_model
-from utils.run_folder import REPO, create_run
+from training.storage.saving import Saver
+from utils.runs.folder import REPO, create_run
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 

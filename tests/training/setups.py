@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from training.runtime import Runtime, choose_dtype
+from config.devices import choose_dtype
+from training.engine.runtime import Runtime
 from training.trainers import PPOTrainer
 from utils.dataset import RankedExample, SFTExample
 from utils.tokenizer import Tokenizer

@@ -10,11 +10,11 @@ from gpu_marks import NEEDS_CUDA
 from scripts import call, newest
 from setups import EOS, assert_equal_weights, read_metrics, runtime_on, weights
 
-from inference.generate import generate
+from models.generation import generate
 from models.gpt import GPT, GPTRewardModel
-from training import preflight
-from training.device_memory import available_bytes
-from utils.run_folder import step_checkpoints
+from training.memory import preflight
+from training.memory.device import available_bytes
+from utils.runs.folder import step_checkpoints
 
 DEVICE = "cuda"
 pytestmark = NEEDS_CUDA

@@ -7,10 +7,10 @@ from setups import EOS, VOCAB, prompt_examples, random_ids, response, runtime_on
 
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.experience import ActorCritic, minibatch_plan
-from utils.batching import collate_ranked
+from utils.data.batching import collate_ranked
+from utils.data.rows import Row
+from utils.data.token_table import Counts, LengthLimits, tokenize_rows
 from utils.dataset import RankedExample
-from utils.rows import Row
-from utils.token_table import Counts, LengthLimits, tokenize_rows
 from utils.tokenizer import get_tokenizer
 
 PAD, TAU = VOCAB, 0.8

@@ -14,7 +14,7 @@ from training import loop
 
 SRC = Path(training.__file__).resolve().parents[1]
 # The plan only foretells: what it alone reads has no influence on the run.
-PLANNING = ("memory_plan.py", "plan_sources.py", "preflight.py", "device_memory.py")
+PLANNING = ("plan.py", "sources.py", "preflight.py", "device.py")
 # Flags of a run in which no option keeps another from being looked at.
 STAGES = {
     SFTConfig: ("sft", ""),

@@ -12,10 +12,11 @@ from killing import assert_same_run, curves
 from scripts import call, newest
 from setups import read_metrics
 
-from models.manifest import fault_of
-from training import saving, trainers
-from utils.metrics_log import MetricsLog
-from utils.run_folder import step_checkpoints
+from training import trainers
+from training.storage import saving
+from utils.runs.folder import step_checkpoints
+from utils.runs.manifest import fault_of
+from utils.runs.metrics_log import MetricsLog
 
 # A checkpoint of gpt2-nano with its optimizer takes 9 MB: two fit on the disk below, three do not.
 ARGUMENTS = "--max-steps 6 --save-every 2 --eval-every 100 --keep 1 -b 4"

@@ -11,8 +11,8 @@ import torch
 from scripts import call, newest
 from setups import assert_equal_weights, read_metrics, weights
 
-from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTRewardModel
+from models.weights.checkpoint import describe
 from utils.dataset import load_dataset
 from utils.tokenizer import get_tokenizer, load_tokenizer
 

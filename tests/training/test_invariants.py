@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 
 from models.gpt import GPT, GPTActor
 from training import trainers
+from training.engine.runtime import Runtime
 from training.invariants import InvariantError, check_first_minibatch, check_frozen, parameter_hash
-from training.runtime import Runtime
 
 
 def watched_iteration(trainer, monkeypatch, update: int = 1) -> tuple[dict, dict, dict]:

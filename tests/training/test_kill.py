@@ -11,13 +11,13 @@ from killing import Album, Camera, assert_same_run
 from setups import new_run
 
 from config.configs import resolved
-from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, init_adapters, is_adapter
-from models.manifest import fault_of
-from training.resuming import Resumption, find_resumption, open_run
-from training.runtime import Runtime
-from utils.run_folder import find_checkpoint, step_checkpoints, write_hyperparams
+from models.weights.checkpoint import describe
+from training.engine.runtime import Runtime
+from training.storage.resuming import Resumption, find_resumption, open_run
+from utils.runs.folder import find_checkpoint, step_checkpoints, write_hyperparams
+from utils.runs.manifest import fault_of
 
 SETTINGS = dict(save_every=2, eval_every=2, log_every=1, eval_examples=6, batch_size=2, global_batch_size=8, seed=5)
 

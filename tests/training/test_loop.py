@@ -8,7 +8,7 @@ import torch
 
 from config.configs import RMConfig, SFTConfig
 from config.user_error import UserError
-from models.checkpoint import save_model
+from models.weights.checkpoint import save_model
 from training import loop
 from training.start import require_one_process, template_of
 

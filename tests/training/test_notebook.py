@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from scripts import call, newest
 
 from experiments.run_plots import CURVES, STAGES, read_metrics, reading_table
-from utils.run_folder import REPO
+from utils.runs.folder import REPO
 
 NOTEBOOK = REPO / "tensorboard.ipynb"
 WHERE = 'RUNS_DIR = "runs"'
@@ -20,7 +20,7 @@ WHERE = 'RUNS_DIR = "runs"'
 def runs(tmp_path_factory) -> Path:
     """One small run of each stage."""
     folder = tmp_path_factory.mktemp("runs") / "with a space"
-    gold = REPO / "src" / "utils" / "demo_gold.py"
+    gold = REPO / "src/utils/demo/gold.py"
     for stage, arguments in {
         "sft": "-n seen --max-steps 1",
         "rm": "-n seen -p sft_seen --max-steps 1",

@@ -8,12 +8,12 @@ import pytest
 import torch
 from setups import EOS, assert_equal_weights, ppo_models, prompt_examples, read_metrics, weights
 
-from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, is_adapter, share_base
+from models.weights.checkpoint import describe
 from training import trainers
+from training.engine.runtime import Runtime
 from training.invariants import parameter_hash
-from training.runtime import Runtime
 from utils.loss import masked_mean, masked_var
 
 # ---------------------------------------------------------------------------------------------------------------------

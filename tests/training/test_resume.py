@@ -13,8 +13,8 @@ from scripts import call, newest, process, run
 from setups import read_metrics
 
 from training import trainers
-from training.saving import load_state
-from utils.run_folder import step_checkpoints
+from training.storage.saving import load_state
+from utils.runs.folder import step_checkpoints
 
 
 @pytest.fixture(scope="module")

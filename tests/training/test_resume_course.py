@@ -13,13 +13,13 @@ from setups import read_metrics
 
 from config.command_line import parse_cli
 from config.configs import PPOConfig, RMConfig, SFTConfig
-from models.checkpoint import describe
 from models.gpt import GPT
-from training import resuming
-from training.resuming import Resumption, find_resumption
-from training.saving import Saver, load_state
-from utils.durable import Disk
-from utils.run_folder import step_checkpoints
+from models.weights.checkpoint import describe
+from training.storage import resuming
+from training.storage.resuming import Resumption, find_resumption
+from training.storage.saving import Saver, load_state
+from utils.runs.durable import Disk
+from utils.runs.folder import step_checkpoints
 
 STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 SOURCES = {"sft": "", "rm": "-p sft_base", "ppo": "-a sft_base -c rm_base"}

@@ -11,11 +11,11 @@ from scripts import call, command, newest
 from config.command_line import parse_cli
 from config.configs import PPOConfig, RMConfig
 from config.user_error import UserError
-from experiments.doctor_record import read_run
-from experiments.overoptimisation import PPORun
+from experiments.doctor.record import read_run
+from experiments.overoptimisation.run import PPORun
 from inference.systems import System, find_reward_model
-from training.resuming import Resumption, find_resumption
-from utils import run_folder
+from training.storage.resuming import Resumption, find_resumption
+from utils.runs import folder as run_folder
 
 STAGES = {"rm": RMConfig, "ppo": PPOConfig}
 FLAGS = {"rm": {"sft": ("-p", "pretrain")}, "ppo": {"sft": ("-a", "actor"), "rm": ("-c", "critic")}}

@@ -10,11 +10,11 @@ import torch
 from setups import EOS, VOCAB, Examples, assert_equal_weights, prompt_examples, ranked_examples, read_metrics, weights
 
 from config.user_error import RunStopped
-from models.checkpoint import describe
 from models.gpt import GPT, GPTRewardModel
+from models.weights.checkpoint import describe
 from training import loop, trainers
 from training.start import frozen
-from utils.batching import collate_ranked
+from utils.data.batching import collate_ranked
 from utils.dataset import RankedExample
 
 

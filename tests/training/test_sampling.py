@@ -6,7 +6,7 @@ import torch
 from setups import EOS, VOCAB, LetterTokenizer, prompt_examples
 
 from config.configs import SFTConfig
-from inference.generate import Generation
+from models.generation import Generation
 from models.gpt import GPTActor
 from training import sampling
 from training.sampling import Sampler, compact, join, state_columns

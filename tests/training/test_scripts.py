@@ -9,11 +9,11 @@ import torch
 from scripts import SHORT, call, newest, run
 from setups import assert_equal_weights, read_metrics, weights
 
-from models.checkpoint import describe
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import is_adapter
-from models.manifest import MANIFEST, write_manifest
-from training.saving import STATE
+from models.weights.checkpoint import describe
+from training.storage.saving import STATE
+from utils.runs.manifest import MANIFEST, write_manifest
 from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
 
 ROLES_OF_PPO = {"": GPTActor, "critic": GPTCritic}
@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
         ("rm", "-n one -p sft_one --config gpt2-nano/lora", "src"),
         (
             "ppo",
-            "-n one -a sft_one -c rm_one --config gpt2-nano/lora --eval-reward-fn utils/demo_gold.py:gold_reward",
+            "-n one -a sft_one -c rm_one --config gpt2-nano/lora --eval-reward-fn utils/demo/gold.py:gold_reward",
             "src",
         ),
     ]

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from setups import EOS, VOCAB, Examples, assert_equal_weights, random_ids, read_metrics, response, sft_examples, weights
 
-from inference.generate import generate
-from models.checkpoint import describe
+from models.generation import generate
 from models.gpt import GPT, GPTActor, GPTCritic
+from models.weights.checkpoint import describe
 from training import loop, trainers
 from training.experience import ActorCritic
 from training.sampling import MicroBatch
 from training.trainers import sft_targets
-from utils.batching import collate_sft
+from utils.data.batching import collate_sft
 from utils.dataset import SFTExample
 
 

@@ -13,7 +13,7 @@ import pytest
 from killing import assert_same_run
 from scripts import call, newest
 
-from utils.run_folder import REPO, step_checkpoints
+from utils.runs.folder import REPO, step_checkpoints
 
 COMMANDS = {
     "sft": "--config gpt2-nano/dropout --max-steps 8 --warmup-steps 2 --eval-every 4 --save-every 3 -b 2",
@@ -81,7 +81,7 @@ def lines(runs: Path, stage: str) -> list[str]:
 
 
 def hold(run: Path, ready, done) -> None:
-    from utils.run_folder import lock_run
+    from utils.runs.folder import lock_run
 
     lock_run(run)
     ready.set()

@@ -13,7 +13,8 @@ import pytest
 from permissions import permissions_count
 
 from config.user_error import UserError
-from utils.batching import collate_ranked
+from utils.data.batching import collate_ranked
+from utils.data.splits import SplitOptions
 from utils.dataset import (
     DATASETS,
     AnthropicHHRLHFDataset,
@@ -24,7 +25,6 @@ from utils.dataset import (
     SFTDataset,
     load_dataset,
 )
-from utils.prompt_split import SplitOptions
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 
@@ -367,7 +367,7 @@ def test_an_unreachable_hub_is_told_with_its_remedies(load, monkeypatch):
 
 
 def test_hh_sft_is_what_the_preparation_wrote(load, monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.row_sources.HH_SFT_FILE", tmp_path / "hh-sft.jsonl")
+    monkeypatch.setattr("utils.data.sources.HH_SFT_FILE", tmp_path / "hh-sft.jsonl")
     with pytest.raises(
         UserError, match="--dataset hh-sft: .* is missing; make it with `python src/utils/prepare_sft_dataset.py`"
     ):

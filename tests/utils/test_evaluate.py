@@ -17,9 +17,10 @@ from judge_server import judge_server
 from config.user_error import run_main
 from inference.answers import Machine, score_texts
 from inference.systems import load_reward_model
-from utils import evaluate, judges
-from utils.evaluation_flags import parse_flags
-from utils.run_folder import REPO
+from utils import evaluate
+from utils.evaluation.flags import parse_flags
+from utils.judging import judges
+from utils.runs.folder import REPO
 
 TIME = "20260101000000"
 PROMPTS = ["What is tea?", "How many legs does a crab have?", "Hi!", "What colour is grass?", "Why?"]

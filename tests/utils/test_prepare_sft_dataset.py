@@ -93,7 +93,7 @@ def test_what_it_writes_is_the_dataset_hh_sft(tmp_path, monkeypatch):
     out = tmp_path / "hh-sft.jsonl"
     hh = write(tmp_path / "hh.jsonl", [pair(i) for i in range(60)])
     prepare(PrepareConfig(hh, write(tmp_path / "rm.jsonl", [static(0)]), out))
-    monkeypatch.setattr("utils.row_sources.HH_SFT_FILE", out)
+    monkeypatch.setattr("utils.data.sources.HH_SFT_FILE", out)
     data = load_dataset("hh-sft", "sft", "train", get_tokenizer("demo"), 256, cache_dir=tmp_path / "cache")
     assert data.report.read == 59 and len(data) > 40
 

@@ -16,7 +16,7 @@ from utils.tokenizer import (
     read_ranks,
     write_ranks,
 )
-from utils.tokenizer_export import byte_alphabet, recover_merges
+from utils.tokenizers.export import byte_alphabet, recover_merges
 
 EDGE_CASES = [
     "", " ", "  ", "\n", "\n\n", " \n ", "\t\t", "a", " a", "a ", "  a  b   c ", "don't I'll we've it's I'D", "'s's",

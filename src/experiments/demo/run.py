@@ -1,0 +1,191 @@
+"""The offline demo: vanilla -> SFT -> reward model -> PPO with the scripts a user runs, judged by the gold reward.
+
+`make demo` runs one seed, judges it on validation prompts and fails when RLHF did not work. `-t results --seeds 0 1 2
+--variants kl0 lora --split test` makes the README's table and picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from config.user_error import UserError
+from experiments.bench.host import Stolen
+from experiments.demo.judge import judge_demo
+from experiments.demo.table import judged_table, results_table, seed_table
+from utils.runs.folder import REPO, newest_run, runs_root
+
+PRETRAINING = ("--epochs", "4", "--max-steps", "300")
+GOLD = str(REPO / "src/utils/demo/gold.py") + ":gold_reward"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One script of the demo: what it is called in the table, the script, and its flags."""
+
+    name: str
+    script: str
+    flags: tuple[str, ...]
+
+
+def stages(stem: str, variants: tuple[str, ...], flags: tuple[str, ...] = ()) -> list[Stage]:
+    """The commands of one seed; `stem` tells its runs apart from other seeds', `flags` go to every script."""
+    ppo = ("-a", f"sft_{stem}", "-c", f"rm_{stem}", "--eval-reward-fn", GOLD)
+    plan = [
+        # 300 steps on the world's plain text stand for GPT-2's pre-training.
+        Stage(
+            "vanilla",
+            "train_sft.py",
+            ("-n", f"vanilla_{stem}", "-p", "scratch", "--dataset", "demo-text", *PRETRAINING),
+        ),
+        Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
+        Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
+        # Ten checkpoints are the ten points of the over-optimisation picture.
+        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "4", "--keep", "10")),
+    ]
+    extra = {
+        "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
+        "lora": Stage("PPO, LoRA", "train_ppo.py", ("-n", f"{stem}_lora", *ppo, "--config", "gpt2-nano/lora")),
+    }
+    plan += [extra[variant] for variant in variants]
+    return [replace(stage, flags=stage.flags + flags) for stage in plan]
+
+
+def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: bool = False) -> float:
+    """Run one script to its end; returns the seconds it took.
+
+    Raises:
+        UserError: the script failed; its own message is on the terminal, or in the log file when it ran quietly.
+    """
+    command = [
+        sys.executable,
+        str(REPO / "src/training" / stage.script),
+        *stage.flags,
+        "--seed",
+        str(seed),
+        "--runs-dir",
+        runs_dir,
+    ]
+    shown = " ".join(["python", f"src/training/{stage.script}", *stage.flags, "--seed", str(seed)])
+    print(f"\n== {stage.name}\n$ {shown}", flush=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    started = time.perf_counter()
+    root = runs_root(runs_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    if quiet:
+        log = root / f"{stage.flags[1]}_{stage.script[6:-3]}.log"
+        with log.open("w") as file:
+            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    else:
+        log, code = None, subprocess.run(command, env=environment).returncode
+    if code:
+        raise UserError(f"{stage.name}: {shown} ended with exit code {code}" + (f"; see {log}" if log else ""))
+    return time.perf_counter() - started
+
+
+def run_seed(
+    seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False,
+    flags: tuple[str, ...] = (), split: str = "validation", train: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """All stages of one seed and their judgement on a held-out split; `flags` go to every script.
+
+    With `train` False the newest runs of the seed are judged as they are.
+    """
+    stem = f"demo_s{seed}"
+    plan = stages(stem, variants, flags) if train else []
+    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in plan}
+    print("\n== judging by the gold reward", flush=True)
+    started = time.perf_counter()
+    runs = {
+        "vanilla": f"sft_vanilla_{stem}", "sft": f"sft_{stem}", "rm": f"rm_{stem}", "ppo": f"ppo_{stem}",
+        **{f"ppo_{v}": f"ppo_{stem}_{v}" for v in variants},
+    }  # fmt: skip
+    result = judge_demo({name: newest_run(run, runs_dir) for name, run in runs.items()}, prompts, seed, split)
+    seconds["judging"] = time.perf_counter() - started
+    return {"seed": seed, "seconds": seconds, **result}
+
+
+def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()) -> int:
+    """What `make demo` does; 1 when RLHF did not work. `flags` go to every script."""
+    started, stolen = time.perf_counter(), Stolen()
+    result = run_seed(seed, runs_dir, (), prompts, flags=flags)
+    print(seed_table(result))
+    minutes = (time.perf_counter() - started) / 60
+    took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())
+    path = runs_root(runs_dir) / "demo.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    share = stolen.share()
+    others = "" if share is None else f"; {share:.1%} of the machine's time went to other guests of its host"
+    print(f"\n{minutes:.1f} minutes ({took}){others}")
+    print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
+    print(judged_table(result))
+    print(f"over-optimisation picture: {result['overoptimisation']}")
+    failed = failures(result)
+    for line in failed:
+        print(f"FAILED: {line}")
+    if not failed:
+        print("RLHF worked: the policy beats the model it started from, by a reward that it never saw.")
+    return 1 if failed else 0
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What a run of the demo must reach, on any machine; wide of the expected figures, which the README gives."""
+    ppo, sft, best, rm = (*(result["systems"][name] for name in ("ppo", "sft", "best_of_16")), result["reward_model"])
+    checks = [
+        (
+            rm["noise_free_accuracy"] > 0.85,
+            f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.85",
+        ),
+        (
+            ppo["win_rate_ci"][0] > 0.8,
+            f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.80",
+        ),
+        (
+            ppo["gold"] > sft["gold"] + 1.5,
+            f"PPO's gold reward {ppo['gold']:.2f} is not 1.5 above SFT's {sft['gold']:.2f}",
+        ),
+        (
+            ppo["gold"] > best["gold"],
+            f"PPO's gold reward {ppo['gold']:.2f} is not above best-of-16's {best['gold']:.2f}",
+        ),
+        (ppo["kl"] < 10, f"PPO went {ppo['kl']:.1f} nats away from SFT, expected under 10"),
+        (ppo["eos_rate"] > 0.95, f"only {ppo['eos_rate']:.2f} of PPO's responses end, expected over 0.95"),
+    ]
+    return [message for passed, message in checks if not passed]
+
+
+def run_results(
+    seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str, split: str,
+    train: bool,
+) -> int:  # fmt: skip
+    """Several seeds and variants, `parallel` at a time with one thread each; prints the README's tables."""
+    threads = 1 if parallel > 1 else 0
+    with ThreadPoolExecutor(parallel) as pool:
+        one_seed = partial(
+            run_seed, runs_dir=runs_dir, variants=variants, prompts=prompts, threads=threads, quiet=parallel > 1,
+            split=split, train=train,
+        )  # fmt: skip
+        results = list(pool.map(one_seed, seeds))
+    path = runs_root(runs_dir) / "results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(results_table(results))
+    print(f"figures in {path}")
+    if "kl0" in variants:
+        from experiments.demo.picture import draw_kl_ablation
+
+        stems = [f"demo_s{s}" for s in seeds]
+        draw_kl_ablation(
+            [(newest_run(f"ppo_{s}", runs_dir), newest_run(f"ppo_{s}_kl0", runs_dir)) for s in stems], Path(picture)
+        )
+        print(f"picture in {picture}")
+    failed = [f"seed {r['seed']}: {line}" for r in results for line in failures(r)]
+    print("\n".join(f"FAILED: {line}" for line in failed))
+    return 1 if failed else 0

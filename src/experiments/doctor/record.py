@@ -1,0 +1,215 @@
+"""What a run wrote about itself, read back for the doctor: its figures as series, its flags, its samples."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
+from config.user_error import UserError
+from utils.runs.folder import places, runs_named, runs_root
+from utils.runs.origins import places_of
+
+STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A figure over a run: steps [N] int64 at which it was logged; values [N] float64, NaN where undefined."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def finite(self) -> Series:
+        """Without the points at which the figure is undefined."""
+        kept = np.isfinite(self.values)
+        return Series(self.steps[kept], self.values[kept])
+
+
+_NOTHING = Series(np.zeros(0, dtype=np.int64), np.zeros(0))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run of any stage.
+
+    Attributes:
+        folder: the run's folder.
+        stage: sft, rm or ppo.
+        config: the resolved flags, as in hyperparams.json.
+        precision: fp32, bf16 or fp16.
+        series: every figure of metrics.jsonl by its tag.
+        samples: the rows of samples.jsonl.
+        finished: the run has come to its end.
+        reward: of a PPO run, the record of its reward model's run; None when that is not there.
+    """
+
+    folder: Path
+    stage: str
+    config: dict[str, Any]
+    precision: str
+    series: dict[str, Series]
+    samples: list[dict[str, Any]]
+    finished: bool
+    reward: RunRecord | None = None
+
+    def __getitem__(self, tag: str) -> Series:
+        """A figure's defined points; empty when it was never logged."""
+        return self.series.get(tag, _NOTHING).finite()
+
+    @property
+    def last_step(self) -> int:
+        """The last step that logged anything."""
+        return max(int(s.steps[-1]) for s in self.series.values())
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps (PPO: iterations) of the whole run; 0 while no line tells how many an epoch has."""
+        limit = int(self.config.get("max_steps") or 0)
+        if self.stage == "ppo":
+            planned = int(self.config.get("iterations") or 0)
+        else:
+            epoch = self["train/epoch"]
+            planned = round(float(self.config.get("epochs") or 0) * epoch.steps[-1] / epoch.values[-1]) if epoch else 0
+        return min(planned or limit, limit or planned)
+
+    def up_to(self, step: int) -> RunRecord:
+        """The run as it was when `step` had been logged."""
+        cut = {tag: Series(s.steps[s.steps <= step], s.values[s.steps <= step]) for tag, s in self.series.items()}
+        return RunRecord(
+            self.folder, self.stage, self.config, self.precision, {tag: s for tag, s in cut.items() if len(s)},
+            [row for row in self.samples if row.get("step", 0) <= step], self.finished and step >= self.last_step,
+            self.reward,
+        )  # fmt: skip
+
+    def default(self, setting: str) -> float | None:
+        """The preset's default of a setting; None when the preset is unknown."""
+        try:
+            return float(getattr(stage_defaults(STAGES[self.stage], self.config["config"]), setting))
+        except (UserError, KeyError):
+            return None
+
+    def times_default(self, setting: str) -> float:
+        """How many times the preset's default a setting is; 1 when there is nothing to compare with."""
+        usual = self.default(setting)
+        return float(self.config[setting]) / usual if usual and setting in self.config else 1.0
+
+
+def find_run(argument: str, runs_dir: str) -> Path:
+    """The run folder that RUN means: a folder, a checkpoint folder inside one, or a stem such as `ppo_demo`.
+
+    Raises:
+        UserError: there is none; the message lists the runs there are.
+    """
+    for folder in [*places(argument, runs_dir), *runs_named(argument, runs_dir)[:1]]:
+        if folder.is_dir():
+            around = (folder, *folder.resolve().parents[:2])
+            return next((f for f in around if (f / "hyperparams.json").is_file()), folder)
+    root = runs_root(runs_dir)
+    runs = (re.fullmatch(r"(.+)_\d{14}", p.name) for p in (root.iterdir() if root.is_dir() else ()))
+    there = ", ".join(sorted({run[1] for run in runs if run})) or "none yet"
+    raise UserError(f"RUN {argument}: no such run or folder; runs in {root}: {there}")
+
+
+def read_run(folder: Path, runs_dir: str = "runs") -> RunRecord:
+    """Read a run's folder. A last line that was cut short, because the run writes or was killed, is left out.
+
+    The reward model's run of a PPO run is read, too; `runs_dir` is where else it is looked for.
+
+    Raises:
+        UserError: a file is missing, empty or malformed; the message names it, and the line.
+    """
+    hyperparams = _hyperparams(folder)
+    stage, config = hyperparams.get("stage"), hyperparams.get("config")
+    if stage not in STAGES or not isinstance(config, dict):
+        raise UserError(f"{folder / 'hyperparams.json'}: names no stage (sft, rm or ppo) or no config")
+    series = _series(folder / "metrics.jsonl")
+    precision = str(hyperparams.get("runs_on")).rpartition(" ")[2]
+    samples = folder / "samples.jsonl"
+    return RunRecord(
+        folder, stage, config, precision if precision in ("bf16", "fp16") else "fp32", series,
+        [row for _, row in _rows(samples)] if samples.is_file() else [], (folder / "final").is_dir(),
+        _reward_run(folder, hyperparams, runs_dir) if stage == "ppo" else None,
+    )  # fmt: skip
+
+
+def _hyperparams(folder: Path) -> dict[str, Any]:
+    path = folder / "hyperparams.json"
+    try:
+        hyperparams = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give the folder of a run of train_sft, train_rm or train_ppo") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(hyperparams, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return hyperparams
+
+
+def _series(path: Path) -> dict[str, Series]:
+    """Every figure of a metrics.jsonl, in the order in which the figures first appear."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for number, row in _rows(path):
+        step = row.get("step")
+        if not isinstance(step, int):
+            raise UserError(f"{path}:{number}: has no whole number as step")
+        for tag, value in row.items():
+            if tag in ("step", "time"):
+                continue
+            if not isinstance(value, int | float | None) or isinstance(value, bool):
+                raise UserError(f"{path}:{number}: {tag} is no number but {value!r}")
+            points.setdefault(tag, []).append((step, np.nan if value is None else float(value)))
+    if not points:
+        raise UserError(f"{path}: holds no figures yet; wait for the run's first line")
+    found = {}
+    for tag, pairs in points.items():
+        steps, values = zip(*pairs)
+        found[tag] = Series(np.array(steps, dtype=np.int64), np.array(values))
+    return found
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl file with their line numbers."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; this run has logged nothing, or is no run of ours") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    rows, last = [], max((number for number, line in enumerate(lines, start=1) if line.strip()), default=0)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == last:
+                break  # torn: it is being written, or the run was killed while it was
+            raise UserError(f"{path}:{number}: is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: is no JSON object")
+        rows.append((number, row))
+    return rows
+
+
+def _reward_run(folder: Path, hyperparams: dict[str, Any], runs_dir: str) -> RunRecord | None:
+    """The run of the reward model, where it was or, after runs were moved, beside this one or in `runs_dir`."""
+    if not hyperparams.get("rm"):
+        return None
+    for place in places_of(hyperparams["rm"], folder, runs_dir):
+        for run in (place, *place.parents[:2]):
+            if (run / "metrics.jsonl").is_file():
+                try:
+                    record = read_run(run, runs_dir)
+                except UserError:
+                    return None
+                return record if record.stage == "rm" else None
+    return None

@@ -1,0 +1,319 @@
+"""Over-optimisation of a PPO run: the reward it was trained on and one it never saw, over the distance from SFT.
+
+    python src/experiments/main.py -t overoptimisation ppo_demo_s0
+    python src/experiments/main.py -t overoptimisation runs/ppo_hh_20260101120000 --judge rm:rm_large
+    python src/experiments/main.py -t overoptimisation ppo_mine --reward-fn reward.py:score --judge gold.py:score
+
+A run only tells which Python functions it was trained with; those that are run are named on the command line.
+
+The policy is taken at every checkpoint that the run has kept (train_ppo.py --save-every 3 --keep 10 keeps ten of a run
+of thirty iterations), and best-of-n of the SFT model is set beside it at n = 1, 2, 4, ... (Gao et al. 2022, figure 1).
+Writes overoptimisation.json and overoptimisation.png into the run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from config.scrub import scrubbed
+from config.user_error import UserError
+from experiments.doctor.record import find_run
+from experiments.graded_answers import Graded, Grader, Proxy
+from experiments.overoptimisation.curves import REWARDS, overoptimisation_curves
+from experiments.overoptimisation.picture import draw_overoptimisation
+from inference.answers import Answer, Machine, Sampling, TextModel, score_answers, score_texts
+from inference.systems import check_stage, load_reward_model
+from models.gpt import GPT
+from models.weights.checkpoint import describe
+from training.engine.runtime import Runtime
+from training.start import template_of
+from utils.data.sources import open_source
+from utils.demo.gold import gold_reward
+from utils.judging.judges import Score
+from utils.reward_function import RewardFunction, load_reward_function
+from utils.runs.durable import write_file
+from utils.runs.folder import find_checkpoint, step_checkpoints
+from utils.runs.origins import find_origin
+from utils.template import PromptTemplate
+from utils.tokenizer import load_tokenizer
+
+_FEWEST_PROMPTS = 256
+# What is used of a run's settings; a run from elsewhere may hold anything.
+_SETTINGS = {
+    "dataset": str, "batch_size": int, "temperature": (int, float), "response_length": int, "reward_fn": str,
+    "reward_fn_weight": (int, float),
+}  # fmt: skip
+_DRAWING = threading.Lock()  # `-t results` judges several seeds side by side, and matplotlib is not made for that
+# Of the rows that fit where training fits. There are no gradients here, but the log-probabilities of all tokens.
+_ROWS_PER_TRAINED = 4
+
+
+@dataclass(frozen=True)
+class PPORun:
+    """A run of train_ppo.py: its folder, its settings, and the checkpoints it started from (rm: None without one)."""
+
+    folder: Path
+    config: dict[str, Any]
+    sft: Path
+    rm: Path | None
+
+    @classmethod
+    def read(cls, folder: Path, runs_dir: str = "runs") -> PPORun:
+        """From hyperparams.json; `runs_dir` is where else the models are looked for that it started from.
+
+        Raises:
+            UserError: it is no PPO run, or the models it started from are gone.
+        """
+        try:
+            hyperparams = json.loads((folder / "hyperparams.json").read_text())
+            stage, config = hyperparams.get("stage"), dict(hyperparams.get("config", {}))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"RUN {folder}: hyperparams.json cannot be read ({error}); give a PPO run") from None
+        if stage != "ppo":
+            raise UserError(f"RUN {folder}: is a run of stage {stage}; give a run of train_ppo.py")
+        unusable = [name for name, kind in _SETTINGS.items() if not isinstance(config.get(name), kind)]
+        if unusable:
+            raise UserError(f"RUN {folder}: hyperparams.json has no usable {', '.join(unusable)}; give a PPO run")
+        sft, rm = (find_origin(hyperparams, key, folder, runs_dir, f"RUN {folder}") for key in ("sft", "rm"))
+        return cls(folder, config, sft, rm)
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The policies that the run has kept, by step, without the one at step 0.
+
+        Raises:
+            UserError: there is none yet.
+        """
+        folders = [*step_checkpoints(self.folder), self.folder / "final"]
+        found = {describe(f)["step"]: f for f in folders if (f / "model.json").is_file()}
+        found.pop(0, None)
+        if not found:
+            raise UserError(f"RUN {self.folder}: has saved no checkpoint yet; wait for the first, see --save-every")
+        return dict(sorted(found.items()))
+
+
+def text_model(checkpoint: Path) -> TextModel:
+    """A language model with its tokenizer and template."""
+    return TextModel(GPT.from_checkpoint(checkpoint).eval(), load_tokenizer(checkpoint), template_of(checkpoint))
+
+
+def reward_function_of(run: PPORun, given: str = "") -> RewardFunction | None:
+    """The reward function that the run was trained on, as the user names it; None for a run without one.
+
+    What the run recorded is only shown: a folder from elsewhere could name any file, and importing it runs it.
+
+    Args:
+        given: --reward-fn FILE.py:FUNCTION, "" without the flag.
+
+    Raises:
+        UserError: the run had one and none is given, or the other way round, or it cannot be imported.
+    """
+    recorded = run.config["reward_fn"]
+    # With a reward model a function of weight 0 does not count.
+    if not recorded or not (run.rm is None or run.config["reward_fn_weight"]):
+        if given:
+            raise UserError(f"--reward-fn {given}: RUN {run.folder} was trained without one; leave it out")
+        return None
+    if not given:
+        raise UserError(
+            f"--reward-fn: RUN {run.folder} was trained on a reward function, recorded as {recorded!r}; what a run "
+            "names is not imported: look at it and name it yourself: python src/experiments/main.py "
+            f"-t overoptimisation {shlex.quote(str(run.folder))} --reward-fn FILE.py:FUNCTION"
+        )
+    return load_reward_function(given, "--reward-fn")
+
+
+def proxy_of(run: PPORun, machine: Machine, function: RewardFunction | None) -> Proxy:
+    """What the run maximised, without the KL penalty and the penalty for a missing EOS: the reward model on the sampled
+    ids, and the run's own reward function (`reward_function_of`) with its weight."""
+    rm = load_reward_model(run.rm, f"RUN {run.folder}") if run.rm is not None else None
+    weight = run.config["reward_fn_weight"] if rm is not None else 1.0  # in place of the reward model it counts in full
+
+    def proxy(answers: Sequence[Answer], name: str) -> np.ndarray:
+        scores = np.zeros(len(answers)) if rm is None else score_answers(rm, answers, machine, name, own_ids=True)
+        if function is not None:
+            scores = scores + weight * np.array(function([a.prompt for a in answers], [a.text for a in answers]))
+        return scores
+
+    return proxy
+
+
+def gold_of(spec: str, run: PPORun, runs_dir: str, machine: Machine) -> Score:
+    """The judge that --judge names, as a function of (prompts, answers); "" is `gold` on the demo's data.
+
+    Raises:
+        UserError: there is no such judge, or none was named for data that have no gold reward.
+    """
+    dataset, recorded = run.config["dataset"], run.config.get("eval_reward_fn")
+    if not spec and dataset != "demo":
+        known = f" (the run recorded --eval-reward-fn {recorded!r}, which is not imported unasked)" if recorded else ""
+        raise UserError(f"--judge: {dataset} has no gold reward{known}; give rm:CHECKPOINT or FILE.py:FUNCTION")
+    if spec in ("", "gold"):
+        return gold_reward
+    if spec.startswith("rm:"):
+        checkpoint = find_checkpoint(spec[3:], runs_dir, "--judge")
+        check_stage(checkpoint, f"--judge {spec}", ("rm",))
+        return score_texts(load_reward_model(checkpoint, f"--judge {spec}"), machine)
+    if spec.rpartition(":")[0].endswith(".py"):
+        return load_reward_function(spec, "--judge")
+    raise UserError(f"--judge {spec}: there are gold, rm:CHECKPOINT and FILE.py:FUNCTION")
+
+
+def held_out_prompts(dataset: str, template: PromptTemplate, count: int, split: str = "test") -> list[str]:
+    """The first `count` different prompts of a held-out split, in the template's form."""
+    rows = open_source(dataset, "ppo", template=template, skip_bad_rows=True).rows(split)
+    return list(islice(dict.fromkeys(row.prompts[0] for row in rows), count))
+
+
+def measure(run: PPORun, grader: Grader, known: dict[int, Graded] | None = None) -> dict[int, Graded]:
+    """The run's checkpoints on the grader's prompts, all with the same random numbers, so that what differs is the
+    policy. `known`: those that are graded already."""
+    known = known or {}
+    todo = {step: folder for step, folder in run.checkpoints().items() if step not in known}
+    bar = tqdm(todo.items(), desc="checkpoints", unit="", leave=False, delay=1, disable=None)
+    return known | {step: grader.grade(text_model(folder), "ppo") for step, folder in bar}
+
+
+def write_overoptimisation(
+    checkpoints: dict[int, Graded], samples: Sequence[Graded], about: dict[str, Any], out: Path
+) -> tuple[dict[str, Any], Path]:
+    """Write overoptimisation.json and .png into `out`; returns the figures and the picture's path."""
+    figures = {**about, **overoptimisation_curves(checkpoints, samples, about["seed"])}
+    write_file(out / "overoptimisation.json", (json.dumps(scrubbed(figures), indent=2) + "\n").encode())
+    picture = out / "overoptimisation.png"
+    picture.unlink(missing_ok=True)  # in a run from elsewhere it could be a link
+    with _DRAWING:
+        draw_overoptimisation(figures, picture)
+    return figures, picture
+
+
+def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Parse the flags `rest` of `-t overoptimisation` with `parser`, and do it; see `run_overoptimisation`."""
+    add_flags(parser)
+    return run_overoptimisation(parser.parse_args(rest))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `-t overoptimisation`."""
+    parser.add_argument("run", metavar="RUN", help="a PPO run: its folder, or its stem such as ppo_demo")
+    parser.add_argument(
+        "--judge", default="", help="gold (the demo's, the default there), rm:CHECKPOINT, FILE.py:FUNCTION"
+    )
+    parser.add_argument(
+        "--reward-fn", default="", help="FILE.py:FUNCTION that the run was trained on; what it recorded is not imported"
+    )
+    parser.add_argument("--prompts", type=_at_least(2), default=400, help="held-out prompts, of the test split")
+    parser.add_argument("--best-of", type=_at_least(2), default=16, help="samples of the SFT model per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
+    parser.add_argument("--out", default="", help="folder to write to; the run's own by default")
+    parser.add_argument("--runs-dir", default="runs", help="where run folders are looked for")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
+
+
+def run_overoptimisation(flags: argparse.Namespace) -> int:
+    """Grade, fit, write, draw, tell.
+
+    Raises:
+        UserError: a flag or the run is wrong.
+    """
+    ppo = PPORun.read(find_run(flags.run, flags.runs_dir), flags.runs_dir)
+    ppo.checkpoints()  # before anything slow, like the next lines
+    function = reward_function_of(ppo, flags.reward_fn)
+    out = _writable(Path(flags.out).expanduser() if flags.out else ppo.folder)
+    runtime = Runtime(flags.device, flags.dtype, flags.seed)
+    machine = Machine(runtime.device, _ROWS_PER_TRAINED * ppo.config["batch_size"], runtime.autocast)
+    dataset = ppo.config["dataset"]
+    gold = gold_of(flags.judge, ppo, flags.runs_dir, machine)
+    print(f"the run names SFT model {ppo.sft}, reward model {ppo.rm or 'none'}, data set {dataset}; they are read")
+    sft = text_model(ppo.sft)
+    prompts = held_out_prompts(dataset, sft.template, flags.prompts)
+    if len(prompts) < _FEWEST_PROMPTS:
+        print(f"note: {len(prompts)} prompts; the KL of the x axis is rough with fewer than {_FEWEST_PROMPTS}")
+    sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], flags.seed)
+    grader = Grader(sft, proxy_of(ppo, machine, function), gold, prompts, sampling, machine)
+    samples = grader.draws(flags.best_of)
+    about = describe_measurement(ppo, flags.judge or "gold", sampling)
+    figures, picture = write_overoptimisation(measure(ppo, grader), samples, about, out)
+    print(report(figures))
+    print(f"over-optimisation picture: {picture}")
+    return 0
+
+
+def _writable(folder: Path) -> Path:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {folder}: cannot write there; give another folder")
+    return folder
+
+
+def describe_measurement(run: PPORun, judge: str, sampling: Sampling) -> dict[str, Any]:
+    """The first entries of overoptimisation.json: of what, by whom, how."""
+    return {
+        "run": run.folder.name,
+        "judge": judge,
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": sampling.seed,
+    }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures as a table, and a line per peak."""
+    lines = [
+        "",
+        "| policy | KL to SFT | proxy above SFT (95 % interval) | gold above SFT | correlation of the two |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [(f"PPO, step {p['step']}", p) for p in figures["ppo"]]
+    rows += [(f"best of {p['n']}", p) for p in figures["best_of_n"][1:]]
+    for name, p in rows:
+        cells = (f"{p[r]:+.2f} ({p[f'{r}_ci'][0]:+.2f} to {p[f'{r}_ci'][1]:+.2f})" for r in REWARDS)
+        correlation = "" if p.get("correlation") is None else f"{p['correlation']:.2f}"
+        lines.append(" | ".join([f"| {name}", f"{p['kl']:.2f}", *cells, correlation]) + " |")
+    lines.append("")
+    families = (
+        ("ppo", "PPO", "keep more checkpoints (--save-every, --keep)"),
+        ("best_of_n", "best-of-n", "--best-of 8"),
+    )
+    for key, name, remedy in families:
+        for reward in REWARDS:
+            fit = figures["fits"][key][reward]
+            told = f"too few different distances to fit a curve; {remedy}" if fit is None else peak_in_words(fit)
+            lines.append(f"{name}, {reward}: {told}")
+    best = max(figures["ppo"], key=lambda p: p["gold"])
+    lines.append(f"highest gold reward measured: step {best['step']}, {best['gold']:+.2f} at a KL of {best['kl']:.2f}")
+    return "\n".join(lines)
+
+
+def peak_in_words(fit: dict[str, Any]) -> str:
+    """What a fit says of its highest point."""
+    text = f"a = {fit['a']:.3f}, b = {fit['b']:.3f}"
+    if not fit["peak_within_data"]:
+        return f"{text}; no peak within what was measured"
+    low, high = (f"{end**2:.1f}" if end is not None else "never" for end in fit["peak_d_ci"])
+    return f"{text}; peak at a KL of {fit['peak_d'] ** 2:.1f} nats ({low} to {high}), {fit['peak_reward']:+.2f}"
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}")
+        return value
+
+    parse.__name__ = "int"  # argparse names it when the text is no number
+    return parse

@@ -1,0 +1,339 @@
+"""What a run will have in memory, item by item and phase by phase, computed from its settings alone.
+
+Models are built on the meta device and counted; activations, logits, caches and copies follow from their shapes (the
+counts are in `training.memory.counts`). Nothing is loaded. Rows are taken to be as long as they may be.
+
+A run goes through phases, and its peak is the largest of them:
+
+    load      models come from disk, one after another, each in fp32 with its file beside it (CPU only)
+    rollout   responses are sampled: keys and values of all rows, the logits of one step
+    score     log-probabilities, values and scores of the sampled rows, without gradients
+    pass      the end of a micro-batch's forward pass: all that the backward pass needs, the logits of a block
+    step      the end of the backward pass: all gradients
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig
+from models.gpt import KVCache
+from models.vocabulary import BLOCK, slice_size
+from training.memory import counts
+from training.memory.counts import HALF, Weights, count_weights
+from training.sampling import SFT_SAMPLES, cached_tokens
+
+PHASES = ("load", "rollout", "score", "pass", "step")
+ALWAYS = ("rollout", "score", "pass", "step")
+ACTIVATIONS = "activations"
+COMPLETIONS = 2  # of a ranked row; rankings of more are known only when the data are read
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Sizes of what a stage starts from, and what could not be known.
+
+    sft: the model that trains or starts everything (-p, -a). reward: what -c holds, as saved; None without a reward
+    model. notes: one line each.
+    """
+
+    sft: GPTConfig
+    reward: GPTConfig | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a run: `method` of freezing ("frozen" for one that only looks), whether its base equals the first's,
+    whether it samples, whether log-probabilities are taken of it."""
+
+    name: str
+    kind: str
+    config: GPTConfig
+    method: str
+    same_base: bool = True
+    samples: bool = False
+    logprobs: bool = False
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """Counted."""
+        return count_weights(self.kind, self.config, self.method, dtype)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes that are there in some of the phases."""
+
+    name: str
+    bytes: float
+    phases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All items of a run; `tokens`: padded tokens of its largest micro-batch, `longest`: of its longest row."""
+
+    items: tuple[Item, ...]
+    tokens: int
+    longest: int
+    notes: tuple[str, ...] = ()
+
+    def of_phase(self, phase: str) -> float:
+        """Bytes in a phase."""
+        return sum(item.bytes for item in self.items if phase in item.phases)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(PHASES, key=self.of_phase)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak."""
+        return self.of_phase(self.peak_phase)
+
+    def table(self) -> str:
+        """Every item in every phase, in GB (1e9 bytes)."""
+        phases = [phase for phase in PHASES if self.of_phase(phase)]
+        name_width = max(len(item.name) for item in self.items) + 2
+        lines = [" " * name_width + "".join(f"{phase:>9}" for phase in phases)]
+        for item in self.items:
+            if item.bytes >= 5e4:
+                cells = (f"{item.bytes / 1e9:9.3f}" if phase in item.phases else " " * 9 for phase in phases)
+                lines.append(f"{item.name:<{name_width}}" + "".join(cells))
+        lines.append(f"{'sum, GB':<{name_width}}" + "".join(f"{self.of_phase(phase) / 1e9:9.3f}" for phase in phases))
+        return "\n".join(line.rstrip() for line in lines)
+
+    def summary(self, there: str = "") -> str:
+        """The peak, `there` (what the device has), and what the peak is made of, on one line."""
+        parts = [item for item in self.items if self.peak_phase in item.phases and item.bytes >= 0.005 * self.peak]
+        told = ", ".join(f"{item.name} {item.bytes / 1e9:.2f}" for item in parts)
+        return f"peak {self.peak / 1e9:.2f} GB{there} ({self.peak_phase}): {told}"
+
+
+def plan_memory(config: RunConfig, sources: Sources, device: str, dtype: str, base: float) -> MemoryPlan:
+    """The plan of a run.
+
+    Args:
+        config: of the stage; `tokens_per_micro_batch` a number. sources: sizes of the models it starts from.
+        device: cpu, cuda or mps. dtype: fp32, bf16 or fp16, both resolved.
+        base: bytes that the process (CPU) or the context (GPU) takes beside what is planned here.
+    """
+    product = _TYPES[dtype]
+    roles = roles_of(config, sources)
+    rows = Rows.of(config, roles[0].config.block_size)
+    items = [Item("process and libraries", base, PHASES if device == "cpu" else ALWAYS)]
+    if device == "cpu":
+        items.append(Item("loading", _loading(roles, product), ("load",)))
+    items += _weights(roles, product) + _copies(roles, product, device)
+    items += _rollout(config, roles, rows, product, device)
+    changing = _passes(config, roles, rows, product, device)
+    items += changing
+    if device == "cpu":
+        kept = sum(item.bytes for item in changing if item.name == ACTIVATIONS)
+        holes = counts.HEAP_HOLES["adapters" if roles[-1].config.lora_rank else "plain", kind_of(product)]
+        items.append(Item("holes in the heap", holes * kept, ("pass",)))
+    return MemoryPlan(tuple(item for item in items if item.bytes), rows.tokens, rows.longest, sources.notes)
+
+
+def kind_of(product: torch.dtype) -> str:
+    """The key of the counts for a product type."""
+    return "half" if product in HALF else "wide"
+
+
+def freeze_method(config: SFTConfig | RMConfig | PPOConfig, model: GPTConfig) -> str:
+    """--freeze with auto resolved."""
+    return config.freeze if config.freeze != "auto" else "lora" if model.lora_rank else "none"
+
+
+def roles_of(config: RunConfig, sources: Sources) -> list[Role]:
+    """The models of a stage in the order in which they are loaded."""
+    trains = replace(sources.sft, activation_checkpointing=config.activation_checkpointing)
+    method = freeze_method(config, trains)
+    plain = replace(sources.sft, lora_rank=0)
+    if isinstance(config, SFTConfig):
+        return [Role("model", "lm", trains, method, samples=True, logprobs=True)]
+    trains = replace(trains, dropout=0.0)
+    if isinstance(config, RMConfig):
+        return [
+            Role("SFT model", "lm", plain, "frozen", samples=True),
+            Role("reward model", "reward", trains, method),
+        ]
+    reward = sources.reward
+    # A reward model that trained all its weights has a base of its own, and so has a critic that starts from it.
+    same = reward is None or reward.lora_rank > 0
+    kept = reward is None or (reward.lora_rank, reward.lora_alpha) == (trains.lora_rank, trains.lora_alpha)
+    roles = [Role("reference", "lm", plain, "frozen", logprobs=True)]
+    if reward is not None and (not config.reward_fn or config.reward_fn_weight):
+        roles.append(Role("reward model", "reward", replace(reward, dropout=0.0), "frozen", same))
+    return [
+        *roles,
+        Role("actor", "lm", trains, method, samples=True, logprobs=True),
+        Role("critic", "critic", trains, method, same and kept),
+    ]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Shapes of a run's passes: tokens of the largest micro-batch (padding included) and of the longest row, how many
+    of the former meet the vocabulary or the head, micro-batches behind an optimizer step."""
+
+    tokens: int
+    longest: int
+    positions: int
+    micro_batches: int
+
+    @classmethod
+    def of(cls, config: RunConfig, context: int) -> Rows:
+        """For rows that are all as long as they may be."""
+        longest = min(config.max_length or context, context)
+        sequences, step = 1, config.global_batch_size
+        if isinstance(config, RMConfig):
+            sequences = COMPLETIONS
+        if isinstance(config, PPOConfig):
+            longest = min(longest, (config.prompt_length or longest) + config.response_length)
+            step = math.ceil(config.global_batch_size / config.minibatches)
+        limit = config.tokens_per_micro_batch
+        rows = min(step, max(1, limit // (sequences * longest)) if limit else config.batch_size)
+        tokens = rows * sequences * longest
+        if limit and rows < step:
+            tokens = max(tokens, limit)  # shorter rows fill the budget
+        positions = tokens
+        if isinstance(config, PPOConfig):
+            positions = min(tokens, math.ceil(tokens * config.response_length / longest))
+        return cls(tokens, longest, positions, math.ceil(step / rows))
+
+
+def _weights(roles: list[Role], product: torch.dtype) -> list[Item]:
+    found = [(role, role.weights(product)) for role in roles]
+    shared = max(w.base for role, w in found if role.same_base)
+    numbers = sum(w.trained for _, w in found)
+    adapters = sum(w.trained_adapters for _, w in found)
+    return [
+        Item("frozen base, shared", shared, ALWAYS),
+        Item("frozen base of one model", sum(w.base for role, w in found if not role.same_base), ALWAYS),
+        Item("weights that train", 4 * (numbers - adapters), ALWAYS),
+        Item("adapters and frozen heads", 4 * adapters + sum(w.own for _, w in found), ALWAYS),
+        Item("optimizer (two moments)", 8 * numbers, ALWAYS),
+    ]
+
+
+def _loading(roles: list[Role], product: torch.dtype) -> float:
+    """Most bytes of models while they are loaded: those before, and one in fp32 with its file."""
+    most, there, shared = 0, 0, 0
+    for i, role in enumerate(roles):
+        w = role.weights(product)
+        whole = count_weights(role.kind, role.config, "none", torch.float32).bytes
+        most = max(most, there + shared + 2 * whole)
+        if i and role.same_base:
+            there += w.bytes - min(w.base, shared)
+        elif i == 0:
+            shared, there = w.base, w.bytes - w.base
+        else:
+            there += w.bytes
+    return most
+
+
+def _copies(roles: list[Role], product: torch.dtype, device: str) -> list[Item]:
+    """Copies of weights for decoding and for the vocabulary (models.cpu.packing, models.vocabulary.OutputTable)."""
+    if product not in HALF:
+        return []
+    decoding, tables = 0, 0
+    for i, role in enumerate(roles):
+        w = role.weights(product)
+        if role.samples:
+            # Where a frozen weight has the product's type already, only a CPU needs another layout of it.
+            decoding += 2 * (w.all_matrices if device == "cpu" else w.trained_matrices)
+        if (role.samples or role.logprobs) and (w.table_trains or i == 0 or not role.same_base):
+            tables += 2 * w.table  # centred
+        if role.samples and device == "cpu":
+            tables += 2 * w.table  # its packed twin, which serves decoding
+    return [Item("weights laid out for decoding", decoding, ALWAYS), Item("output projections", tables, ALWAYS)]
+
+
+def _casts(roles: list[Role], product: torch.dtype) -> int:
+    """Autocast's copies of weights that train, kept for the length of a pass."""
+    return sum(2 * role.weights(product).trained_matrices for role in roles) if product in HALF else 0
+
+
+def _rollout(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dtype, device: str) -> list[Item]:
+    model = next(role for role in roles if role.samples)
+    new = config.sample_tokens if isinstance(config, SFTConfig) else config.response_length
+    longest = model.config.block_size if isinstance(config, SFTConfig) else rows.longest
+    if isinstance(config, SFTConfig) and config.max_length:
+        longest = min(longest, config.max_length + new)
+    if isinstance(config, SFTConfig):
+        wanted = min(SFT_SAMPLES, config.eval_examples)
+    elif isinstance(config, RMConfig):
+        wanted = config.normalise_prompts
+    else:
+        wanted = max(config.global_batch_size, config.eval_examples)
+    sizes = (config.batch_size, config.tokens_per_micro_batch, config.activation_checkpointing)
+    budget = cached_tokens(model.config.block_size, *sizes)
+    together = max(1, min(wanted, budget // longest))
+    prompt = max(1, longest - new)
+    d = model.config.n_embd
+    cached = counts.width(KVCache.dtype_on(device, product))
+    cache = 2 * model.config.n_layer * together * (longest - 1) * d * cached
+    kept = counts.kept_per_token(replace(model.config, dropout=0.0), product, device, longest)
+    # The prompts' pass: one block in work, and the stream.
+    prompts = together * prompt * (kept + counts.stream_per_token(model.config))
+    logits = counts.SAMPLED_LOGIT_BYTES * together * model.config.vocab_size
+    stored = wanted * (longest * 18 + new * 33) if isinstance(config, PPOConfig) else 0
+    return [
+        Item("keys and values", cache, ("rollout",)),
+        Item("prompts' pass or a step's logits", max(prompts, logits), ("rollout",)),
+        Item("rollouts' tokens and figures", stored, ("rollout", "score", "pass", "step")),
+    ]
+
+
+def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dtype, device: str) -> list[Item]:
+    """Items of the score, pass and step phases."""
+    training = [role for role in roles if role.method != "frozen"]
+    activations = in_work = gradients = tables = 0
+    for role in training:
+        w, d = role.weights(product), role.config.n_embd
+        kept = rows.tokens * counts.kept_per_token(role.config, product, device, rows.longest)
+        stream = rows.tokens * counts.stream_per_token(role.config)
+        blocks = counts.blocks_that_keep(role.config, role.method)
+        recomputes = role.config.activation_checkpointing
+        activations += blocks * (stream if recomputes else kept)
+        activations += 2 * stream + 2 * 4 * d * rows.positions  # the final LayerNorm, what goes into loss or head
+        # A block in work needs about as much beyond what it keeps; a recomputed one first has to be made again.
+        in_work = max(in_work, kept * (2 if recomputes else 1))
+        gradients += 4 * w.trained
+        if w.table_trains:
+            tables = max(tables, counts.TABLE_WORK * 4 * w.table)
+    vocabulary = training[0].config.vocab_size
+    per_logit = counts.LOGIT_BYTES["once" if isinstance(config, SFTConfig) and product in HALF else kind_of(product)]
+    logits = min(per_logit * rows.positions * vocabulary, max(BLOCK, per_logit * vocabulary))
+    logits += counts.SLICE_BYTES * min(rows.positions * vocabulary, slice_size(device))
+    projects = any(role.logprobs for role in training)
+    before = gradients if rows.micro_batches > 1 else 0
+    items = [
+        Item(ACTIVATIONS, activations, ("pass",)),
+        Item("gradients so far", before, ("pass",)),
+        Item("gradients", gradients, ("step",)),
+        Item("a block in work", in_work, ("score", "pass", "step")),
+        Item("autocast's copies of weights", _casts(training, product), ("score", "pass", "step")),
+        Item("token table's gradient on its way", tables, ("pass", "step")),
+    ]
+    if projects:
+        phases = ("score", "pass") if isinstance(config, PPOConfig) else ("pass",)
+        items.append(Item("logits of a block", logits, phases))
+    return items
+
+
+def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number in [low, high] for which the monotone `fits` holds; None when not even `low` does."""
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,391 @@
+"""The datasets by name: where their rows come from and which split a row belongs to.
+
+    name          class                   source                                    stages
+    hh            AnthropicHHRLHFDataset  hub Anthropic/hh-rlhf                     sft (the chosen dialogue), rm, ppo
+    rm-static     DahoasRMStaticDataset   hub Dahoas/rm-static                      sft (its `response`), rm, ppo
+    sft-static    DahoasSFTStaticDataset  hub Dahoas/sft-static                     sft, ppo
+    prompts-only  PromptsOnlyDataset      the prompts of rm-static                  ppo
+    hh-sft        HHSFTDataset            made by utils/prepare_sft_dataset.py      sft, ppo
+    demo          DemoDataset             assets/demo                               sft, rm, ppo, text
+    demo-text     DemoTextDataset         assets/demo/text.jsonl.gz                 text (also under the name sft)
+    PATH          JSONLDataset            a .jsonl or .jsonl.gz file                what its rows allow (data/rows.py)
+
+Splits. The demo ships its own. Everything else is divided by a hash of the conversation (utils/data/splits.py): a
+local file into train, validation and test; hh and rm-static, which have a test split, share the hub's test split
+between validation and test, half each, and lose from their training split the rows whose conversation is in it. The
+training prompts are divided once more between the reward model and PPO.
+
+Malformed rows of a file stop with file and line, unless `skip_bad_rows`; those of a hub dataset, which the user cannot
+mend, are always passed over. Either way the `DatasetReport` counts them.
+"""
+
+import contextlib
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from config.user_error import UserError
+from utils.data.rows import FORMS, STAGES, BadRow, Row, open_binary, parse_row, read_jsonl
+from utils.data.splits import SplitOptions
+from utils.data.token_table import Counts
+from utils.template import PromptTemplate
+from utils.tokenizer import REPO_ROOT
+
+DEMO_FOLDER = REPO_ROOT / "assets" / "demo"
+HH_SFT_FILE = REPO_ROOT / "runs" / "data" / "hh-sft.jsonl"
+
+_FEW_OPENINGS = 10
+
+
+class RowSource(ABC):
+    """Raw rows of one dataset for one stage.
+
+    `counts` tells, after `rows(...)`, how many rows were read, and passed over as bad, empty or elsewhere: of the whole
+    data, since a row that cannot be read belongs to no split.
+    """
+
+    name: str
+    stages: tuple[str, ...] = STAGES
+    flag = "--dataset"
+    """What the user set to get here, for messages."""
+
+    def __init__(
+        self,
+        stage: str,
+        *,
+        template: PromptTemplate | None = None,
+        options: SplitOptions | None = None,
+        skip_bad_rows: bool = False,
+    ):
+        """Args: `stage` decides what is read of a row; see `load_dataset` for the rest.
+
+        Raises:
+            UserError: this dataset has nothing for the stage.
+        """
+        if stage not in self.stages:
+            raise UserError(f"--dataset {self.name}: has nothing for stage {stage}, only for {', '.join(self.stages)}")
+        self.stage = stage
+        self.template = template or PromptTemplate()
+        self.options = options or SplitOptions()
+        self.skip_bad_rows = skip_bad_rows
+        self.counts = Counts()
+
+    @abstractmethod
+    def rows(self, split: str) -> Iterator[Row]:
+        """The rows of "train", "validation" or "test", in the order of the data.
+
+        Raises:
+            UserError: the data cannot be read, or a row is malformed.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A string that changes when the content of the data changes."""
+
+    def _parse(self, data: Any, where: str) -> Row | None:
+        """One row, or None (counted) for one that is malformed and skipped, or says nothing."""
+        self.counts.read += 1
+        try:
+            if isinstance(data, BadRow):
+                raise data
+            row = parse_row(data, self.stage, where, self.template)
+        except BadRow as error:
+            if not self.skip_bad_rows:
+                raise UserError(f"{error} (--skip-bad-rows passes over such rows)") from None
+            self.counts.bad += 1
+            self.counts.first_bad = self.counts.first_bad or str(error)
+            return None
+        self.counts.empty += row is None
+        return row
+
+    def _key(self, row: Row) -> str:
+        """What decides a row's split: the opening of its conversation, or the text itself."""
+        return self.template.opening(row.prompts[0]) if row.prompts[0] else row.completions[0]
+
+
+class JSONLDataset(RowSource):
+    """A local file of JSON Lines, divided into splits by a hash of each conversation's opening."""
+
+    def __init__(self, stage: str, path: str | Path, **options: Any):
+        """Args: `path` of a .jsonl or .jsonl.gz file, against the working directory; the rest as for `RowSource`."""
+        self.path = Path(os.path.expanduser(path))
+        self.name = getattr(type(self), "name", str(path))
+        super().__init__(stage, **options)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's bytes."""
+        digest = hashlib.sha256()
+        try:
+            open_binary(self.path).close()
+            with self.path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        return digest.hexdigest()
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """See `RowSource.rows`. The file is read twice: what is held out of a small file depends on all of its
+        prompts."""
+        points, is_ranked, by_opening = self._survey()
+        parts = self.options.parts(points)
+        wanted = self.options.wanted(self.stage, split, is_ranked)
+        if not any(part in wanted for part in parts.values()):
+            raise UserError(
+                f"{self.path}: has {len(parts)} different prompt{'s' * (len(parts) != 1)}, too few to keep any for "
+                f"stage {self.stage}, split {split}; four are enough for every split"
+            )
+        self.counts = Counts()
+        for row in self.file_rows():
+            if parts[self.options.point(self._key(row) if by_opening else _whole_key(row))] in wanted:
+                yield row
+            else:
+                self.counts.elsewhere += 1
+
+    def _survey(self) -> tuple[set[float], bool, bool]:
+        """Hash points of all keys, whether any row is ranked, and whether openings (or whole prompts) are the keys."""
+        self.counts = Counts()
+        openings, prompts = set(), set()
+        is_ranked = False
+        usable = 0
+        for number, data in read_jsonl(self.path):
+            usable += self._parse(data, f"{self.path}:{number}") is not None
+            row = self._any_stage(data)
+            if row is not None:
+                openings.add(self.options.point(self._key(row)))
+                prompts.add(self.options.point(_whole_key(row)))
+                is_ranked = is_ranked or "rejected" in data or "completions" in data
+        if not usable:
+            bad = f"{self.counts.bad} bad, the first: {self.counts.first_bad}"
+            told = bad if self.counts.bad else f"one JSON object per line is needed; {FORMS[self.stage]}"
+            raise UserError(f"{self.path}: has no rows for stage {self.stage}; {told}")
+        # A few openings over many prompts are a fixed preamble, not conversations that belong together.
+        by_opening = len(openings) >= _FEW_OPENINGS or len(openings) == len(prompts)
+        return (openings if by_opening else prompts), is_ranked, by_opening
+
+    def _any_stage(self, data: Any) -> Row | None:
+        """What decides a row's split, read alike in all stages: also rows that are of no use to this one count."""
+        if not isinstance(data, dict):
+            return None
+        is_text = self.stage == "text" or ("prompt" not in data and "chosen" not in data)
+        try:
+            return parse_row(data, "text" if is_text else "ppo", "", self.template)
+        except BadRow:
+            return None
+
+    def file_rows(self) -> Iterator[Row]:
+        """Every row of the file; `counts` goes on counting."""
+        for number, data in read_jsonl(self.path):
+            row = self._parse(data, f"{self.path}:{number}")
+            if row is not None:
+                yield row
+
+
+class HHSFTDataset(JSONLDataset):
+    """Demonstrations of HH-RLHF that the reward model's rm-static does not have, as utils/prepare_sft_dataset.py wrote
+    them."""
+
+    name = "hh-sft"
+    stages = ("sft", "ppo")
+
+    def __init__(self, stage: str, **options: Any):
+        """Raises UserError if the file has not been made yet; arguments as for `RowSource`."""
+        super().__init__(stage, HH_SFT_FILE, **options)
+        if not self.path.exists():
+            raise UserError(
+                f"--dataset hh-sft: {self.path} is missing; make it with `python src/utils/prepare_sft_dataset.py`"
+            )
+
+
+class DemoTextDataset(JSONLDataset):
+    """Plain text of the demo's world, for language-model pre-training: the whole text is the response to an empty
+    prompt."""
+
+    name = "demo-text"
+    stages = ("text", "sft")
+
+    def __init__(self, stage: str, **options: Any):
+        """Arguments as for `RowSource`."""
+        super().__init__(stage, _demo_file("text.jsonl.gz"), **options)
+
+
+class DemoDataset(RowSource):
+    """The offline demo: files per stage and split with disjoint prompts, so that nothing has to be held out."""
+
+    name = "demo"
+    _files = {"sft": "sft", "rm": "pairs", "ppo": "prompts"}
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """See `RowSource.rows`."""
+        if self.stage == "text":
+            text = DemoTextDataset("text", template=self.template, options=self.options)
+            for row in text.rows(split):
+                self.counts = text.counts
+                yield row
+            return
+        self.counts = Counts()
+        path = _demo_file(f"{self._files[self.stage]}-{split}.jsonl.gz")
+        for number, data in read_jsonl(path):
+            row = self._parse(data, f"{path}:{number}")
+            if row is not None:
+                yield row
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all files of the demo."""
+        digest = hashlib.sha256()
+        for path in sorted(DEMO_FOLDER.glob("*.jsonl.gz")):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+
+class HubDataset(RowSource):
+    """A dataset of the Hugging Face hub, memory-mapped by `datasets`, so that rows stream from disk."""
+
+    repository: str
+    has_test_split = True
+    is_ranked = True
+    """Whether a reward model can train on it, so that PPO has prompts to avoid."""
+
+    def __init__(self, stage: str, **options: Any):
+        """Arguments as for `RowSource`; bad rows are always passed over and counted."""
+        super().__init__(stage, **options | {"skip_bad_rows": True})
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """See `RowSource.rows`."""
+        self.counts = Counts()
+        held_out = split != "train" and self.has_test_split
+        tested = self._tested() if split == "train" and self.has_test_split else set()
+        wanted = self.options.wanted(self.stage, split, self.is_ranked)
+        for row in self.hub_rows("test" if held_out else "train"):
+            point = self.options.point(self._key(row))
+            if held_out:
+                part = "validation" if point < 0.5 else "test"
+            else:
+                part = self.options.part(point, self.has_test_split)
+            if part in wanted and point not in tested:
+                yield row
+            else:
+                self.counts.elsewhere += 1
+                self.counts.of_test += point in tested
+
+    def _tested(self) -> set[float]:
+        """Hash points of the conversations in the hub's test split, whatever the stage can use of their rows."""
+        points = set()
+        for data in self.load("test"):
+            with contextlib.suppress(BadRow):
+                points.add(self.options.point(self._key(parse_row(data, "ppo", "", self.template))))
+        return points
+
+    def hub_rows(self, split: str) -> Iterator[Row]:
+        """Every row of the hub's own split "train" or "test"; `counts` goes on counting."""
+        for i, data in enumerate(self.load(split)):
+            row = self._parse(data, f"{self.repository} {split}, row {i}")
+            if row is not None:
+                yield row
+
+    def load(self, split: str) -> Any:
+        """The hub's own split "train" or "test", as a `datasets.Dataset`.
+
+        Raises:
+            UserError: it is neither in the local cache nor can it be downloaded.
+        """
+        import datasets
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()  # its retries would print a line each; the failure is told once, below
+        try:
+            return datasets.load_dataset(self.repository, split=split)
+        except Exception as error:  # hub, network, file and value errors alike
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"{self.flag} {self.name}: {self.repository} could not be loaded ({reason}); go online, set HF_HOME to "
+                "a cache that has it, or give the path of a local .jsonl file"
+            ) from None
+
+    def fingerprint(self) -> str:
+        """The revision that `datasets` has on disk."""
+        splits = ("train", "test") if self.has_test_split else ("train",)
+        return " ".join(self.load(split)._fingerprint for split in splits)
+
+
+class AnthropicHHRLHFDataset(HubDataset):
+    """HH-RLHF (Bai et al. 2022): pairs of whole dialogues, chosen and rejected."""
+
+    name = "hh"
+    repository = "Anthropic/hh-rlhf"
+    stages = ("sft", "rm", "ppo")
+
+
+class DahoasRMStaticDataset(HubDataset):
+    """rm-static: the part of HH-RLHF set aside for reward models, as prompt, response (the chosen one), chosen,
+    rejected."""
+
+    name = "rm-static"
+    repository = "Dahoas/rm-static"
+    stages = ("sft", "rm", "ppo")
+
+
+class DahoasSFTStaticDataset(HubDataset):
+    """sft-static: the part of HH-RLHF set aside for fine-tuning, as prompt and response. Held-out rows come from its
+    train split."""
+
+    name = "sft-static"
+    repository = "Dahoas/sft-static"
+    stages = ("sft", "ppo")
+    has_test_split = False
+    is_ranked = False
+
+
+class PromptsOnlyDataset(HubDataset):
+    """The prompts of rm-static alone; by default those that the reward model does not train on."""
+
+    name = "prompts-only"
+    repository = "Dahoas/rm-static"
+    stages = ("ppo",)
+
+
+DATASETS: dict[str, type[RowSource]] = {
+    cls.name: cls
+    for cls in (
+        AnthropicHHRLHFDataset,
+        DahoasRMStaticDataset,
+        DahoasSFTStaticDataset,
+        PromptsOnlyDataset,
+        HHSFTDataset,
+        DemoDataset,
+        DemoTextDataset,
+    )
+}
+
+
+def open_source(name_or_path: str, stage: str, **options: Any) -> RowSource:
+    """The raw rows of a dataset by name or path; `options` as for `RowSource`.
+
+    Raises:
+        UserError: no such name, and no such file.
+    """
+    name = str(name_or_path)
+    if name in DATASETS:
+        return DATASETS[name](stage, **options)
+    if name.endswith((".jsonl", ".json", ".gz")) or os.path.exists(os.path.expanduser(name)):
+        return JSONLDataset(stage, name, **options)
+    raise UserError(
+        f"--dataset {name}: not known; choose {', '.join(DATASETS)}, or the path of a .jsonl or .jsonl.gz file"
+    )
+
+
+def _whole_key(row: Row) -> str:
+    return " ".join(row.prompts[0].split()) or row.completions[0]
+
+
+def _demo_file(name: str) -> Path:
+    path = DEMO_FOLDER / name
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.name for file in DEMO_FOLDER.glob("*.jsonl.gz"))) or "nothing"
+        raise UserError(
+            f"--dataset demo: {path} is missing (there is {shipped}); restore it with `python src/utils/demo/make.py`"
+        )
+    return path

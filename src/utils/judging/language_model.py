@@ -1,0 +1,268 @@
+"""A language model as judge, behind the API of OpenAI or of any server that speaks it.
+
+Every verdict is kept at once (`judging/verdict_cache.py`): a run that was stopped or killed is started again and asks
+only what is missing. Limits, an overloaded server and lost connections are waited out; a question that still has no
+answer is FAILED. A wrong key or an unknown model ends the run in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from openai import OpenAI
+from tqdm import tqdm
+
+from config.scrub import remember_url, scrubbed
+from config.user_error import UserError
+from utils.judging.cost import PRICES, PRICES_OF, Budget, Price
+from utils.judging.key import KEY_FILE, KEY_NAME, find_key
+from utils.judging.pairwise import JudgePlan, Question, Verdict
+from utils.judging.prompt import RESPONSE_FORMATS, TEMPERATURE, messages, parse_verdict, template_hash
+from utils.judging.requests import UNREACHABLE, GaveUp, NotAsked, PatientRequests, Refused
+from utils.judging.verdict_cache import VerdictCache
+from utils.runs.folder import REPO
+
+DEFAULT_JUDGE_MODEL = "gpt-4.1-mini"
+OPENAI_URL = "https://api.openai.com/v1"
+_MAX_TOKENS = 64
+_READINGS = 3  # requests for an answer that is not clear
+_REFUSALS = 3  # questions that a server may refuse before it has answered one; then it is not about the question
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a language model is asked.
+
+    model: as the server calls it. base_url: of an OpenAI-compatible server; None takes OPENAI_BASE_URL or OpenAI's own.
+    cache: file of the verdicts so far. concurrency: requests at a time. max_cost: US dollars for this process, None for
+    no limit. price: US dollars per million input and output tokens, None takes `PRICES`. timeout: seconds for one
+    answer. max_attempts: for one answer. first_wait, longest_wait: seconds before the second attempt, doubling up to
+    the longest; a server that asks for a longer pause than the longest is given up on. give_up_after: questions in a
+    row without an answer, after which the rest is not asked. key_folders: where `openai.key` is looked for, None for
+    the usual places.
+    """
+
+    model: str = DEFAULT_JUDGE_MODEL
+    base_url: str | None = None
+    cache: Path = REPO / "runs" / "judge_cache.jsonl"
+    concurrency: int = 8
+    max_cost: float | None = None
+    price: tuple[float, float] | None = None
+    timeout: float = 60.0
+    max_attempts: int = 6
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+    give_up_after: int = 10
+    key_folders: Sequence[Path] | None = None
+
+
+class OpenAIJudge:
+    """Asks a chat model at temperature 0 which of two answers is better; see `utils/judging/prompt.py` for the words.
+
+    Identical answers are a tie that nobody is asked about. An answer that is not clear is asked for again, three times
+    in all, and then UNPARSED.
+    """
+
+    def __init__(self, options: JudgeOptions) -> None:
+        """Find the key and read the verdicts so far; asks nobody.
+
+        Raises:
+            UserError: no key, an unusable option or cache file.
+        """
+        url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+        remember_url(url)
+        _check(options)
+        self.options = options
+        self.url = scrubbed(url)
+        key = find_key(options.key_folders)
+        if key is None and url == OPENAI_URL:
+            raise UserError(
+                f'--judge openai: no key; write {{"{KEY_NAME}": "..."}} to {KEY_FILE} in the working folder or set '
+                f"{KEY_NAME}"
+            )
+        prices = options.price or (PRICES.get(options.model) if url == OPENAI_URL else None)
+        self.price = Price(*prices) if prices else None
+        self.budget = Budget(self.price, options.max_cost)
+        self.cache = VerdictCache(options.cache, ["openai", self.url, options.model, template_hash()])
+        # A server of one's own often wants no key, but the client does.
+        client = OpenAI(api_key=key.value if key else "none", base_url=url, timeout=options.timeout, max_retries=0)
+        self._requests = PatientRequests(
+            client, options.model, self.budget, url=self.url, attempts=options.max_attempts,
+            first_wait=options.first_wait, longest_wait=options.longest_wait,
+        )  # fmt: skip
+        self._formats = list(RESPONSE_FORMATS)  # those that the server may still turn out to take, best first
+        self._lock = threading.Lock()
+        self._stop = self._requests.stop
+        self._answers = self._from_cache = self._failed_in_a_row = self._not_asked = self._refusals = 0
+        self._failures: Counter[str] = Counter()
+        self._stopped: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What was asked, how, and what came of it so far."""
+        spent = self.budget.spent
+        return {
+            "kind": "openai",
+            "model": self.options.model,
+            "base_url": self.url,
+            "template": template_hash(),
+            "temperature": TEMPERATURE,
+            "response_format": self._formats[0],
+            "requests": self._requests.made,
+            "from_cache": self._from_cache,
+            "input_tokens": self.budget.input_tokens,
+            "output_tokens": self.budget.output_tokens,
+            "cost_usd": None if spent is None else round(spent, 6),
+            "failures": dict(self._failures),
+            "not_asked": self._not_asked,
+            "stopped": self._stopped,
+        }
+
+    def plan(self, questions: Sequence[Question]) -> JudgePlan:
+        """Calls that are not in the cache, and an estimate of what they cost."""
+        distinct = [question for question in dict.fromkeys(questions) if question.first != question.second]
+        missing = [question for question in distinct if self.cache.get(question) is None]
+        cost = sum(self.price.estimate(_text(q)) for q in missing) if self.price else None if missing else 0.0
+        if cost is None:
+            money = "; the price is not known"
+        elif missing:
+            money = f"; about ${cost:.2f} ({'the given price' if self.options.price else f'prices of {PRICES_OF}'})"
+        else:
+            money = ""
+        cached = len(distinct) - len(missing)
+        note = f"judge {self.options.model} at {self.url}: {len(missing)} calls, {cached} answered before{money}"
+        return JudgePlan(len(questions), len(missing), cached, cost, note)
+
+    def judge(self, questions: Sequence[Question]) -> list[Verdict]:
+        """One verdict per question; what was stopped, by --max-cost say, is FAILED and told by `describe`.
+
+        Raises:
+            UserError: wrong key, unknown model, a server that cannot be reached. Verdicts so far are kept.
+        """
+        self.cache.refresh()
+        verdicts = {q: Verdict.TIE if q.first == q.second else self.cache.get(q) for q in questions}
+        missing = [question for question, verdict in verdicts.items() if verdict is None]
+        self._from_cache += sum(v is not None and q.first != q.second for q, v in verdicts.items())
+        stopped_before = self._stop.is_set()  # a limit that was reached, or a dead server, holds for later calls, too
+        with tqdm(total=len(missing), desc=f"judge {self.options.model}", disable=not missing) as bar:
+            if missing and not self._answers:  # the first alone: it shows a wrong key, and what the server takes
+                first = missing.pop(0)
+                verdicts[first] = self._verdict(first)
+                bar.update()
+                if self._failures[UNREACHABLE]:
+                    raise UserError(f"--judge openai: {self.url} {UNREACHABLE}; verdicts so far are kept")
+            verdicts |= self._judge_all(missing, bar)
+        if self._stop.is_set() and not stopped_before:
+            print(f"warning: {self._stopped}; verdicts so far are kept in {self.cache.path}", file=sys.stderr)
+        return [verdicts[question] for question in questions]
+
+    def _judge_all(self, questions: Sequence[Question], bar: tqdm) -> dict[Question, Verdict]:
+        pool = ThreadPoolExecutor(self.options.concurrency)
+        try:
+            waiting = {pool.submit(self._verdict, question): question for question in questions}
+            verdicts = {}
+            for future in as_completed(waiting):
+                verdicts[waiting[future]] = future.result()
+                bar.update()
+            return verdicts
+        except BaseException:
+            self._stop.set()  # Ctrl-C among others: nothing new is asked
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # what is in flight is paid for: it is kept
+
+    def _verdict(self, question: Question) -> Verdict:
+        """Ask until the answer is clear; what is clear is kept at once."""
+        verdict = Verdict.UNPARSED
+        try:
+            for _ in range(_READINGS):
+                if (verdict := parse_verdict(self._ask(question))).clear:
+                    break
+        except GaveUp as reason:
+            self._note_failure(str(reason))
+            return Verdict.FAILED
+        except NotAsked as reason:
+            self._note_not_asked(str(reason))
+            return Verdict.FAILED
+        except UserError:
+            self._stop.set()  # here, and not where the result is looked at: nothing is to be asked meanwhile
+            raise
+        with self._lock:
+            self._failed_in_a_row = 0
+        self.cache.add(question, verdict)
+        return verdict
+
+    def _ask(self, question: Question) -> str:
+        """The text of one answer, "" for one that was cut short or withheld.
+
+        Raises:
+            GaveUp, NotAsked: there is none.
+            UserError: there will be none for any question.
+        """
+        if self._stop.is_set():
+            raise NotAsked("stopped")
+        formats = self._formats
+        for i, name in enumerate(formats):
+            try:
+                text = self._requests.send(
+                    messages=messages(question), response_format=RESPONSE_FORMATS[name], max_tokens=_MAX_TOKENS,
+                    temperature=TEMPERATURE,
+                )  # fmt: skip
+            except Refused as error:
+                if self._answers or name == "text":  # not the format: it is the question that the server refuses
+                    self._note_refusal(str(error))
+                    raise GaveUp("question refused") from None
+                continue
+            with self._lock:
+                if i and not self._answers:
+                    print(f"note: {self.url} does not take {formats[0]}; asking for {name} instead", file=sys.stderr)
+                    self._formats = formats[i:]
+                self._answers += 1
+            return text
+        raise AssertionError("the last format returns or raises")
+
+    def _note_refusal(self, message: str) -> None:
+        with self._lock:
+            self._refusals += 1
+            if self._refusals >= _REFUSALS and not self._answers:
+                raise UserError(f"--judge-model {self.options.model}: {self.url} refuses every question: {message}")
+            if self._refusals == 1:
+                print(f"warning: {self.url} refuses a question: {message}", file=sys.stderr)
+
+    def _note_failure(self, reason: str) -> None:
+        with self._lock:
+            self._failures[reason] += 1
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= self.options.give_up_after and not self._stop.is_set():
+                self._stopped = f"stopped after {self._failed_in_a_row} questions in a row without an answer ({reason})"
+                self._stop.set()
+
+    def _note_not_asked(self, reason: str) -> None:
+        with self._lock:
+            self._not_asked += 1
+            if reason == "over budget":
+                self._stopped = f"stopped before --max-cost ${self.options.max_cost:g} would be passed"
+                self._stop.set()
+
+
+def _check(options: JudgeOptions) -> None:
+    if not options.model.strip():
+        raise UserError("--judge-model: give the model's name")
+    if options.base_url is not None and urlsplit(options.base_url).scheme not in ("http", "https"):
+        raise UserError(f"--base-url {scrubbed(options.base_url)}: must begin with http:// or https://")
+    if options.concurrency < 1:
+        raise UserError(f"--concurrency {options.concurrency}: must be at least 1")
+    if options.price is not None and not (len(options.price) == 2 and min(options.price) >= 0):
+        raise UserError(f"--judge-price {options.price}: give two numbers of at least 0")
+
+
+def _text(question: Question) -> str:
+    return "".join(message["content"] for message in messages(question))

@@ -1,0 +1,105 @@
+"""Verdicts that were paid for, on disk: a killed evaluation goes on where it was and nothing is asked twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from config.user_error import UserError
+from utils.judging.pairwise import Question, Verdict
+
+
+class VerdictCache:
+    """An append-only JSONL file, one line per clear verdict; safe with several threads and several processes.
+
+    A line is written at once, whole and behind a lock, and is on its way to the disk when `add` returns: killing the
+    process loses nothing that was added. A line that cannot be read (the process was killed while writing, or somebody
+    edited it) is passed over, and its question asked again. Of two verdicts on one question the first counts, so that
+    results do not change from one reading to the next.
+    """
+
+    def __init__(self, path: Path, judge: Sequence[str]) -> None:
+        """Read what is there.
+
+        Args:
+            path: made, with its folder, at the first verdict.
+            judge: everything beside the question that a verdict depends on: kind, server, model, prompt template.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        self.path, self._judge = path, list(judge)
+        self._verdicts: dict[str, Verdict] = {}
+        self._read_to = 0
+        self._thread_lock = threading.Lock()
+        self.refresh()
+
+    def key(self, question: Question) -> str:
+        """SHA-256, hex, of the judge and of the question with its order."""
+        identity = [*self._judge, question.prompt, question.first, question.second]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def get(self, question: Question) -> Verdict | None:
+        """The verdict on this question in this order, None when there is none yet."""
+        return self._verdicts.get(self.key(question))
+
+    def add(self, question: Question, verdict: Verdict) -> None:
+        """Keep a clear verdict; the others are not kept, so that they are asked again.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if not verdict.clear:
+            return
+        key = self.key(question)
+        line = json.dumps({"key": key, "verdict": verdict.value, "judge": self._judge}) + "\n"
+        with self._thread_lock:
+            try:
+                self._append(line.encode())
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot keep verdicts there ({error.strerror})") from None
+            self._verdicts.setdefault(key, verdict)
+
+    def refresh(self) -> None:
+        """Read what other processes have added since.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            with self._thread_lock, self.path.open("rb") as file:
+                file.seek(self._read_to)
+                new = file.read()
+                # A last line without its end is being written, or never will be: it is read again next time.
+                self._read_to += new.rfind(b"\n") + 1
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read the verdicts there ({error.strerror})") from None
+        for line in new.splitlines(keepends=True):
+            if entry := _entry(line):
+                self._verdicts.setdefault(*entry)
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"), self.path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    line = b"\n" + line  # a process was killed while writing the last line: it ends here
+            file.write(line)
+
+
+def _entry(line: bytes) -> tuple[str, Verdict] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else {}
+        key, verdict = row["key"], Verdict(row["verdict"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (key, verdict) if isinstance(key, str) and verdict.clear else None

@@ -1,0 +1,184 @@
+"""Run folders: where a run writes, what it records about itself, and how a model argument finds a checkpoint."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from config.scrub import scrubbed
+from config.user_error import UserError
+from utils.runs.durable import standing, write_file
+
+REPO = Path(__file__).resolve().parents[3]
+HYPERPARAMS, LOCK = "hyperparams.json", ".lock"
+_PACKAGES = ("torch", "numpy", "transformers", "datasets", "accelerate", "loralib", "tiktoken", "safetensors")
+
+
+def runs_root(runs_dir: str) -> Path:
+    """The folder of all runs. The default `runs` is the repo's own from whatever folder a script is started."""
+    return REPO / "runs" if runs_dir == "runs" else Path(runs_dir)
+
+
+def create_run(stage: str, name: str, runs_dir: str) -> Path:
+    """Make `STAGE_NAME_YYYYmmddHHMMSS` and return it; two runs started in one second get different seconds.
+
+    Raises:
+        UserError: the folder cannot be made, or its name would show a secret.
+    """
+    if scrubbed(name) != name:
+        raise UserError(f"-n {name}: holds a secret, which the folder's name would show; give another name")
+    root = runs_root(runs_dir)
+    moment = time.time()
+    while True:
+        folder = root / f"{stage}_{name}_{time.strftime('%Y%m%d%H%M%S', time.localtime(moment))}"
+        try:
+            folder.mkdir(parents=True)
+            lock_run(folder)
+            return folder
+        except FileExistsError:
+            moment += 1
+        except OSError as error:
+            raise UserError(
+                f"--runs-dir {runs_dir}: cannot write there ({error.strerror}); give a folder that can be written"
+            ) from None
+
+
+_locks: dict[Path, int] = {}  # open files, to be kept: a lock lasts as long as the process that holds its file
+
+
+def lock_run(run: Path) -> None:
+    """Keep other processes from writing to a run, until this one ends, however it ends.
+
+    Raises:
+        UserError: another process has it, it cannot be written to, or there is a link in it.
+    """
+    run = run.resolve()
+    if run in _locks:
+        return
+    refuse_links(run)
+    try:
+        handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"{run}: cannot write there ({error.strerror}); a run needs a folder that can be written"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 100).decode(errors="replace").strip()
+        os.close(handle)
+        raise UserError(f"{run}: another process writes to it ({holder}); wait for its end, or stop it") from None
+    except OSError as error:  # some network file systems have no locks
+        print(
+            f"warning: {run}: cannot be locked ({error.strerror}); let no second process write there", file=sys.stderr
+        )
+    _locks[run] = handle
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse to write in a folder with symbolic links: a run from elsewhere could have files overwritten outside it.
+
+    Raises:
+        UserError: it is one, or there is one in it.
+    """
+    link = next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
+    if link is not None:
+        raise UserError(f"{link}: is a link, and nothing is written through links in a run; put a copy in its place")
+
+
+def write_hyperparams(
+    folder: Path, stage: str, config: dict[str, Any], model: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    """Record the resolved configuration and what it ran on in hyperparams.json, without secrets."""
+    record = {
+        "stage": stage,
+        "config": config,
+        "model": model,
+        "seed": config["seed"],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _commit(),
+        "versions": versions(),
+        "machine": platform.platform(),
+        **extra,
+    }
+    write_file(folder / HYPERPARAMS, (json.dumps(scrubbed(record), indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    return {"python": platform.python_version(), **{p: metadata.version(p) for p in _PACKAGES}}
+
+
+def _commit() -> str:
+    """The code's commit, with "+changes" when the working tree differs; "unknown" outside git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "src"], cwd=REPO, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def runs_named(stem: str, runs_dir: str) -> list[Path]:
+    """The run folders called `stem` (`sft_demo`), newest first."""
+    pattern = re.compile(re.escape(stem) + r"_\d{14}")
+    root = runs_root(runs_dir)
+    there = root.iterdir() if root.is_dir() else ()
+    return sorted((p for p in there if pattern.fullmatch(p.name)), reverse=True)
+
+
+def newest_run(stem: str, runs_dir: str) -> Path | None:
+    """The newest run folder called `stem`, or None."""
+    return next(iter(runs_named(stem, runs_dir)), None)
+
+
+def places(path: str, runs_dir: str) -> list[Path]:
+    """What a folder named on the command line may mean: from the working directory, the repo, or `runs_dir`."""
+    return [Path(path).expanduser(), REPO / path, runs_root(runs_dir) / path]
+
+
+def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
+    """The checkpoint folder that a model argument means, as an absolute path.
+
+    Args:
+        argument: a run folder (its final/, else best/, else newest step), a checkpoint folder, or the stem of a run
+            such as `sft_demo` (the newest run of that name). Paths count from the working directory, the repo, or
+            `runs_dir`.
+        runs_dir: where stems are looked up.
+        flag: named in the error.
+
+    Raises:
+        UserError: there is no such run or it has no checkpoint; the message lists the runs there are.
+    """
+    candidates = [*places(argument, runs_dir), *runs_named(argument, runs_dir)[:1]]
+    for folder in candidates:
+        for inner in (folder, folder / "final", folder / "best", *reversed(step_checkpoints(folder))):
+            if (standing(inner) / "model.json").is_file():
+                return standing(inner).resolve()
+    empty = next((folder for folder in reversed(candidates) if folder.is_dir()), None)
+    if empty is not None:
+        raise UserError(
+            f"{flag} {argument}: no checkpoint in {empty}; give a run that has saved one, or a folder with model.json"
+        )
+    root = runs_root(runs_dir)
+    runs = (re.fullmatch(r"(.+)_\d{14}", p.name) for p in (root.iterdir() if root.is_dir() else ()))
+    there = ", ".join(sorted({run[1] for run in runs if run})) or "none yet"
+    raise UserError(f"{flag} {argument}: no such run or folder; runs in {root}: {there}")
+
+
+def step_checkpoints(run: Path) -> list[Path]:
+    """The step checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_????????") if p.name[5:].isdigit())
