@@ -1,7 +1,7 @@
-"""The README's tables of flags, made from the dataclasses: `python tests/flag_table.py` writes them there.
+"""The tables of docs/flags.md, made from the dataclasses: `python tests/flag_table.py` writes them there.
 
-A flag's text is the docstring of its field, so help, README and code cannot say different things; a test fails when the
-README is behind.
+A flag's text is the docstring of its field, so help, documentation and code cannot say different things; a test fails
+when the document is behind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from config import configs
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 BEGIN, END = "<!-- flags:begin -->", "<!-- flags:end -->"
 STAGES = {"SFT": SFTConfig, "RM": RMConfig, "PPO": PPOConfig}
 # GPT-2's four sizes share one recipe; so do their plain and /dropout variants.
@@ -96,12 +96,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-def with_tables(readme: str) -> str:
-    """The README with fresh tables between its two marker lines."""
-    head, rest = readme.split(BEGIN + "\n")
+def with_tables(document: str) -> str:
+    """The document with fresh tables between its two marker lines."""
+    head, rest = document.split(BEGIN + "\n")
     _, tail = rest.split(END)
     return f"{head}{BEGIN}\n{tables()}\n{END}{tail}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
