@@ -83,7 +83,9 @@ def core_table() -> str:
 
 def first_sentence(path: Path) -> str:
     """The first sentence of a module's docstring, without its full stop."""
-    docstring = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+    docstring = " ".join(
+        (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split()
+    )
     if not docstring:
         raise ValueError(f"{path.relative_to(ROOT)} has no docstring; its first sentence goes into docs/layout.md")
     return re.split(r"\.(?: |$)", docstring)[0].replace("|", "\\|")
@@ -97,7 +99,7 @@ def module_tables() -> str:
         room = folder.relative_to(SRC).as_posix()
         if room not in ROOMS:
             raise ValueError(f"src/{room} is not in ROOMS of tests/reading_order.py: say there what the room is for")
-        parts += [f"### `{room}/`", "", ROOMS[room], "", "| module | what it holds |", "|---|---|"]
+        parts += [f"## `{room}/`", "", ROOMS[room], "", "| module | what it holds |", "|---|---|"]
         for path in sorted(folder.glob("*.py")):
             if path.name != "__init__.py":
                 link = f"[{path.name}](../src/{path.relative_to(SRC).as_posix()})"

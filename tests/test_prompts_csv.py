@@ -34,8 +34,8 @@ def test_columns_and_numbers(rows) -> None:
     assert {tuple(row) for row in rows} == {("id", "category", "prompt")}
     assert [row["id"] for row in rows] == [str(n) for n in range(1, len(rows) + 1)]
     assert 160 <= len(rows) <= 200
-    readme = (ASSETS.parent / "README.md").read_text(encoding="utf-8")
-    assert f"prompts.csv: {len(rows)} prompts in {len({row['category'] for row in rows})} categories" in readme
+    layout = (ASSETS.parent / "docs" / "layout.md").read_text(encoding="utf-8")
+    assert f"prompts.csv: {len(rows)} prompts in {len({row['category'] for row in rows})} categories" in layout
 
 
 def test_no_prompt_occurs_twice(prompts) -> None:

@@ -254,8 +254,8 @@ def test_wrong_input_is_one_line(call, runs, flags, message):
     assert not list(runs.glob("eval_*"))
 
 
-def test_commands_of_the_readme_parse():
-    text = (REPO / "README.md").read_text(encoding="utf-8")
+def test_commands_of_the_documentation_parse():
+    text = (REPO / "docs" / "evaluation.md").read_text(encoding="utf-8")
     commands = re.findall(r"^ {4}python src/utils/evaluate\.py (.*)$", text, re.M)
     assert len(commands) >= 2
     for command in commands:

@@ -351,8 +351,8 @@ def test_wrong_flags_are_told_before_anything_is_measured(words, complaint, monk
         bench.measure_all(flags(*words))
 
 
-def test_the_readme_names_flags_that_there_are():
-    commands = re.findall(r"python src/experiments/main\.py -t bench(.*)", (ROOT / "README.md").read_text())
+def test_the_page_on_speed_names_flags_that_there_are():
+    commands = re.findall(r"python src/experiments/main\.py -t bench(.*)", (ROOT / "docs" / "speed.md").read_text())
     assert commands
     for command in commands:
         flags(*shlex.split(command.split("#")[0]))
