@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from flag_table import DOCUMENT, tables, with_tables
 from reading_order import CORE, LAYOUT, README, SRC, core_total, lines_of, with_core, with_modules
 
@@ -28,7 +29,7 @@ TEXT = PAGES["README.md"]
 COMMANDS = [
     (page, line.split("  #")[0].strip())
     for page, text in PAGES.items()
-    for line in text.splitlines()
+    for line in text.replace("\\\n", " ").splitlines()
     if re.match(r"(?: {4})?python (?:src|tests)/\S+\.py", line)
 ]
 LINKS = {
@@ -161,6 +162,14 @@ def test_there_are_links_to_code():
     assert sum(target.endswith(".py") for links in LINKS.values() for _, target in links) >= 150
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_have_the_cells_of_its_head(page):
+    """GitHub leaves out what is too much."""
+    for table in re.findall(r"(?:^\|.*\n)+", PAGES[page] + "\n", re.M):
+        head, rule, *rows = (len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines())
+        assert rule == head and set(rows) <= {head}, (page, table[:200])
+
+
 def test_every_page_is_in_the_index():
     index = {target.partition("#")[0] for _, target in LINKS["docs/README.md"]}
     assert {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"} <= index
@@ -189,3 +198,10 @@ def test_tests_that_are_named_are_there(page):
     for file, name in re.findall(r"`((?:\w+/)*test_\w+\.py)::(\w+)\*?`", PAGES[page]):
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert re.search(rf"def {name}", source), (page, file, name)
+
+
+def test_the_citation_names_the_holder_of_the_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    holder = re.search(r"Copyright \(c\) \d+ (.*)", (ROOT / "LICENSE").read_text(encoding="utf-8"))[1]
+    assert citation["authors"] == [{"name": holder}] and citation["license"] == "MIT"
+    assert f"# {citation['title']}" == TEXT.splitlines()[0] and citation["cff-version"] == "1.2.0"

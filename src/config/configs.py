@@ -270,7 +270,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(RunConfig):
-    """Supervised fine-tuning: next-token loss on the response tokens and EOS (specification: README, "The details")."""
+    """Supervised fine-tuning: next-token loss on the response tokens and EOS (the choices: docs/details.md)."""
 
     pretrain: Annotated[str, arg(aliases=["-p"])] = "scratch"
     """Start from: scratch, huggingface (the hub model of the preset's name), a Hugging Face name or folder, or one of

@@ -6,7 +6,7 @@ dataset    show a batch with its masks
 tokenizer  show how a text is cut into tokens
 loss       what the losses give on a tiny example, term by term
 demo       the whole offline demo on one seed (what `make demo` runs)
-results    the demo over several seeds and variants: the README's table and picture
+results    the demo over several seeds and variants: the tables of docs/results.md and the picture
 overoptimisation    proxy and gold reward over the distance from SFT, of a PPO run and of best-of-n, as a picture
 doctor     what is wrong with a run of any stage, from its figures, and what to change
 memory     what every preset and stage needs on a GPU; --check: the plan against measured runs

@@ -1,7 +1,7 @@
 """Judges the demo's models on held-out prompts by the gold reward that none of them was trained on.
 
 Everything about the world and the recipe was chosen by the figures of the validation split. The test split is for the
-table in the README: looked at once, when nothing is to be chosen any more.
+tables of docs/results.md: looked at once, when nothing is to be chosen any more.
 """
 
 from __future__ import annotations

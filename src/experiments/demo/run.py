@@ -1,7 +1,7 @@
 """The offline demo: vanilla -> SFT -> reward model -> PPO with the scripts a user runs, judged by the gold reward.
 
 `make demo` runs one seed, judges it on validation prompts and fails when RLHF did not work. `-t results --seeds 0 1 2
---variants kl0 lora --split test` makes the README's table and picture.
+--variants kl0 lora --split test` makes the tables of docs/results.md and the picture.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """What a run of the demo must reach, on any machine; wide of the expected figures, which the README gives."""
+    """What a run of the demo must reach, on any machine; wide of the figures that docs/results.md gives."""
     ppo, sft, best, rm = (*(result["systems"][name] for name in ("ppo", "sft", "best_of_16")), result["reward_model"])
     checks = [
         (
@@ -166,7 +166,7 @@ def run_results(
     seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str, split: str,
     train: bool,
 ) -> int:  # fmt: skip
-    """Several seeds and variants, `parallel` at a time with one thread each; prints the README's tables."""
+    """Several seeds and variants, `parallel` at a time with one thread each; prints the tables of docs/results.md."""
     threads = 1 if parallel > 1 else 0
     with ThreadPoolExecutor(parallel) as pool:
         one_seed = partial(

@@ -1,4 +1,4 @@
-"""The tables of the demo: one seed for `make demo`, several with intervals over seeds and prompts for the README."""
+"""The tables of the demo: one seed for `make demo`, several with intervals over seeds and prompts for `-t results`."""
 
 from __future__ import annotations
 
