@@ -194,6 +194,13 @@ def test_details_are_numbered_in_order():
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_paths_that_are_named_are_there(page):
+    text = re.sub(r"^\| .*was \| is \|$.*?^$", "", PAGES[page], flags=re.M | re.S)  # moves tell of what is gone
+    for path in re.findall(r"`((?:src|tests|docs|assets)/[a-z0-9_/.-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_tests_that_are_named_are_there(page):
     for file, name in re.findall(r"`((?:\w+/)*test_\w+\.py)::(\w+)\*?`", PAGES[page]):
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
