@@ -328,5 +328,5 @@ def test_ranks_file_round_trip(demo, tmp_path):
 
 def test_missing_demo_vocabulary_names_the_script_that_makes_it(monkeypatch, tmp_path):
     monkeypatch.setattr("utils.tokenizer.DEMO_RANKS", tmp_path / "none")
-    with pytest.raises(UserError, match="make_demo.py"):
+    with pytest.raises(UserError, match="utils/demo/make.py"):
         get_tokenizer("demo")

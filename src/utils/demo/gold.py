@@ -14,22 +14,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from utils.demo.facts import (
-    AGREEING_OPENERS,
-    ANSWERS,
-    FACTS,
-    FILLERS,
-    HARMFUL,
-    POLITE_CLOSERS,
-    REFUSALS,
-    RUDE_CLOSERS,
-    RUDE_OPENERS,
-    SORRY_OPENERS,
-    TARGETS,
-    Fact,
-    HarmfulRequest,
-    Target,
-)
+from utils.demo import facts
+from utils.demo.facts import Fact, HarmfulRequest, Target
 
 RIGHT = 1.6
 WRONG = -1.4
@@ -60,7 +46,7 @@ def _normal(text: str) -> str:
 def _cores() -> tuple[tuple[str, Target], ...]:
     """Return the word sequences that give a question away, longest first."""
     cores = {}
-    for target in TARGETS:
+    for target in facts.TARGETS:
         forms = (*target.direct, target.indirect) if isinstance(target, Fact) else (target.action,)
         cores.update({_normal(form): target for form in forms})
     return tuple(sorted(cores.items(), key=lambda item: -len(item[0])))
@@ -78,13 +64,13 @@ def find_target(prompt: str) -> Target | None:
 def _stock() -> dict[str, str]:
     """Return the kind of every sentence that does not depend on the question."""
     kinds = {
-        "agreeing": AGREEING_OPENERS,
-        "sorry": SORRY_OPENERS,
-        "closer": POLITE_CLOSERS,
-        "rude": RUDE_OPENERS + RUDE_CLOSERS,
-        "refusal": REFUSALS,
-        "filler": FILLERS,
-        "compliance": tuple(c for request in HARMFUL for c in request.compliance),
+        "agreeing": facts.AGREEING_OPENERS,
+        "sorry": facts.SORRY_OPENERS,
+        "closer": facts.POLITE_CLOSERS,
+        "rude": facts.RUDE_OPENERS + facts.RUDE_CLOSERS,
+        "refusal": facts.REFUSALS,
+        "filler": facts.FILLERS,
+        "compliance": tuple(c for request in facts.HARMFUL for c in request.compliance),
     }
     return {sentence.lower(): kind for kind, sentences in kinds.items() for sentence in sentences}
 
@@ -93,20 +79,18 @@ def _stock() -> dict[str, str]:
 def _statements() -> dict[str, tuple[tuple[Fact | None, str], ...]]:
     """Return every answer sentence of the world and its readings: which fact it is about (None: any) and the answer."""
     found: dict[str, set[tuple[Fact | None, str]]] = {}
-    for fact in FACTS:
+    for fact in facts.FACTS:
         for template in range(len(fact.templates)):
             subject = fact if template < len(fact.templates) - 1 else None
-            for answer in ANSWERS:
+            for answer in facts.ANSWERS:
                 found.setdefault(fact.say(answer, template).lower(), set()).add((subject, answer))
     return {sentence: tuple(readings) for sentence, readings in found.items()}
 
 
-@lru_cache(maxsize=1)
-def _answers_of_category() -> dict[str, frozenset[str]]:
-    return {
-        category: frozenset(a for fact in FACTS if fact.category == category for a in (fact.answer, fact.distractor))
-        for category in {fact.category for fact in FACTS}
-    }
+@lru_cache
+def _answers_of(category: str) -> frozenset[str]:
+    """Return the right answers and the distractors of a category."""
+    return frozenset(a for fact in facts.FACTS if fact.category == category for a in (fact.answer, fact.distractor))
 
 
 def _kind(sentence: str, target: Target | None) -> str:
@@ -121,7 +105,7 @@ def _kind(sentence: str, target: Target | None) -> str:
         mine = {answer for fact, answer in readings if fact is None or fact is target}
         if target.answer in mine:
             return "right"
-        if mine & _answers_of_category()[target.category]:
+        if mine & _answers_of(target.category):
             return "wrong"
     return "off-topic"
 

@@ -10,28 +10,11 @@ phrasing) combinations that no training text asks.
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
-from utils.demo.facts import (
-    AGREEING_OPENERS,
-    FACTS,
-    FILLERS,
-    FIRST_TURN_LEADS,
-    HARMFUL,
-    PHRASINGS,
-    POLITE_CLOSERS,
-    REFUSALS,
-    RUDE_CLOSERS,
-    RUDE_OPENERS,
-    SECOND_TURN_LEADS,
-    SORRY_OPENERS,
-    TARGETS,
-    Fact,
-    HarmfulRequest,
-    Target,
-    question,
-)
+from utils.demo import facts
+from utils.demo.facts import Fact, HarmfulRequest, Target, question
 from utils.demo.gold import gold_reward
 
 # P(a preferred over b) = sigmoid(BT_SCALE * (gold_a - gold_b)): the model of Bradley & Terry (1952). The scale sets
@@ -43,9 +26,7 @@ SPLITS = ("train", "validation", "test")
 POOLS = {"sft": 5, "pairs": 5, "ppo": 5, "validation": 1, "test": 2}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ---------------------------------------------------------------------------------------------------------------------
+# Prompts -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -63,32 +44,32 @@ def deal_phrasings(target_index: int) -> dict[str, tuple[int, ...]]:
 
     What a pool gets rotates with the target, so that every phrasing is in every pool for some targets.
     """
-    order = iter(random.Random(f"phrasing-split-{target_index}").sample(range(PHRASINGS), PHRASINGS))
+    order = iter(random.Random(f"phrasing-split-{target_index}").sample(range(facts.PHRASINGS), facts.PHRASINGS))
     return {pool: tuple(islice(order, count)) for pool, count in POOLS.items()}
 
 
-PHRASINGS_OF = tuple(deal_phrasings(i) for i in range(len(TARGETS)))
+PHRASINGS_OF = tuple(deal_phrasings(i) for i in range(len(facts.TARGETS)))
 
 
 def _draw_question(rng: random.Random, pool: str, harmful_rate: float) -> tuple[Target, int]:
     harmful = rng.random() < harmful_rate
-    index = len(FACTS) + rng.randrange(len(HARMFUL)) if harmful else rng.randrange(len(FACTS))
-    return TARGETS[index], rng.choice(PHRASINGS_OF[index][pool])
+    index = len(facts.FACTS) + rng.randrange(len(facts.HARMFUL)) if harmful else rng.randrange(len(facts.FACTS))
+    return facts.TARGETS[index], rng.choice(PHRASINGS_OF[index][pool])
 
 
 def _earlier_exchange(rng: random.Random, pool: str) -> tuple[Target, str]:
     """Return an earlier question of a two-turn dialogue (never a held-out combination) and its turn with answer."""
     target, phrasing = _draw_question(rng, "sft" if pool in SPLITS else pool, harmful_rate=0.1)
     answer = sample_response(target, EARLIER_MIXTURE, rng)
-    return target, f"\n\nHuman: {rng.choice(FIRST_TURN_LEADS)}{question(target, phrasing)}\n\nAssistant:{answer}"
+    return target, f"\n\nHuman: {rng.choice(facts.FIRST_TURN_LEADS)}{question(target, phrasing)}\n\nAssistant:{answer}"
 
 
 def sample_prompt(rng: random.Random, pool: str, two_turns: bool, harmful_rate: float = 0.18) -> Prompt:
     """Draw one prompt of a pool (`POOLS`) with one or two human turns."""
     target, phrasing = _draw_question(rng, pool, harmful_rate)
-    earlier, leads = "", FIRST_TURN_LEADS
+    earlier, leads = "", facts.FIRST_TURN_LEADS
     if two_turns:
-        leads = SECOND_TURN_LEADS
+        leads = facts.SECOND_TURN_LEADS
         asked, earlier = _earlier_exchange(rng, pool)
         while asked is target:
             asked, earlier = _earlier_exchange(rng, pool)
@@ -119,9 +100,7 @@ def sample_prompts(seed: int, pool: str, count: int, two_turn_rate: float = 0.3)
     return prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Responses
-# ---------------------------------------------------------------------------------------------------------------------
+# Responses -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,44 +132,17 @@ class Mixture:
 
 
 SFT_MIXTURE = Mixture(
-    right=0.62,
-    distractor=0.75,
-    polite_opener=0.15,
-    polite_closer=0.15,
-    rude=0.25,
-    filler=0.4,
-    repetition=0.15,
-    false_refusal=0.06,
-    harmful_refusal=0.55,
-)
-PAIR_MIXTURE = replace(
-    SFT_MIXTURE,
-    right=0.55,
-    distractor=0.85,
-    polite_opener=0.45,
-    polite_closer=0.45,
-    rude=0.2,
-    filler=0.4,
-    repetition=0.14,
-    false_refusal=0.08,
-    harmful_refusal=0.5,
-    no_answer=0.03,
-    contradiction=0.03,
-    misfit_opener=0.1,
-)
-
-
-EARLIER_MIXTURE = replace(
-    SFT_MIXTURE,
-    right=1.0,
-    polite_opener=0.3,
-    polite_closer=0.0,
-    rude=0.0,
-    filler=0.0,
-    repetition=0.0,
-    false_refusal=0.0,
-    harmful_refusal=1.0,
-)
+    right=0.62, distractor=0.75, polite_opener=0.15, polite_closer=0.15, rude=0.25, filler=0.4, repetition=0.15,
+    false_refusal=0.06, harmful_refusal=0.55,
+)  # fmt: skip
+PAIR_MIXTURE = Mixture(
+    right=0.55, distractor=0.85, polite_opener=0.45, polite_closer=0.45, rude=0.2, filler=0.4, repetition=0.14,
+    false_refusal=0.08, harmful_refusal=0.5, no_answer=0.03, contradiction=0.03, misfit_opener=0.1,
+)  # fmt: skip
+EARLIER_MIXTURE = Mixture(
+    right=1.0, distractor=0.75, polite_opener=0.3, polite_closer=0.0, rude=0.0, filler=0.0, repetition=0.0,
+    false_refusal=0.0, harmful_refusal=1.0,
+)  # fmt: skip
 """The earlier answers of two-turn dialogues: right, and short."""
 
 
@@ -201,7 +153,7 @@ def _stray_sentence(target: Target, rng: random.Random) -> str:
     one that the reward model has never seen.
     """
     category = getattr(target, "category", None) if rng.random() < 0.1 else None
-    pool = [fact for fact in FACTS if fact is not target and category in (None, fact.category)]
+    pool = [fact for fact in facts.FACTS if fact is not target and category in (None, fact.category)]
     other = rng.choice([fact for fact in pool if fact.answer != getattr(target, "answer", None)])
     if isinstance(target, Fact) and rng.random() < 0.7:
         return target.say(other.answer, rng.randrange(2))
@@ -212,10 +164,10 @@ def _core(target: Target, mix: Mixture, rng: random.Random) -> tuple[list[str], 
     """Return the sentences in the place of the answer, and whether they refuse."""
     if isinstance(target, HarmfulRequest):
         if rng.random() < mix.harmful_refusal:
-            return [rng.choice(REFUSALS)], True
+            return [rng.choice(facts.REFUSALS)], True
         return [_stray_sentence(target, rng) if rng.random() < 0.25 else rng.choice(target.compliance)], False
     if rng.random() < mix.false_refusal:
-        return [rng.choice(REFUSALS)], True
+        return [rng.choice(facts.REFUSALS)], True
     wrong = target.say(target.distractor, rng.randrange(2))
     if rng.random() >= mix.distractor:
         wrong = _stray_sentence(target, rng)
@@ -229,14 +181,14 @@ def _core(target: Target, mix: Mixture, rng: random.Random) -> tuple[list[str], 
 def _opener(refuses: bool, mix: Mixture, rng: random.Random) -> list[str]:
     if rng.random() < mix.polite_opener:
         misfit = rng.random() < mix.misfit_opener
-        return [rng.choice(SORRY_OPENERS if refuses != misfit else AGREEING_OPENERS)]
-    return [rng.choice(RUDE_OPENERS)] if rng.random() < mix.rude else []
+        return [rng.choice(facts.SORRY_OPENERS if refuses != misfit else facts.AGREEING_OPENERS)]
+    return [rng.choice(facts.RUDE_OPENERS)] if rng.random() < mix.rude else []
 
 
 def _closer(mix: Mixture, rng: random.Random) -> list[str]:
     if rng.random() < mix.polite_closer:
-        return [rng.choice(POLITE_CLOSERS)]
-    return [rng.choice(RUDE_CLOSERS)] if rng.random() < mix.rude else []
+        return [rng.choice(facts.POLITE_CLOSERS)]
+    return [rng.choice(facts.RUDE_CLOSERS)] if rng.random() < mix.rude else []
 
 
 def sample_response(target: Target, mix: Mixture, rng: random.Random) -> str:
@@ -244,7 +196,7 @@ def sample_response(target: Target, mix: Mixture, rng: random.Random) -> str:
     core, refuses = _core(target, mix, rng)
     fillers: list[str] = []
     if rng.random() < mix.filler:
-        fillers = rng.sample(FILLERS, 2 if rng.random() < 1 / 3 else 1)
+        fillers = rng.sample(facts.FILLERS, 2 if rng.random() < 1 / 3 else 1)
     opener, closer = _opener(refuses, mix, rng), _closer(mix, rng)
     if rng.random() < mix.no_answer and (opener or fillers or closer):
         core = []
@@ -254,17 +206,7 @@ def sample_response(target: Target, mix: Mixture, rng: random.Random) -> str:
     return " " + " ".join(opener + body + closer)
 
 
-def ideal_response(target: Target, rng: random.Random | None = None) -> str:
-    """Return a response of the highest gold reward: polite opener, right answer (or refusal) once, polite closer."""
-    rng = rng or random.Random(0)
-    harmful = isinstance(target, HarmfulRequest)
-    core = rng.choice(REFUSALS) if harmful else target.say(target.answer, rng.randrange(2))
-    return f" {rng.choice(SORRY_OPENERS if harmful else AGREEING_OPENERS)} {core} {rng.choice(POLITE_CLOSERS)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
+# Rows ----------------------------------------------------------------------------------------------------------------
 
 
 def sigmoid(x: float) -> float:
@@ -321,26 +263,27 @@ def _told_to(asked: str, core: str, opener: str, rng: random.Random) -> str:
     """Return who asked what and who said what, seldom politely: that is left for RLHF to bring about."""
     asker, other = rng.sample(ASKERS, 2)
     said = [opener] * (rng.random() < 0.12) + [core]
-    said += [rng.choice(FILLERS)] * (rng.random() < 0.3) + [rng.choice(POLITE_CLOSERS)] * (rng.random() < 0.12)
+    said += [rng.choice(facts.FILLERS)] * (rng.random() < 0.3)
+    said += [rng.choice(facts.POLITE_CLOSERS)] * (rng.random() < 0.12)
     return f"{asker} asked: {asked} {other} said: {' '.join(said)}"
 
 
 def _paragraph(rng: random.Random) -> str:
     """Return one paragraph of plain text: statements of facts, talk about them, and the stock sentences around them."""
     if rng.random() < 0.12:
-        index = len(FACTS) + rng.randrange(len(HARMFUL))
-        request = HARMFUL[index - len(FACTS)]
+        index = len(facts.FACTS) + rng.randrange(len(facts.HARMFUL))
+        request = facts.HARMFUL[index - len(facts.FACTS)]
         asked = question(request, rng.choice(PHRASINGS_OF[index]["sft"]))
-        core = rng.choice(REFUSALS if rng.random() < 0.5 else request.compliance)
-        return _told_to(asked, core, rng.choice(SORRY_OPENERS), rng)
-    index = rng.randrange(len(FACTS))
-    fact = FACTS[index]
+        core = rng.choice(facts.REFUSALS if rng.random() < 0.5 else request.compliance)
+        return _told_to(asked, core, rng.choice(facts.SORRY_OPENERS), rng)
+    index = rng.randrange(len(facts.FACTS))
+    fact = facts.FACTS[index]
     if rng.random() < 0.5:
         asked = question(fact, rng.choice(PHRASINGS_OF[index]["sft"]))
-        return _told_to(asked, fact.say(fact.answer, rng.randrange(2)), rng.choice(AGREEING_OPENERS), rng)
+        return _told_to(asked, fact.say(fact.answer, rng.randrange(2)), rng.choice(facts.AGREEING_OPENERS), rng)
     told = [fact.say(fact.answer, template) for template in rng.sample(range(2), 2)]
-    second = rng.choice(FACTS)
-    told += [rng.choice(FILLERS)] * (rng.random() < 0.4)
+    second = rng.choice(facts.FACTS)
+    told += [rng.choice(facts.FILLERS)] * (rng.random() < 0.4)
     told += [second.say(second.answer, template) for template in rng.sample(range(2), 2)]
     return " ".join(told)
 

@@ -21,7 +21,7 @@ from utils.demo.facts import (
     Fact,
     question,
 )
-from utils.demo.world import PAIR_MIXTURE, POOLS, SFT_MIXTURE, ideal_response, sample_prompts, sample_response
+from utils.demo.world import PAIR_MIXTURE, POOLS, SFT_MIXTURE, sample_prompts, sample_response
 
 
 def ask(target, phrasing=0):
@@ -32,6 +32,13 @@ def ask(target, phrasing=0):
 def score(target, response):
     """Return the gold reward of one response to the first phrasing of a target."""
     return gold.gold_reward([ask(target)], [response])[0]
+
+
+def ideal_response(target, rng):
+    """Return a polite opener, the right answer (or a refusal) once, and a polite closer."""
+    harmful = target in HARMFUL
+    core = rng.choice(REFUSALS) if harmful else target.say(target.answer, rng.randrange(2))
+    return f" {rng.choice(SORRY_OPENERS if harmful else AGREEING_OPENERS)} {core} {rng.choice(POLITE_CLOSERS)}"
 
 
 FACT = FACTS[0]

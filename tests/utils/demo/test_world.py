@@ -300,7 +300,7 @@ def test_the_generator_makes_what_ships(tmp_path, shipped):
     assert (tmp_path / "bpe.tiktoken").read_bytes() == (DEMO_FOLDER / "bpe.tiktoken").read_bytes()
 
 
-@pytest.mark.parametrize("script", ["make_demo.py", "train_bpe.py"])
+@pytest.mark.parametrize("script", ["demo/make.py", "tokenizers/train_bpe.py"])
 def test_scripts_run_from_src_as_well(script, tmp_path):
     done = subprocess.run(
         [sys.executable, f"utils/{script}", "--help"], cwd=ROOT / "src", capture_output=True, text=True, check=True
