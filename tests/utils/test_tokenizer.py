@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from config.user_error import UserError
-from utils.tokenizer import (
-    HuggingFaceTokenizer,
-    TiktokenTokenizer,
-    get_tokenizer,
-    load_tokenizer,
-    read_ranks,
-    write_ranks,
-)
+from utils.tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer, load_tokenizer
+from utils.tokenizers.bpe import read_ranks, write_ranks
 from utils.tokenizers.export import byte_alphabet, recover_merges
 
 EDGE_CASES = [

@@ -32,9 +32,8 @@ from utils.data.rows import FORMS, STAGES, BadRow, Row, open_binary, parse_row, 
 from utils.data.splits import SplitOptions
 from utils.data.token_table import Counts
 from utils.template import PromptTemplate
-from utils.tokenizer import REPO_ROOT
+from utils.tokenizer import DEMO_FOLDER, REPO_ROOT
 
-DEMO_FOLDER = REPO_ROOT / "assets" / "demo"
 HH_SFT_FILE = REPO_ROOT / "runs" / "data" / "hh-sft.jsonl"
 
 _FEW_OPENINGS = 10

@@ -25,7 +25,7 @@ from utils.demo.world import (
     sample_sft_rows,
     sample_text_rows,
 )
-from utils.tokenizer import write_ranks
+from utils.tokenizers.bpe import write_ranks
 from utils.tokenizers.train_bpe import DEMO_FOLDER, corpus_texts, train_bpe
 
 SEED = 0

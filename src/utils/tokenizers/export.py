@@ -1,7 +1,6 @@
 """Between tiktoken's form of a byte-level BPE (bytes with ranks) and Hugging Face's (printable characters with a merge
 list)."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -51,46 +50,25 @@ def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[byte
 def write_huggingface_bpe(folder: Path, ranks: dict[bytes, int], eos_text: str) -> None:
     """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt; the id of EOS is the one after the last
     rank."""
+    from tokenizers import processors
+    from transformers import GPT2Tokenizer
+
     alphabet = byte_alphabet()
 
     def shown(token: bytes) -> str:
         return "".join(alphabet[byte] for byte in token)
 
-    vocab = {shown(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    vocab[eos_text] = len(ranks)
-    merges = [(shown(left), shown(right)) for left, right in recover_merges(ranks)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": len(ranks), "content": eos_text, **flags}],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": byte_level | {"trim_offsets": False},
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "vocab": vocab,
-            "merges": [list(pair) for pair in merges],
-        },
-    }
-    config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": MODEL_MAX_LENGTH,
+    tokenizer = GPT2Tokenizer(
+        vocab={shown(token): rank for token, rank in ranks.items()} | {eos_text: len(ranks)},
+        merges=[(shown(left), shown(right)) for left, right in recover_merges(ranks)],
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), eos_text),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "tokenizer.json", tokenizer)
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "vocab.json", vocab)
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        model_max_length=MODEL_MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    tokenizer.save_pretrained(str(folder))
+    backend.model.save(str(folder))
 
 
 def gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int, bytes] | None:
@@ -101,18 +79,15 @@ def gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int,
     ids.
     """
     model, split = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
-    is_gpt2_split = (
-        split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
+    special_rules = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    has_gpt2_rules = (
+        (model.get("type"), split.get("type"), tokenizer.get("normalizer")) == ("BPE", "ByteLevel", None)
+        and not split.get("add_prefix_space")
+        and split.get("use_regex", True)
+        and [token["content"] for token in tokenizer.get("added_tokens") or []] == [eos_text]
+        and not any(model.get(key) for key in special_rules)
     )
-    added = [token["content"] for token in tokenizer.get("added_tokens") or []]
-    if (
-        model.get("type") != "BPE"
-        or not is_gpt2_split
-        or tokenizer.get("normalizer") is not None
-        or added != [eos_text]
-    ):
-        return None
-    if any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
+    if not has_gpt2_rules:
         return None
     to_byte = {character: byte for byte, character in byte_alphabet().items()}
     by_id = {tokenizer["added_tokens"][0]["id"]: eos_text.encode()}
@@ -126,7 +101,3 @@ def gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int,
     is_in_order = all(a < b for a, b in zip(merged, merged[1:], strict=False)) and -1 not in merged
     singles = sum(len(token) == 1 for token in by_id.values())
     return by_id if is_in_order and singles == 256 and len(merged) + singles + 1 == len(by_id) else None
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, ensure_ascii=False) + "\n", encoding="utf-8")

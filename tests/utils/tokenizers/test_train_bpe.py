@@ -5,10 +5,11 @@ import random
 
 import pytest
 import tiktoken
+from tokenizers import ByteLevelBPETokenizer
 
-from utils.tokenizer import EOS_TEXT, write_ranks
+from utils.tokenizers.bpe import EOS_TEXT, GPT2_PATTERN, write_ranks
 from utils.tokenizers.export import byte_alphabet
-from utils.tokenizers.train_bpe import DEMO_FOLDER, SPLIT_PATTERN, VOCAB_SIZE, corpus_texts, train_bpe
+from utils.tokenizers.train_bpe import DEMO_FOLDER, VOCAB_SIZE, corpus_texts, train_bpe
 
 
 def read_ranks(path):
@@ -20,7 +21,7 @@ def read_ranks(path):
 def encoding(ranks):
     """Build the tiktoken encoding of some ranks."""
     special = {EOS_TEXT: len(ranks)}
-    return tiktoken.Encoding("demo", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("demo", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,9 @@ def test_split_pattern_cuts_as_gpt2_does():
     text = "I'll  say: it's 42 days,\n\nwe've\tgone -- l'\u00e9t\u00e9 \u4e2d\u6587  "
     pieces = ["I", "'ll", " ", " say", ":", " it", "'s", " 42", " days", ",", "\n", "\n"]
     pieces += ["we", "'ve", "\t", "gone", " --", " l", "'", "\u00e9t\u00e9", " \u4e2d\u6587", "  "]
-    assert regex.findall(SPLIT_PATTERN, text) == pieces
+    assert regex.findall(GPT2_PATTERN, text) == pieces
+    trained_with = ByteLevelBPETokenizer().pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in trained_with] == pieces
 
 
 def test_small_vocabularies():

@@ -1,0 +1,95 @@
+"""GPT-2's own BPE and the demo's, by `tiktoken`: vocabulary files have one `base64-of-the-bytes rank` per line."""
+
+import base64
+import binascii
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tiktoken
+
+from config.user_error import UserError
+from utils.tokenizers.export import write_huggingface_bpe
+from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
+
+EOS_TEXT = "<|endoftext|>"
+RANKS_FILE = "bpe.tiktoken"
+
+# GPT-2's split of a text into words (openai/gpt-2 src/encoder.py) in the form in which tiktoken writes it, which is
+# faster.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A byte-level BPE in the way of GPT-2: byte strings with ranks, GPT-2's split pattern, EOS as the id after the
+    last rank."""
+
+    def __init__(self, name: str, ranks: dict[bytes, int], kind: str = "tiktoken"):
+        """Args: `ranks` maps each token's bytes to its id 0 .. len(ranks) - 1; a token's id is also its merge priority.
+
+        Raises:
+            ValueError: the ids are not 0 .. len(ranks) - 1, or one of the 256 bytes is missing.
+        """
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError(f"the ranks of {name} are not 0 .. {len(ranks) - 1}")
+        if any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError(f"the vocabulary of {name} lacks some of the 256 single bytes")
+        self.kind, self.name = kind, name
+        self.ranks = ranks
+        self.eos_id = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOS_TEXT: self.eos_id}
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`. Long texts are shared out to threads; for short ones that costs more than it
+        brings."""
+        if sum(map(len, texts)) > 400 * len(texts):
+            return self._encoding.encode_ordinary_batch(list(texts), num_threads=min(8, os.cpu_count() or 1))
+        return [self._encoding.encode_ordinary(text) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids, errors="replace")
+
+    @cached_property
+    def _sha256(self) -> str:
+        return vocabulary_sha256(
+            {rank: token for token, rank in self.ranks.items()} | {self.eos_id: EOS_TEXT.encode()}
+        )
+
+    def _save_files(self, folder: Path) -> None:
+        write_ranks(folder / RANKS_FILE, self.ranks)
+
+    def export_huggingface(self, folder: str | Path) -> None:
+        """See `Tokenizer.export_huggingface`."""
+        write_huggingface_bpe(Path(folder), self.ranks, EOS_TEXT)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Reads a tiktoken vocabulary: one `base64-of-the-bytes rank` per line.
+
+    Raises:
+        UserError: the file is missing, or a line is not of this form.
+    """
+    ranks: dict[bytes, int] = {}
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; a tiktoken vocabulary is needed") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(f"{path}:{number}: a line of a tiktoken vocabulary is `base64 rank`") from None
+    return ranks
+
+
+def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
+    """Writes what `read_ranks` reads, in the order of the ranks."""
+    lines = [
+        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
+    path.write_bytes(b"".join(lines))

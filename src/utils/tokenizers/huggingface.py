@@ -1,0 +1,89 @@
+"""A tokenizer folder of `transformers`, of whatever model family."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from config.user_error import UserError
+from utils.tokenizers.export import gpt2_style_vocabulary
+from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
+
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer folder of `transformers`, of whatever model family."""
+
+    kind = "huggingface"
+
+    def __init__(self, folder: str | Path):
+        """Loads the folder, without any network.
+
+        Raises:
+            UserError: the folder holds no usable tokenizer, or one without an EOS token.
+        """
+        from transformers import AutoTokenizer
+
+        path = Path(folder)
+        # Without this, transformers makes an empty tokenizer of one token out of a folder that has a model's config
+        # alone.
+        if not any((path / name).is_file() for name in _FILES):
+            raise UserError(f"tokenizer {path}: has none of the files {', '.join(_FILES)}")
+        try:
+            # Said aloud: unsaid, transformers asks on the terminal whether to run the folder's Python files.
+            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds, down to plain Exception, for a broken folder
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"tokenizer {path}: needs Python code of its own (auto_map), which is never run; save it as a "
+                    "plain tokenizer.json"
+                ) from None
+            raise UserError(
+                f"tokenizer {path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})"
+            ) from None
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f'tokenizer {path}: has no EOS token; set "eos_token" in its tokenizer_config.json')
+        self.name = path.name
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        self.vocab_size = max(len(self._tokenizer), max(self._vocabulary.values(), default=-1) + 1)
+        if self.eos_id in self.encode(self._tokenizer.eos_token):
+            raise UserError(
+                f'tokenizer {path}: takes the text "{self._tokenizer.eos_token}" for EOS; mark it "special": true in '
+                "tokenizer.json, so that nobody's text can end a response"
+            )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        if not texts:
+            return []
+        options = {
+            "add_special_tokens": False,
+            "split_special_tokens": True,
+            "return_attention_mask": False,
+            "verbose": False,
+        }
+        return [list(ids) for ids in self._tokenizer(list(texts), **options)["input_ids"]]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @cached_property
+    def _sha256(self) -> str:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        description = json.loads(backend.to_str()) if backend is not None else {}
+        same_as_tiktoken = gpt2_style_vocabulary(description, self._tokenizer.eos_token)
+        if same_as_tiktoken is not None:
+            return vocabulary_sha256(same_as_tiktoken)
+        rules = [description.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+        by_id = {i: token.encode("utf-8", "surrogatepass") for token, i in self._vocabulary.items()}
+        return vocabulary_sha256(by_id, json.dumps(rules, sort_keys=True))
+
+    def _save_files(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(str(folder))
+
+    def export_huggingface(self, folder: str | Path) -> None:
+        """See `Tokenizer.export_huggingface`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save_pretrained(str(folder))
