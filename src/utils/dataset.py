@@ -19,45 +19,12 @@ import numpy as np
 from config.scrub import scrubbed
 from config.user_error import UserError
 from utils.data.rows import STAGES
-from utils.data.sources import (
-    DATASETS,
-    AnthropicHHRLHFDataset,
-    DahoasRMStaticDataset,
-    DahoasSFTStaticDataset,
-    DemoDataset,
-    DemoTextDataset,
-    HHSFTDataset,
-    JSONLDataset,
-    PromptsOnlyDataset,
-    RowSource,
-    open_source,
-)
+from utils.data.sources import open_source
 from utils.data.splits import SPLITS, SplitOptions
 from utils.data.token_cache import default_cache_dir, read_arrays, write_arrays
 from utils.data.token_table import Counts, LengthLimits, TokenTable, tokenize_rows
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
-
-__all__ = [
-    "DATASETS",
-    "AnthropicHHRLHFDataset",
-    "DahoasRMStaticDataset",
-    "DahoasSFTStaticDataset",
-    "DatasetReport",
-    "DemoDataset",
-    "DemoTextDataset",
-    "HHSFTDataset",
-    "JSONLDataset",
-    "PromptDataset",
-    "PromptsOnlyDataset",
-    "RankedDataset",
-    "RankedExample",
-    "RowSource",
-    "SFTDataset",
-    "SFTExample",
-    "load_dataset",
-    "open_source",
-]
 
 _CACHE_VERSION = 2  # raise it when the same rows would give other tokens
 
@@ -183,11 +150,8 @@ def load_dataset(
         cache_dir: of the token cache; by default `utils.data.token_cache.default_cache_dir()`.
         skip_bad_rows: count malformed rows instead of stopping at the first.
         limit: use at most the first so many rows of the split.
-        validation_fraction: see `SplitOptions`, as for the next three. They have to be the same in all stages of an
-            experiment.
-        prompt_split: see `SplitOptions`.
-        ppo_fraction: see `SplitOptions`.
-        split_seed: see `SplitOptions`; not the run's seed.
+        validation_fraction, prompt_split, ppo_fraction, split_seed: see `SplitOptions`. They have to be the same in all
+            stages of an experiment; `split_seed` is not the run's seed.
         template: how dialogues are written; by default HH-RLHF's way.
 
     Raises:
@@ -211,10 +175,10 @@ def load_dataset(
 
     cached = _from_cache(folder, key, tokenizer.vocab_size)
     if cached is None:
-        rows = source.rows(split)
-        counts = Counts()
-        table = tokenize_rows(islice(rows, limit), tokenizer, limits, counts, f"{source.name} {stage} {split}")
-        report = _report(source, split, counts, table)
+        shown = f"{source.name} {stage} {split}"
+        table = tokenize_rows(islice(source.rows(split), limit), tokenizer, limits, source.counts, shown)
+        tokens = len(table.prompts.flat) + len(table.responses.flat)
+        report = DatasetReport(**asdict(source.counts), name=source.name, stage=stage, split=split, tokens=tokens)
         if source.fingerprint() != content:
             raise UserError(f"{name_or_path}: was changed while it was being read; start again when it is complete")
         if not len(table):
@@ -242,14 +206,6 @@ def _check_arguments(stage: str, split: str, max_length: int, max_prompt_length:
     for name, value in (("max_length", max_length), ("max_prompt_length", max_prompt_length), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"{name}: has to be at least 1, not {value}")
-
-
-def _report(source: RowSource, split: str, counts: Counts, table: TokenTable) -> DatasetReport:
-    keys = ("read", "bad", "empty", "elsewhere", "of_test", "first_bad")
-    passed_over = {key: getattr(source.counts, key) for key in keys}
-    tokens = len(table.prompts.flat) + len(table.responses.flat)
-    values = asdict(counts) | passed_over | {"tokens": tokens}
-    return DatasetReport(name=source.name, stage=source.stage, split=split, **values)
 
 
 def _from_cache(folder: Path, key: str, vocab_size: int) -> tuple[TokenTable, DatasetReport] | None:

@@ -118,7 +118,7 @@ def _source(value: str, hub_class: type[HubDataset], flag: str, skip_bad_rows: b
 
 def _rows(source: HubDataset | JSONLDataset, splits: tuple[str, ...]) -> Iterator[Row]:
     if isinstance(source, JSONLDataset):
-        yield from source.file_rows()
+        yield from source.file_rows(source.path)
         return
     for split in splits:
         yield from source.hub_rows(split)

@@ -14,17 +14,9 @@ from permissions import permissions_count
 
 from config.user_error import UserError
 from utils.data.batching import collate_ranked
+from utils.data.sources import DATASETS, AnthropicHHRLHFDataset, DemoDataset, JSONLDataset
 from utils.data.splits import SplitOptions
-from utils.dataset import (
-    DATASETS,
-    AnthropicHHRLHFDataset,
-    DemoDataset,
-    JSONLDataset,
-    PromptDataset,
-    RankedDataset,
-    SFTDataset,
-    load_dataset,
-)
+from utils.dataset import PromptDataset, RankedDataset, SFTDataset, load_dataset
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 

@@ -1,7 +1,9 @@
 """From examples to batches: collation, the order of an epoch, micro-batches of like lengths, the part of each process.
 
-Rows are compact: prompt and response follow one another without a gap, padded on the right with the virtual PAD id.
-Masks come from lengths, never from comparing ids with PAD.
+Compact rows
+    The layout of every batch that is trained or scored on: the prompt, then the response without a gap, then padding on
+    the right up to the longest row. Positions count from each row's first token, so a token's position is its column.
+    Masks come from lengths, never from comparing ids with PAD, which is a virtual id (utils/tokenizers/interface.py).
 
 Shapes: B rows, L columns (the longest row of the batch), P columns of prompts, K completions of one ranked row.
 """

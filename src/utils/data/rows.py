@@ -81,29 +81,40 @@ def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Ro
         raise BadRow(f'{where}: is {_kind(data)}; a row is an object such as {{"prompt": ..., "response": ...}}')
     if stage == "text" or (stage == "sft" and "text" in data and "prompt" not in data and "chosen" not in data):
         return Row(("",), (_text(data, "text", where, stage),), where)
-    if "prompt" in data:
-        return _parse_prompt_form(data, stage, where, template)
-    return _parse_dialogues(data, stage, where, template)
+    form = _prompt_and_replies if "prompt" in data else _dialogues
+    pairs = form(data, stage, where, template)
+    prompts, responses = zip(*pairs, strict=True)
+    if stage == "ppo":
+        return Row(prompts, (), where)
+    if stage == "sft" and not responses[0]:
+        return None
+    if len(set(pairs)) < len(pairs):
+        raise BadRow(
+            f"{where}: two of the ranked replies are identical, which ranks nothing; remove one of them or the row"
+        )
+    return Row(prompts, responses, where)
 
 
-def _parse_prompt_form(data: dict, stage: str, where: str, template: PromptTemplate) -> Row:
+# A form gives (prompt, response) of each completion that the stage needs; for PPO one pair, whose response is not used.
+
+
+def _prompt_and_replies(data: dict, stage: str, where: str, template: PromptTemplate) -> list[tuple[str, str]]:
     try:
         prompt = template.prompt(_text(data, "prompt", where, stage))
     except ValueError as error:
         raise BadRow(f'{where}: "prompt" {error}') from None
     if stage == "ppo":
-        return Row((prompt,), (), where)
+        return [(prompt, "")]
     if stage == "sft" and isinstance(data.get("response"), str):
-        replies = [("response", data["response"])]
+        replies = {"response": data["response"]}
     elif "completions" in data:
         replies = _completions(data["completions"], where)
-    elif stage == "sft":
-        key = "chosen" if "chosen" in data and "response" not in data else "response"
-        replies = [(key, _text(data, key, where, stage))]
     else:
-        replies = [(key, _text(data, key, where, stage)) for key in ("chosen", "rejected")]
-    responses = []
-    for name, reply in replies[:1] if stage == "sft" else replies:
+        shown = "chosen" if "chosen" in data and "response" not in data else "response"
+        keys = (shown,) if stage == "sft" else ("chosen", "rejected")
+        replies = {key: _text(data, key, where, stage) for key in keys}
+    pairs = []
+    for name, reply in list(replies.items())[: 1 if stage == "sft" else None]:
         _check_text(reply, name, where)
         # A reply may quote "Human:"; only with a turn of the model as well is it a dialogue.
         if reply.lstrip().startswith(template.human.strip()) and template.assistant in reply:
@@ -111,40 +122,26 @@ def _parse_prompt_form(data: dict, stage: str, where: str, template: PromptTempl
                 f'{where}: "{name}" is a whole dialogue although there is a "prompt" too; give the reply alone, '
                 'or leave "prompt" out'
             )
-        responses.append(template.response(reply))
-    return _row([prompt] * len(responses), responses, where)
+        pairs.append((prompt, template.response(reply)))
+    return pairs
 
 
-def _parse_dialogues(data: dict, stage: str, where: str, template: PromptTemplate) -> Row | None:
-    prompts, responses = [], []
+def _dialogues(data: dict, stage: str, where: str, template: PromptTemplate) -> list[tuple[str, str]]:
+    pairs = []
     for key in ("chosen", "rejected") if stage == "rm" else ("chosen",):
         try:
-            prompt, response = template.split_dialogue(_text(data, key, where, stage))
+            pairs.append(template.split_dialogue(_text(data, key, where, stage)))
         except ValueError as error:
             raise BadRow(f'{where}: "{key}" {error}') from None
-        prompts.append(prompt)
-        responses.append(response)
-    if stage == "ppo":
-        return Row((prompts[0],), (), where)
-    if stage == "sft" and not responses[0]:
-        return None
-    return _row(prompts, responses, where)
+    return pairs
 
 
-def _row(prompts: list[str], responses: list[str], where: str) -> Row:
-    if len(set(zip(prompts, responses, strict=True))) < len(responses):
-        raise BadRow(
-            f"{where}: two of the ranked replies are identical, which ranks nothing; remove one of them or the row"
-        )
-    return Row(tuple(prompts), tuple(responses), where)
-
-
-def _completions(value: Any, where: str) -> list[tuple[str, str]]:
+def _completions(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, list) or len(value) < 2:
         raise BadRow(
             f'{where}: "completions" is {_kind(value)}; it has to be a list of two or more replies, best first'
         )
-    return [(f"completions[{i}]", reply) for i, reply in enumerate(value)]
+    return {f"completions[{i}]": reply for i, reply in enumerate(value)}
 
 
 def _text(data: dict, key: str, where: str, stage: str) -> str:
@@ -171,15 +168,8 @@ def _check_text(value: Any, name: str, where: str) -> None:
 def _kind(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    names = {
-        dict: "an object",
-        str: "a string",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
+    names = {dict: "an object", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 def _keys(data: dict) -> str:

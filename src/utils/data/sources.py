@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ _FEW_OPENINGS = 10
 class RowSource(ABC):
     """Raw rows of one dataset for one stage.
 
-    `counts` tells, after `rows(...)`, how many rows were read, and passed over as bad, empty or elsewhere: of the whole
-    data, since a row that cannot be read belongs to no split.
+    `counts` tells how many rows were read so far, and passed over as bad, empty or elsewhere: of the whole data, since
+    a row that cannot be read belongs to no split.
     """
 
     name: str
@@ -84,9 +84,18 @@ class RowSource(ABC):
     def fingerprint(self) -> str:
         """A string that changes when the content of the data changes."""
 
-    def _parse(self, data: Any, where: str) -> Row | None:
+    def file_rows(self, path: Path) -> Iterator[Row]:
+        """Every row of a file of JSON Lines; `counts` goes on counting."""
+        return self._rows_of((f"{path}:{number}", data) for number, data in read_jsonl(path))
+
+    def _rows_of(self, values: Iterable[tuple[str, Any]]) -> Iterator[Row]:
+        """The rows of (where, decoded value)."""
+        rows = (self._parse(where, data, self.counts) for where, data in values)
+        return (row for row in rows if row is not None)
+
+    def _parse(self, where: str, data: Any, counts: Counts) -> Row | None:
         """One row, or None (counted) for one that is malformed and skipped, or says nothing."""
-        self.counts.read += 1
+        counts.read += 1
         try:
             if isinstance(data, BadRow):
                 raise data
@@ -94,10 +103,10 @@ class RowSource(ABC):
         except BadRow as error:
             if not self.skip_bad_rows:
                 raise UserError(f"{error} (--skip-bad-rows passes over such rows)") from None
-            self.counts.bad += 1
-            self.counts.first_bad = self.counts.first_bad or str(error)
+            counts.bad += 1
+            counts.first_bad = counts.first_bad or str(error)
             return None
-        self.counts.empty += row is None
+        counts.empty += row is None
         return row
 
     def _key(self, row: Row) -> str:
@@ -116,15 +125,12 @@ class JSONLDataset(RowSource):
 
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes."""
-        digest = hashlib.sha256()
         try:
             open_binary(self.path).close()
             with self.path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+                return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        return digest.hexdigest()
 
     def rows(self, split: str) -> Iterator[Row]:
         """See `RowSource.rows`. The file is read twice: what is held out of a small file depends on all of its
@@ -137,8 +143,7 @@ class JSONLDataset(RowSource):
                 f"{self.path}: has {len(parts)} different prompt{'s' * (len(parts) != 1)}, too few to keep any for "
                 f"stage {self.stage}, split {split}; four are enough for every split"
             )
-        self.counts = Counts()
-        for row in self.file_rows():
+        for row in self.file_rows(self.path):
             if parts[self.options.point(self._key(row) if by_opening else _whole_key(row))] in wanted:
                 yield row
             else:
@@ -146,20 +151,20 @@ class JSONLDataset(RowSource):
 
     def _survey(self) -> tuple[set[float], bool, bool]:
         """Hash points of all keys, whether any row is ranked, and whether openings (or whole prompts) are the keys."""
-        self.counts = Counts()
+        counts = Counts()
         openings, prompts = set(), set()
         is_ranked = False
         usable = 0
         for number, data in read_jsonl(self.path):
-            usable += self._parse(data, f"{self.path}:{number}") is not None
+            usable += self._parse(f"{self.path}:{number}", data, counts) is not None
             row = self._any_stage(data)
             if row is not None:
                 openings.add(self.options.point(self._key(row)))
                 prompts.add(self.options.point(_whole_key(row)))
                 is_ranked = is_ranked or "rejected" in data or "completions" in data
         if not usable:
-            bad = f"{self.counts.bad} bad, the first: {self.counts.first_bad}"
-            told = bad if self.counts.bad else f"one JSON object per line is needed; {FORMS[self.stage]}"
+            bad = f"{counts.bad} bad, the first: {counts.first_bad}"
+            told = bad if counts.bad else f"one JSON object per line is needed; {FORMS[self.stage]}"
             raise UserError(f"{self.path}: has no rows for stage {self.stage}; {told}")
         # A few openings over many prompts are a fixed preamble, not conversations that belong together.
         by_opening = len(openings) >= _FEW_OPENINGS or len(openings) == len(prompts)
@@ -174,13 +179,6 @@ class JSONLDataset(RowSource):
             return parse_row(data, "text" if is_text else "ppo", "", self.template)
         except BadRow:
             return None
-
-    def file_rows(self) -> Iterator[Row]:
-        """Every row of the file; `counts` goes on counting."""
-        for number, data in read_jsonl(self.path):
-            row = self._parse(data, f"{self.path}:{number}")
-            if row is not None:
-                yield row
 
 
 class HHSFTDataset(JSONLDataset):
@@ -219,18 +217,11 @@ class DemoDataset(RowSource):
 
     def rows(self, split: str) -> Iterator[Row]:
         """See `RowSource.rows`."""
-        if self.stage == "text":
-            text = DemoTextDataset("text", template=self.template, options=self.options)
-            for row in text.rows(split):
-                self.counts = text.counts
-                yield row
-            return
-        self.counts = Counts()
-        path = _demo_file(f"{self._files[self.stage]}-{split}.jsonl.gz")
-        for number, data in read_jsonl(path):
-            row = self._parse(data, f"{path}:{number}")
-            if row is not None:
-                yield row
+        if self.stage != "text":
+            return self.file_rows(_demo_file(f"{self._files[self.stage]}-{split}.jsonl.gz"))
+        text = DemoTextDataset("text", template=self.template, options=self.options)
+        text.counts = self.counts
+        return text.rows(split)
 
     def fingerprint(self) -> str:
         """SHA-256 over all files of the demo."""
@@ -254,7 +245,6 @@ class HubDataset(RowSource):
 
     def rows(self, split: str) -> Iterator[Row]:
         """See `RowSource.rows`."""
-        self.counts = Counts()
         held_out = split != "train" and self.has_test_split
         tested = self._tested() if split == "train" and self.has_test_split else set()
         wanted = self.options.wanted(self.stage, split, self.is_ranked)
@@ -280,10 +270,7 @@ class HubDataset(RowSource):
 
     def hub_rows(self, split: str) -> Iterator[Row]:
         """Every row of the hub's own split "train" or "test"; `counts` goes on counting."""
-        for i, data in enumerate(self.load(split)):
-            row = self._parse(data, f"{self.repository} {split}, row {i}")
-            if row is not None:
-                yield row
+        return self._rows_of((f"{self.repository} {split}, row {i}", data) for i, data in enumerate(self.load(split)))
 
     def load(self, split: str) -> Any:
         """The hub's own split "train" or "test", as a `datasets.Dataset`.

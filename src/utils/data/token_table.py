@@ -3,7 +3,6 @@
 Shapes: N rows, M completions over all rows, P distinct prompts (counted once per row), K completions of one row.
 """
 
-from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -77,14 +76,20 @@ class Ragged:
         """[n] int64."""
         return np.diff(self.start)
 
-    def validate(self, vocab_size: int) -> None:
-        """Raises ValueError unless the arrays have this form and every id is a real one."""
-        _require(self.flat.dtype == np.int32 and self.start.dtype == np.int64, "types")
-        _require(self.flat.ndim == self.start.ndim == 1 and len(self.start) > 0, "shapes")
-        _require(
-            self.start[0] == 0 and self.start[-1] == len(self.flat) and np.all(np.diff(self.start) >= 0), "offsets"
+    @classmethod
+    def of(cls, sequences: list[np.ndarray]) -> "Ragged":
+        """Sequences of int32 ids, end to end."""
+        ends = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+        return cls(np.concatenate([np.empty(0, dtype=np.int32), *sequences]), ends)
+
+    def is_whole(self, vocab_size: int) -> bool:
+        """Whether the arrays have this form and every id is a real one."""
+        flat, start = self.flat, self.start
+        return (
+            (flat.dtype, start.dtype, flat.ndim) == (np.int32, np.int64, 1)
+            and _is_partition(start, len(flat))
+            and (len(flat) == 0 or (flat.min() >= 0 and flat.max() < vocab_size))
         )
-        _require(len(self.flat) == 0 or (self.flat.min() >= 0 and self.flat.max() < vocab_size), "token ids")
 
 
 @dataclass(frozen=True)
@@ -131,20 +136,21 @@ class TokenTable:
         """
         prompts = Ragged(arrays["prompt_flat"], arrays["prompt_start"])
         responses = Ragged(arrays["response_flat"], arrays["response_start"])
-        table = cls(prompts, responses, arrays["prompt_of"], arrays["row_start"])
-        prompts.validate(vocab_size)
-        responses.validate(vocab_size)
-        prompt_of, row_start = table.prompt_of, table.row_start
-        _require(
-            prompt_of.dtype == row_start.dtype == np.int64 and prompt_of.shape == (len(responses),), "prompt index"
+        prompt_of, row_start = arrays["prompt_of"], arrays["row_start"]
+        fit_together = (
+            prompts.is_whole(vocab_size)
+            and responses.is_whole(vocab_size)
+            and prompt_of.dtype == row_start.dtype == np.int64
+            and prompt_of.shape == (len(responses),)
+            and _is_partition(row_start, len(prompt_of))
         )
-        _require(len(prompt_of) == 0 or (prompt_of.min() >= 0 and prompt_of.max() < len(prompts)), "prompt index")
-        _require(
-            row_start.ndim == 1 and len(row_start) > 0 and row_start[0] == 0 and row_start[-1] == len(prompt_of), "rows"
-        )
-        per_row = np.diff(row_start)
-        _require(bool(np.all(per_row >= 1)) if len(prompt_of) else len(per_row) == len(prompts), "rows")
-        return table
+        if fit_together and len(prompt_of):
+            fit_together = 0 <= prompt_of.min() <= prompt_of.max() < len(prompts) and np.diff(row_start).min() >= 1
+        elif fit_together:
+            fit_together = len(row_start) - 1 == len(prompts)
+        if not fit_together:
+            raise ValueError("the arrays of a token table do not fit together")
+        return cls(prompts, responses, prompt_of, row_start)
 
 
 def tokenize_rows(
@@ -159,24 +165,34 @@ def tokenize_rows(
         counts: kept, cut, dropped and duplicates are added up in it.
         description: of the progress bar, which shows when this takes more than a few seconds.
     """
-    builder = _Builder()
+    all_prompts: list[np.ndarray] = []
+    all_responses: list[np.ndarray] = []
+    prompt_of, row_start = [], [0]
     seen: set[int] = set()
+    longest = MAX_CHARACTERS_PER_TOKEN * limits.max_length
     rows = iter(rows)
     with tqdm(desc=description, unit=" rows", delay=3, leave=False, disable=None) as bar:
         while chunk := list(islice(rows, _CHUNK)):
-            for row, prompts, responses in _encode(chunk, tokenizer, limits):
-                fitted = None if prompts is None else fit(prompts, responses, limits)
+            hopeful = [row for row in chunk if all(len(text) <= longest for text in row.completions)]
+            counts.dropped += len(chunk) - len(hopeful)
+            for row, prompts, responses in _encode(hopeful, tokenizer, longest):
+                fitted = fit(prompts, responses, limits)
                 if fitted is None:
                     counts.dropped += 1
                     continue
-                builder.add(fitted, responses)
                 counts.kept += 1
                 counts.cut += any(len(a) < len(b) for a, b in zip(fitted, prompts, strict=True))
                 duplicate_key = hash((row.prompts, row.completions))
                 counts.duplicates += duplicate_key in seen
                 seen.add(duplicate_key)
+                place = {ids: len(all_prompts) + i for i, ids in enumerate(dict.fromkeys(map(tuple, fitted)))}
+                prompt_of += [place[tuple(prompt)] for prompt, _ in zip(fitted, responses, strict=False)]
+                row_start.append(len(prompt_of))
+                all_prompts += [np.array(ids, dtype=np.int32) for ids in place]
+                all_responses += [np.array(ids, dtype=np.int32) for ids in responses]
             bar.update(len(chunk))
-    return builder.table()
+    index = np.array(prompt_of, dtype=np.int64), np.array(row_start, dtype=np.int64)
+    return TokenTable(Ragged.of(all_prompts), Ragged.of(all_responses), *index)
 
 
 def fit(prompts: list[list[int]], responses: list[list[int]], limits: LengthLimits) -> list[list[int]] | None:
@@ -210,64 +226,20 @@ def fit(prompts: list[list[int]], responses: list[list[int]], limits: LengthLimi
 
 
 def _encode(
-    rows: list[Row], tokenizer: Tokenizer, limits: LengthLimits
-) -> Iterator[tuple[Row, list[list[int]] | None, list[list[int]]]]:
-    """Token lists per row; None in place of the prompts when a response is hopelessly long and nothing was
-    tokenised."""
-    longest = MAX_CHARACTERS_PER_TOKEN * limits.max_length
-    # A prompt keeps twice that, since the split into words can start out of step where a text was cut.
-    prompts = [[prompt[-2 * longest :] for prompt in row.prompts] for row in rows]
-    hopeless = [any(len(text) > longest for text in row.completions) for row in rows]
-    texts: dict[str, list[int]] = {}
-    for row, row_prompts, skip in zip(rows, prompts, hopeless, strict=True):
-        if not skip:
-            texts.update(dict.fromkeys((*row_prompts, *row.completions)))
-    texts = dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
-    for row, row_prompts, skip in zip(rows, prompts, hopeless, strict=True):
-        if skip:
-            yield row, None, []
-        else:
-            responses = [[*texts[text], tokenizer.eos_id] for text in row.completions]
-            yield row, [texts[prompt] for prompt in row_prompts], responses
+    rows: list[Row], tokenizer: Tokenizer, longest: int
+) -> Iterator[tuple[Row, list[list[int]], list[list[int]]]]:
+    """Token lists of each row's prompts and responses. Of a prompt the last 2 x `longest` characters are enough: twice
+    what can fit, since the split into words can start out of step where a text was cut."""
+    shortened = [[prompt[-2 * longest :] for prompt in row.prompts] for row in rows]
+    texts = [text for row, prompts in zip(rows, shortened, strict=True) for text in (*prompts, *row.completions)]
+    texts = list(dict.fromkeys(texts))
+    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    for row, prompts in zip(rows, shortened, strict=True):
+        yield row, [ids[text] for text in prompts], [[*ids[text], tokenizer.eos_id] for text in row.completions]
 
 
-class _Builder:
-    """Collects rows in growing arrays."""
-
-    def __init__(self) -> None:
-        self.prompt_flat, self.response_flat = array("i"), array("i")
-        self.prompt_start, self.response_start = array("q", [0]), array("q", [0])
-        self.prompt_of, self.row_start = array("q"), array("q", [0])
-
-    def add(self, prompts: list[list[int]], responses: list[list[int]]) -> None:
-        index: dict[tuple[int, ...], int] = {}
-        for prompt in prompts:
-            key = tuple(prompt)
-            if key not in index:
-                index[key] = len(self.prompt_start) - 1
-                self.prompt_flat.extend(prompt)
-                self.prompt_start.append(len(self.prompt_flat))
-        for prompt, response in zip(prompts, responses, strict=False):
-            self.prompt_of.append(index[tuple(prompt)])
-            self.response_flat.extend(response)
-            self.response_start.append(len(self.response_flat))
-        self.row_start.append(len(self.prompt_of))
-
-    def table(self) -> TokenTable:
-        def ids(values: array) -> np.ndarray:
-            return np.array(values, dtype=np.int32)
-
-        def index(values: array) -> np.ndarray:
-            return np.array(values, dtype=np.int64)
-
-        return TokenTable(
-            Ragged(ids(self.prompt_flat), index(self.prompt_start)),
-            Ragged(ids(self.response_flat), index(self.response_start)),
-            index(self.prompt_of),
-            index(self.row_start),
-        )
-
-
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(f"the {what} of a token table do not fit together")
+def _is_partition(start: np.ndarray, total: int) -> bool:
+    """Whether offsets [n + 1] cut an array of so many entries into n pieces."""
+    if start.ndim != 1 or not len(start):
+        return False
+    return start[0] == 0 and start[-1] == total and bool(np.all(np.diff(start) >= 0))

@@ -90,12 +90,9 @@ class Tokenizer(ABC):
 
         Args:
             text: one text, or B of them.
-            max_length: longest length for `truncation`, width for `padding="max_length"`.
-            truncation: cut to `max_length` tokens.
-            truncation_side: "right" cuts the end, as in Hugging Face; "left" cuts the beginning (right for a prompt,
-                whose end carries the cue to answer).
-            padding: False, True or "longest" (to the longest of the batch), or "max_length".
-            padding_side: "right" or "left".
+            truncation: cut to `max_length` tokens; `truncation_side` "left" cuts the beginning, as is right for a
+                prompt, whose end carries the cue to answer.
+            padding: False, True or "longest" (to the longest of the batch), or "max_length"; on `padding_side`.
             return_tensors: None for lists, "pt" for LongTensors.
 
         Returns:
@@ -107,10 +104,10 @@ class Tokenizer(ABC):
         """
         _check_call(max_length, truncation, truncation_side, padding, padding_side, return_tensors)
         rows = self.encode_batch([text] if isinstance(text, str) else list(text))
-        if truncation:
-            rows = [
-                row[:max_length] if truncation_side == "right" else row[max(0, len(row) - max_length) :] for row in rows
-            ]
+        if truncation and truncation_side == "right":
+            rows = [row[:max_length] for row in rows]
+        elif truncation:
+            rows = [row[max(0, len(row) - max_length) :] for row in rows]
         masks = [[1] * len(row) for row in rows]
         if padding:
             width = max_length if padding == "max_length" else max(map(len, rows), default=0)
