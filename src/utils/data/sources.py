@@ -133,8 +133,7 @@ class JSONLDataset(RowSource):
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
     def rows(self, split: str) -> Iterator[Row]:
-        """See `RowSource.rows`. The file is read twice: what is held out of a small file depends on all of its
-        prompts."""
+        """See `RowSource.rows`. Reads the file twice: what is held out of a small file depends on all its prompts."""
         points, is_ranked, by_opening = self._survey()
         parts = self.options.parts(points)
         wanted = self.options.wanted(self.stage, split, is_ranked)
@@ -182,8 +181,7 @@ class JSONLDataset(RowSource):
 
 
 class HHSFTDataset(JSONLDataset):
-    """Demonstrations of HH-RLHF that the reward model's rm-static does not have, as utils/prepare_sft_dataset.py wrote
-    them."""
+    """Demonstrations of HH-RLHF that rm-static does not have, as utils/prepare_sft_dataset.py wrote them."""
 
     name = "hh-sft"
     stages = ("sft", "ppo")
@@ -198,8 +196,7 @@ class HHSFTDataset(JSONLDataset):
 
 
 class DemoTextDataset(JSONLDataset):
-    """Plain text of the demo's world, for language-model pre-training: the whole text is the response to an empty
-    prompt."""
+    """Plain text of the demo's world, for pre-training: the whole text is the response to an empty prompt."""
 
     name = "demo-text"
     stages = ("text", "sft")
@@ -235,6 +232,7 @@ class HubDataset(RowSource):
     """A dataset of the Hugging Face hub, memory-mapped by `datasets`, so that rows stream from disk."""
 
     repository: str
+    stages = ("sft", "rm", "ppo")
     has_test_split = True
     is_ranked = True
     """Whether a reward model can train on it, so that PPO has prompts to avoid."""
@@ -302,21 +300,17 @@ class AnthropicHHRLHFDataset(HubDataset):
 
     name = "hh"
     repository = "Anthropic/hh-rlhf"
-    stages = ("sft", "rm", "ppo")
 
 
 class DahoasRMStaticDataset(HubDataset):
-    """rm-static: the part of HH-RLHF set aside for reward models, as prompt, response (the chosen one), chosen,
-    rejected."""
+    """The part of HH-RLHF set aside for reward models, as prompt, response (the chosen one), chosen, rejected."""
 
     name = "rm-static"
     repository = "Dahoas/rm-static"
-    stages = ("sft", "rm", "ppo")
 
 
 class DahoasSFTStaticDataset(HubDataset):
-    """sft-static: the part of HH-RLHF set aside for fine-tuning, as prompt and response. Held-out rows come from its
-    train split."""
+    """The part of HH-RLHF set aside for fine-tuning, as prompt and response."""
 
     name = "sft-static"
     repository = "Dahoas/sft-static"
@@ -333,18 +327,9 @@ class PromptsOnlyDataset(HubDataset):
     stages = ("ppo",)
 
 
-DATASETS: dict[str, type[RowSource]] = {
-    cls.name: cls
-    for cls in (
-        AnthropicHHRLHFDataset,
-        DahoasRMStaticDataset,
-        DahoasSFTStaticDataset,
-        PromptsOnlyDataset,
-        HHSFTDataset,
-        DemoDataset,
-        DemoTextDataset,
-    )
-}
+_HUB = (AnthropicHHRLHFDataset, DahoasRMStaticDataset, DahoasSFTStaticDataset, PromptsOnlyDataset)
+_LOCAL = (HHSFTDataset, DemoDataset, DemoTextDataset)
+DATASETS: dict[str, type[RowSource]] = {cls.name: cls for cls in (*_HUB, *_LOCAL)}
 
 
 def open_source(name_or_path: str, stage: str, **options: Any) -> RowSource:

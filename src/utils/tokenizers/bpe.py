@@ -1,7 +1,6 @@
 """GPT-2's own BPE and the demo's, by `tiktoken`: vocabulary files have one `base64-of-the-bytes rank` per line."""
 
 import base64
-import binascii
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -55,9 +54,8 @@ class TiktokenTokenizer(Tokenizer):
 
     @cached_property
     def _sha256(self) -> str:
-        return vocabulary_sha256(
-            {rank: token for token, rank in self.ranks.items()} | {self.eos_id: EOS_TEXT.encode()}
-        )
+        by_id = {rank: token for token, rank in self.ranks.items()}
+        return vocabulary_sha256(by_id | {self.eos_id: EOS_TEXT.encode()})
 
     def _save_files(self, folder: Path) -> None:
         write_ranks(folder / RANKS_FILE, self.ranks)
@@ -82,14 +80,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
+        except ValueError:
             raise UserError(f"{path}:{number}: a line of a tiktoken vocabulary is `base64 rank`") from None
     return ranks
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     """Writes what `read_ranks` reads, in the order of the ranks."""
-    lines = [
-        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    ]
-    path.write_bytes(b"".join(lines))
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order))
