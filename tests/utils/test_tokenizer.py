@@ -9,8 +9,7 @@ import torch
 
 from config.user_error import UserError
 from utils.tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer, load_tokenizer
-from utils.tokenizers.bpe import read_ranks, write_ranks
-from utils.tokenizers.export import byte_alphabet, recover_merges
+from utils.tokenizers.bpe import byte_alphabet, read_ranks, recover_merges, write_ranks
 
 EDGE_CASES = [
     "", " ", "  ", "\n", "\n\n", " \n ", "\t\t", "a", " a", "a ", "  a  b   c ", "don't I'll we've it's I'D", "'s's",

@@ -102,8 +102,7 @@ def epoch_batches(lengths: np.ndarray, global_batch_size: int, seed: int, epoch:
     Args:
         lengths: [N] tokens per row.
         global_batch_size: most rows of one optimizer step, over all micro-batches and processes.
-        seed: of the run.
-        epoch: from 0; every epoch has its own order.
+        seed, epoch: of the run, and from 0: every epoch has its own order.
 
     Returns:
         Arrays of row indices, every index once, whose sizes differ by at most one. Each is a random sample of the rows,

@@ -61,13 +61,7 @@ class Row:
 
 
 def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Row | None:
-    """Brings one decoded row to the form that a stage needs.
-
-    Args:
-        data: the decoded JSON value or hub row.
-        stage: one of `STAGES`.
-        where: file and line, put in front of every message.
-        template: how dialogues are written.
+    """Brings one decoded row to the form that a stage of `STAGES` needs; `where` is put in front of every message.
 
     Returns:
         The row, or None for a demonstration that says nothing: in the HH form the last reply of a dialogue can be

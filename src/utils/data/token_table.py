@@ -158,12 +158,7 @@ def tokenize_rows(
 ) -> TokenTable:
     """Tokenises rows, prompt and response apart, appends one EOS to every response, and cuts or drops what is too long.
 
-    Args:
-        rows: of one stage.
-        tokenizer: gives the ids.
-        limits: the budgets.
-        counts: kept, cut, dropped and duplicates are added up in it.
-        description: of the progress bar, which shows when this takes more than a few seconds.
+    `counts` gets kept, cut, dropped and duplicates; `description` is of the progress bar, which shows after 3 seconds.
     """
     all_prompts: list[np.ndarray] = []
     all_responses: list[np.ndarray] = []
@@ -199,12 +194,8 @@ def fit(prompts: list[list[int]], responses: list[list[int]], limits: LengthLimi
     """Shortens the prompts of one row, from the left, until its longest completion fits.
 
     The beginning of the prompt goes and the cue to answer stays. All completions of a row get the same room, so that a
-    shared prompt stays shared: a prompt shortened for the longer reply alone would tell the replies apart.
-
-    Args:
-        prompts: K token lists, one per completion (or one prompt and no responses).
-        responses: K token lists ending in EOS, or none.
-        limits: the budgets.
+    shared prompt stays shared: a prompt shortened for the longer reply alone would tell the replies apart. Takes K
+    token lists each (or one prompt and no responses), responses with their EOS.
 
     Returns:
         The K prompts, or None if the row has to be dropped: a response alone is too long (it is never cut, and so never

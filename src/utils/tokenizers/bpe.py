@@ -1,4 +1,8 @@
-"""GPT-2's own BPE and the demo's, by `tiktoken`: vocabulary files have one `base64-of-the-bytes rank` per line."""
+"""Byte-level BPE in tiktoken's form, bytes with ranks: GPT-2's own and the demo's.
+
+A vocabulary file has one `base64-of-the-bytes rank` per line. Hugging Face's form, printable characters with a merge list,
+is written by `TiktokenTokenizer.export_huggingface`.
+"""
 
 import base64
 import os
@@ -9,7 +13,6 @@ from pathlib import Path
 import tiktoken
 
 from config.user_error import UserError
-from utils.tokenizers.export import write_huggingface_bpe
 from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
 
 EOS_TEXT = "<|endoftext|>"
@@ -62,7 +65,25 @@ class TiktokenTokenizer(Tokenizer):
 
     def export_huggingface(self, folder: str | Path) -> None:
         """See `Tokenizer.export_huggingface`."""
-        write_huggingface_bpe(Path(folder), self.ranks, EOS_TEXT)
+        from tokenizers import processors
+        from transformers import GPT2Tokenizer
+
+        alphabet = byte_alphabet()
+
+        def shown(token: bytes) -> str:
+            return "".join(alphabet[byte] for byte in token)
+
+        tokenizer = GPT2Tokenizer(
+            vocab={shown(token): rank for token, rank in self.ranks.items()} | {EOS_TEXT: self.eos_id},
+            merges=[(shown(left), shown(right)) for left, right in recover_merges(self.ranks)],
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS_TEXT),
+            model_max_length=1024,  # GPT-2's context, as its own files say: only a hint, nothing here truncates by it
+            clean_up_tokenization_spaces=False,
+        )
+        backend = tokenizer.backend_tokenizer
+        backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+        tokenizer.save_pretrained(str(folder))
+        backend.model.save(str(folder))  # vocab.json and merges.txt, which older programs read
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -89,3 +110,42 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     """Writes what `read_ranks` reads, in the order of the ranks."""
     in_order = sorted(ranks.items(), key=lambda item: item[1])
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order))
+
+
+def byte_alphabet() -> dict[int, str]:
+    """The printable character that stands for each byte in Hugging Face's files (openai/gpt-2 src/encoder.py
+    bytes_to_unicode)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merge list behind a ranked vocabulary, in order.
+
+    A token of rank r came from merging two tokens of lower rank: they are what is left of its bytes after applying all
+    merges of rank below r.
+
+    Raises:
+        ValueError: a token is not a merge of two others, so that no merge list gives this vocabulary.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = _merge_below(token, rank, ranks)
+        if len(parts) != 2:
+            raise ValueError(f"token {rank} ({token!r}) is not a merge of two tokens of lower rank")
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        candidates = [(ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1)]
+        rank, i = min(candidates)
+        if rank >= limit:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts

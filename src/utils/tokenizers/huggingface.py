@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from config.user_error import UserError
-from utils.tokenizers.export import gpt2_style_vocabulary
+from utils.tokenizers.bpe import byte_alphabet
 from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -73,7 +74,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _sha256(self) -> str:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         description = json.loads(backend.to_str()) if backend is not None else {}
-        same_as_tiktoken = gpt2_style_vocabulary(description, self._tokenizer.eos_token)
+        same_as_tiktoken = _gpt2_style_vocabulary(description, self._tokenizer.eos_token)
         if same_as_tiktoken is not None:
             return vocabulary_sha256(same_as_tiktoken)
         rules = [description.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
@@ -87,3 +88,35 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.export_huggingface`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._tokenizer.save_pretrained(str(folder))
+
+
+def _gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int, bytes] | None:
+    """The bytes of every id, if a tokenizer.json gives the ids that tiktoken would give with GPT-2's pattern; otherwise
+    None.
+
+    That holds when it splits as GPT-2 does, normalises nothing, adds no token but EOS, and merges in the order of the
+    ids.
+    """
+    model, split = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer") or {}
+    special_rules = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    has_gpt2_rules = (
+        (model.get("type"), split.get("type"), tokenizer.get("normalizer")) == ("BPE", "ByteLevel", None)
+        and not split.get("add_prefix_space")
+        and split.get("use_regex", True)
+        and [token["content"] for token in tokenizer.get("added_tokens") or []] == [eos_text]
+        and not any(model.get(key) for key in special_rules)
+    )
+    if not has_gpt2_rules:
+        return None
+    to_byte = {character: byte for byte, character in byte_alphabet().items()}
+    by_id = {tokenizer["added_tokens"][0]["id"]: eos_text.encode()}
+    for token, i in model["vocab"].items():
+        if any(character not in to_byte for character in token):
+            return None
+        if token != eos_text:
+            by_id[i] = bytes(to_byte[character] for character in token)
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merged = [model["vocab"].get("".join(pair), -1) for pair in pairs]
+    is_in_order = all(a < b for a, b in zip(merged, merged[1:], strict=False)) and -1 not in merged
+    singles = sum(len(token) == 1 for token in by_id.values())
+    return by_id if is_in_order and singles == 256 and len(merged) + singles + 1 == len(by_id) else None

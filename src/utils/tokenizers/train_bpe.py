@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from utils.data.rows import read_jsonl
 from utils.tokenizer import DEMO_FOLDER
-from utils.tokenizers.bpe import EOS_TEXT, write_ranks
-from utils.tokenizers.export import byte_alphabet
+from utils.tokenizers.bpe import EOS_TEXT, byte_alphabet, write_ranks
 
 VOCAB_SIZE = 1024
 """Ids of the tokenizer: 256 bytes, 767 merges and the end of text."""

@@ -7,8 +7,7 @@ import pytest
 import tiktoken
 from tokenizers import ByteLevelBPETokenizer
 
-from utils.tokenizers.bpe import EOS_TEXT, GPT2_PATTERN, write_ranks
-from utils.tokenizers.export import byte_alphabet
+from utils.tokenizers.bpe import EOS_TEXT, GPT2_PATTERN, byte_alphabet, write_ranks
 from utils.tokenizers.train_bpe import DEMO_FOLDER, VOCAB_SIZE, corpus_texts, train_bpe
 
 
