@@ -1,7 +1,7 @@
 """Byte-level BPE in tiktoken's form, bytes with ranks: GPT-2's own and the demo's.
 
-A vocabulary file has one `base64-of-the-bytes rank` per line. Hugging Face's form, printable characters with a merge list,
-is written by `TiktokenTokenizer.export_huggingface`.
+A vocabulary file has one `base64-of-the-bytes rank` per line. `TiktokenTokenizer.export_huggingface` writes Hugging
+Face's form of the same: printable characters with a merge list.
 """
 
 import base64
