@@ -180,8 +180,9 @@ def tokenize_rows(
                 duplicate_key = hash((row.prompts, row.completions))
                 counts.duplicates += duplicate_key in seen
                 seen.add(duplicate_key)
-                place = {ids: len(all_prompts) + i for i, ids in enumerate(dict.fromkeys(map(tuple, fitted)))}
-                prompt_of += [place[tuple(prompt)] for prompt, _ in zip(fitted, responses, strict=False)]
+                keys = [tuple(prompt) for prompt in fitted]
+                place = {key: len(all_prompts) + i for i, key in enumerate(dict.fromkeys(keys))}
+                prompt_of += [place[key] for key in keys[: len(responses)]]
                 row_start.append(len(prompt_of))
                 all_prompts += [np.array(ids, dtype=np.int32) for ids in place]
                 all_responses += [np.array(ids, dtype=np.int32) for ids in responses]
