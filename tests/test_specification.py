@@ -24,7 +24,7 @@ from training.experience import minibatch_plan
 from training.start import frozen
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils.data.batching import shard
-from utils.dataset import RankedExample, SFTExample
+from utils.data.examples import RankedExample, SFTExample
 from utils.loss import penalise_missing_eos
 from utils.tokenizer import get_tokenizer
 

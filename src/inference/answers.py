@@ -23,8 +23,8 @@ from tqdm import tqdm
 from config.user_error import UserError
 from models.generation import generate
 from utils.data.batching import collate_sft
+from utils.data.examples import SFTExample
 from utils.data.rows import BadRow, parse_row, read_jsonl
-from utils.dataset import SFTExample
 from utils.loss import target_mask
 from utils.metrics import correlation, text_degeneracy
 from utils.template import PromptTemplate

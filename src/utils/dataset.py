@@ -18,6 +18,7 @@ import numpy as np
 
 from config.scrub import scrubbed
 from config.user_error import UserError
+from utils.data.examples import RankedExample, SFTExample
 from utils.data.rows import STAGES
 from utils.data.sources import open_source
 from utils.data.splits import SPLITS, SplitOptions
@@ -27,26 +28,6 @@ from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 _CACHE_VERSION = 2  # raise it when the same rows would give other tokens
-
-
-@dataclass(frozen=True)
-class SFTExample:
-    """A demonstration, or a plain text with an empty prompt."""
-
-    prompt_ids: np.ndarray
-    """[P] int32."""
-    response_ids: np.ndarray
-    """[T] int32, ends in EOS."""
-
-
-@dataclass(frozen=True)
-class RankedExample:
-    """K completions, best first; each has its own prompt, which is nearly always the same one."""
-
-    prompt_ids: tuple[np.ndarray, ...]
-    """K arrays [P] int32."""
-    response_ids: tuple[np.ndarray, ...]
-    """K arrays [T] int32, each ends in EOS."""
 
 
 @dataclass

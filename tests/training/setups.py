@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from config.devices import choose_dtype
 from training.engine.runtime import Runtime
 from training.trainers import PPOTrainer
-from utils.dataset import RankedExample, SFTExample
+from utils.data.examples import RankedExample, SFTExample
 from utils.tokenizer import Tokenizer
 
 VOCAB, EOS = 50, 49

@@ -8,9 +8,9 @@ from setups import EOS, VOCAB, prompt_examples, random_ids, response, runtime_on
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.experience import ActorCritic, minibatch_plan
 from utils.data.batching import collate_ranked
+from utils.data.examples import RankedExample
 from utils.data.rows import Row
 from utils.data.token_table import Counts, LengthLimits, tokenize_rows
-from utils.dataset import RankedExample
 from utils.tokenizer import get_tokenizer
 
 PAD, TAU = VOCAB, 0.8

@@ -15,7 +15,7 @@ from models.weights.checkpoint import describe
 from training import loop, trainers
 from training.start import frozen
 from utils.data.batching import collate_ranked
-from utils.dataset import RankedExample
+from utils.data.examples import RankedExample
 
 
 def naive_step_loss(model, examples) -> float:

@@ -18,7 +18,7 @@ from training.experience import ActorCritic
 from training.sampling import MicroBatch
 from training.trainers import sft_targets
 from utils.data.batching import collate_sft
-from utils.dataset import SFTExample
+from utils.data.examples import SFTExample
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ from training.engine.runtime import Runtime
 from training.sampling import Sampler
 from training.start import freeze, frozen, ppo_start
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
-from utils.dataset import RankedExample, SFTExample, load_dataset
+from utils.data.examples import RankedExample, SFTExample
+from utils.dataset import load_dataset
 from utils.template import PromptTemplate
 from utils.tokenizer import TiktokenTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 

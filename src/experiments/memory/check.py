@@ -29,7 +29,7 @@ from training.memory.plan import plan_memory
 from training.memory.sources import plan_sources
 from training.start import freeze, ppo_start, rm_start, sft_start
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
-from utils.dataset import RankedExample, SFTExample
+from utils.data.examples import RankedExample, SFTExample
 from utils.tokenizer import load_tokenizer
 
 STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from utils.dataset import RankedExample, SFTExample
+from utils.data.examples import RankedExample, SFTExample
 
 
 @dataclass(frozen=True)

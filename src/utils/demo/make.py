@@ -17,6 +17,7 @@ import tyro
 from tqdm import tqdm
 
 from utils.demo.gold import HIGHEST, gold_reward
+from utils.demo.train_bpe import DEMO_FOLDER, corpus_texts, train_bpe
 from utils.demo.world import (
     SPLITS,
     best_possible_accuracy,
@@ -26,7 +27,6 @@ from utils.demo.world import (
     sample_text_rows,
 )
 from utils.tokenizers.bpe import write_ranks
-from utils.tokenizers.train_bpe import DEMO_FOLDER, corpus_texts, train_bpe
 
 SEED = 0
 TEST_SEED = 20261127

@@ -15,7 +15,7 @@ from utils.data.batching import (
     shard,
     steps_per_epoch,
 )
-from utils.dataset import RankedExample, SFTExample
+from utils.data.examples import RankedExample, SFTExample
 
 EOS = 50256
 

@@ -17,7 +17,7 @@ from utils.demo import world
 from utils.demo.facts import FACT_PHRASINGS, FACTS, HARMFUL, HARMFUL_PHRASINGS, PHRASINGS, TARGETS, question
 from utils.demo.gold import HIGHEST, explain, find_target, gold_reward
 from utils.demo.make import SEED, SIZES, TEST_SEED, make_demo
-from utils.tokenizers.train_bpe import DEMO_FOLDER
+from utils.demo.train_bpe import DEMO_FOLDER
 
 SMALL = {name: max(40, size // 60) for name, size in SIZES.items()}
 TRAINING_POOLS = ("sft", "pairs", "ppo")
@@ -300,7 +300,7 @@ def test_the_generator_makes_what_ships(tmp_path, shipped):
     assert (tmp_path / "bpe.tiktoken").read_bytes() == (DEMO_FOLDER / "bpe.tiktoken").read_bytes()
 
 
-@pytest.mark.parametrize("script", ["demo/make.py", "tokenizers/train_bpe.py"])
+@pytest.mark.parametrize("script", ["demo/make.py", "demo/train_bpe.py"])
 def test_scripts_run_from_src_as_well(script, tmp_path):
     done = subprocess.run(
         [sys.executable, f"utils/{script}", "--help"], cwd=ROOT / "src", capture_output=True, text=True, check=True

@@ -7,8 +7,8 @@ import pytest
 import tiktoken
 from tokenizers import ByteLevelBPETokenizer
 
+from utils.demo.train_bpe import DEMO_FOLDER, VOCAB_SIZE, corpus_texts, train_bpe
 from utils.tokenizers.bpe import EOS_TEXT, GPT2_PATTERN, byte_alphabet, write_ranks
-from utils.tokenizers.train_bpe import DEMO_FOLDER, VOCAB_SIZE, corpus_texts, train_bpe
 
 
 def read_ranks(path):

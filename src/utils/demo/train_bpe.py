@@ -1,6 +1,6 @@
 """Train the offline demo's tokenizer: a byte-level BPE with GPT-2's split pattern, in tiktoken's file format.
 
-`python src/utils/tokenizers/train_bpe.py` reads the texts in assets/demo and writes assets/demo/bpe.tiktoken: one
+`python src/utils/demo/train_bpe.py` reads the texts in assets/demo and writes assets/demo/bpe.tiktoken: one
 `base64(token) rank` per line, all 256 bytes first, then merges in the order learned (Sennrich, Haddow & Birch 2016;
 byte-level: GPT-2, Radford et al. 2019). The special token "<|endoftext|>" is not in the file; its id is the number of
 ranks.
