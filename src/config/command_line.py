@@ -24,7 +24,7 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _reject_unknown_flags(stage, argv)
-    preset = next((f.default for f in fields(stage) if f.name == "config"), "gpt2-nano")
+    preset = stage.config
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):
             preset = argv[i + 1]

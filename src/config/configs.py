@@ -62,28 +62,25 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for field in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             value, most = getattr(self, field), _MOST_LAYERS if field == "n_layer" else _LARGEST_SIZE
-            _require(1 <= value <= most, f"model config: {field} must be 1 to {most}, not {value}")
-        _require(
-            self.n_embd % self.n_head == 0,
-            f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}",
-        )
-        _require(
-            0 <= self.lora_rank <= _LARGEST_SIZE,
-            f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}",
-        )
+            if not 1 <= value <= most:
+                raise UserError(f"model config: {field} must be 1 to {most}, not {value}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not 0 <= self.lora_rank <= _LARGEST_SIZE:
+            raise UserError(f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}")
         for field in ("dropout", "lora_dropout"):
-            value = getattr(self, field)
-            _require(0 <= value < 1, f"model config: {field} must be in [0, 1), not {value}")
+            if not 0 <= (value := getattr(self, field)) < 1:
+                raise UserError(f"model config: {field} must be in [0, 1), not {value}")
         for field in ("lora_alpha", "init_std", "layer_norm_eps"):
-            value = getattr(self, field)
-            _require(0 < value < math.inf, f"model config: {field} must be a positive number, not {value}")
+            if not 0 < (value := getattr(self, field)) < math.inf:
+                raise UserError(f"model config: {field} must be a positive number, not {value}")
         if self.embedding_rows == 0:
             object.__setattr__(self, "embedding_rows", self.vocab_size)
-        _require(
-            self.vocab_size <= self.embedding_rows <= _LARGEST_SIZE,
-            f"model config: embedding_rows {self.embedding_rows} is not between vocab_size {self.vocab_size} and "
-            f"{_LARGEST_SIZE}",
-        )
+        if not self.vocab_size <= self.embedding_rows <= _LARGEST_SIZE:
+            raise UserError(
+                f"model config: embedding_rows {self.embedding_rows} is not between vocab_size {self.vocab_size} and "
+                f"{_LARGEST_SIZE}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -146,6 +143,26 @@ def get_configs(name: str) -> GPTConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+# What settings may be, in every stage that has them: the least whole number, then ranges of numbers.
+_LEAST = dict.fromkeys(
+    (
+        "max_steps", "max_length", "seed", "tokens_per_micro_batch", "warmup_steps", "critic_warmup",
+        "warmup_iterations", "prompt_length",
+    ), 0
+) | dict.fromkeys(
+    (
+        "batch_size", "global_batch_size", "eval_every", "save_every", "log_every", "eval_examples", "keep", "epochs",
+        "sample_tokens", "iterations", "ppo_epochs", "minibatches", "response_length", "kl_horizon",
+    ), 1
+) | {"normalise_prompts": 8}  # fmt: skip
+_POSITIVE = ("lr", "max_grad_norm", "adam_eps", "critic_lr", "temperature", "clip_eps")
+_NOT_NEGATIVE = (
+    "plan_gb", "weight_decay", "kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop",
+    "max_kl",
+)  # fmt: skip
+_SHARES = ("min_lr_ratio", "gamma", "lam")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,45 +244,24 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         get_configs(self.config)
-        _require(
-            re.fullmatch(r"[\w.-]+", self.name) is not None,
-            f"--name {self.name!r}: use letters, digits, dots, - and _, no spaces or slashes",
-        )
-        for field in (
-            "batch_size",
-            "global_batch_size",
-            "eval_every",
-            "save_every",
-            "log_every",
-            "eval_examples",
-            "keep",
-        ):
-            self._at_least(field, 1)
-        for field in ("max_steps", "max_length", "seed"):
-            self._at_least(field, 0)
-        if self.tokens_per_micro_batch != "auto":
-            self._at_least("tokens_per_micro_batch", 0)
-        self._not_negative("plan_gb")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"--name {self.name!r}: use letters, digits, dots, - and _, no spaces or slashes")
+        for field, value in asdict(self).items():
+            wanted = ""
+            if field in _LEAST and value != "auto" and not value >= _LEAST[field]:
+                wanted = f"{_LEAST[field]} or more"
+            elif field in _POSITIVE and not 0 < value < math.inf:
+                wanted = "a positive number"
+            elif field in _NOT_NEGATIVE and not 0 <= value < math.inf:
+                wanted = "0 or a positive number"
+            elif field in _SHARES and not 0 <= value <= 1:
+                wanted = "in [0, 1]"
+            if wanted:
+                raise UserError(f"{flag_of(field)} {value}: must be {wanted}")
+        if self.seed >= 2**31:  # numpy takes 32 bits, and every rank adds its own offset
+            raise UserError(f"--seed {self.seed}: must be below {2**31}")
         if self.plan_gb:
             object.__setattr__(self, "plan", True)
-        self._positive("lr")
-        self._positive("max_grad_norm")
-        self._positive("adam_eps")
-        self._not_negative("weight_decay")
-        # numpy takes 32 bits, and every rank adds its own offset.
-        _require(self.seed < 2**31, f"--seed {self.seed}: must be below {2**31}")
-
-    def _at_least(self, field: str, low: int) -> None:
-        value = getattr(self, field)
-        _require(value >= low, f"{flag_of(field)} {value}: must be {low} or more")
-
-    def _positive(self, field: str) -> None:
-        value = getattr(self, field)
-        _require(0 < value < math.inf, f"{flag_of(field)} {value}: must be a positive number")
-
-    def _not_negative(self, field: str) -> None:
-        value = getattr(self, field)
-        _require(0 <= value < math.inf, f"{flag_of(field)} {value}: must be 0 or a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,11 +288,8 @@ class SFTConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least("epochs", 1)
-        self._at_least("warmup_steps", 0)
-        self._at_least("sample_tokens", 1)
-        _require(0 <= self.min_lr_ratio <= 1, f"--min-lr-ratio {self.min_lr_ratio}: must be in [0, 1]")
-        _require(0 < self.beta2 < 1, f"--beta2 {self.beta2}: must be in (0, 1)")
+        if not 0 < self.beta2 < 1:
+            raise UserError(f"--beta2 {self.beta2}: must be in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,18 +317,11 @@ class RMConfig(RunConfig):
     """Longest sampled response in tokens; 0 takes PPO's default for the preset."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._at_least("epochs", 1)
-        self._at_least("warmup_steps", 0)
-        self._at_least("normalise_prompts", 8)
         ppo = stage_defaults(PPOConfig, self.config)
-        if self.temperature == 0:
-            object.__setattr__(self, "temperature", ppo.temperature)
-        if self.response_length == 0:
-            object.__setattr__(self, "response_length", ppo.response_length)
-        self._positive("temperature")
-        self._at_least("response_length", 1)
-        _require(0 <= self.min_lr_ratio <= 1, f"--min-lr-ratio {self.min_lr_ratio}: must be in [0, 1]")
+        for field in ("temperature", "response_length"):
+            if getattr(self, field) == 0:
+                object.__setattr__(self, field, getattr(ppo, field))
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,31 +396,17 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("iterations", "ppo_epochs", "minibatches", "response_length", "kl_horizon"):
-            self._at_least(field, 1)
-        for field in ("critic_warmup", "warmup_iterations", "prompt_length"):
-            self._at_least(field, 0)
-        for field in ("critic_lr", "temperature", "clip_eps"):
-            self._positive(field)
-        for field in ("kl_coef", "kl_target", "value_clip_eps", "vf_coef", "missing_eos_penalty", "kl_stop", "max_kl"):
-            self._not_negative(field)
-        for field in ("gamma", "lam"):
-            _require(0 <= getattr(self, field) <= 1, f"{flag_of(field)} {getattr(self, field)}: must be in [0, 1]")
-        _require(
-            self.minibatches <= self.global_batch_size,
-            f"--minibatches {self.minibatches}: at most one per rollout row "
-            f"(--global-batch-size {self.global_batch_size})",
-        )
-        _require(
-            not (self.kl_target and not self.kl_coef),
-            "--kl-target: an adaptive coefficient needs a start above 0; set --kl-coef",
-        )
-        _require(
-            math.isfinite(self.reward_fn_weight), f"--reward-fn-weight {self.reward_fn_weight}: must be a finite number"
-        )
-        _require(
-            not (self.reward_fn_weight and not self.reward_fn), "--reward-fn-weight: needs --reward-fn FILE.py:FUNCTION"
-        )
+        if self.minibatches > self.global_batch_size:
+            raise UserError(
+                f"--minibatches {self.minibatches}: at most one per rollout row "
+                f"(--global-batch-size {self.global_batch_size})"
+            )
+        if self.kl_target and not self.kl_coef:
+            raise UserError("--kl-target: an adaptive coefficient needs a start above 0; set --kl-coef")
+        if not math.isfinite(self.reward_fn_weight):
+            raise UserError(f"--reward-fn-weight {self.reward_fn_weight}: must be a finite number")
+        if self.reward_fn_weight and not self.reward_fn:
+            raise UserError("--reward-fn-weight: needs --reward-fn FILE.py:FUNCTION")
 
 
 # Tokens of a pass by size: what a GPU of 16 GB holds in every stage that it holds at all (docs/memory.md). Results do
@@ -520,8 +492,3 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> GPTConfig:
 def flag_of(field: str) -> str:
     """The command-line flag of a configuration field."""
     return "--" + field.replace("_", "-")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
