@@ -37,11 +37,7 @@ class HostMemory:
         self._usual = self._steps = 0
 
     def keep_freed(self, tensors: Iterable[Tensor]) -> bool:
-        """From now on keep what is freed, if any of the tensors a step works with is a large one.
-
-        Returns:
-            Whether memory is kept.
-        """
+        """From now on keep what is freed, if a tensor that a step works with is a large one; whether it is kept."""
         if self._library is None and any(t.numel() * t.element_size() > _LARGE for t in tensors):
             library = _glibc()
             # No block comes from mmap, so none is unmapped; and the end of the heap is never given back.

@@ -19,19 +19,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig
-from models.gpt import KVCache
+from config.devices import TORCH_TYPE
+from models.gpt import GPT, GPTCritic, GPTRewardModel, KVCache
 from models.vocabulary import BLOCK, slice_size
 from training.memory import counts
-from training.memory.counts import HALF, Weights, count_weights
+from training.memory.counts import Weights, count_weights
 from training.sampling import SFT_SAMPLES, cached_tokens
 
 PHASES = ("load", "rollout", "score", "pass", "step")
 ALWAYS = ("rollout", "score", "pass", "step")
-ACTIVATIONS = "activations"
 COMPLETIONS = 2  # of a ranked row; rankings of more are known only when the data are read
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class Role:
     """One model of a run: `method` of freezing ("frozen" for one that only looks), whether its base equals the first's,
     whether it samples, whether log-probabilities are taken of it."""
 
-    name: str
-    kind: str
+    kind: type[nn.Module]
     config: GPTConfig
-    method: str
+    method: str = "frozen"
     same_base: bool = True
     samples: bool = False
     logprobs: bool = False
@@ -76,10 +75,9 @@ class Item:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All items of a run; `tokens`: padded tokens of its largest micro-batch, `longest`: of its longest row."""
+    """All items of a run; `longest`: tokens of its longest row."""
 
     items: tuple[Item, ...]
-    tokens: int
     longest: int
     notes: tuple[str, ...] = ()
 
@@ -124,7 +122,7 @@ def plan_memory(config: RunConfig, sources: Sources, device: str, dtype: str, ba
         device: cpu, cuda or mps. dtype: fp32, bf16 or fp16, both resolved.
         base: bytes that the process (CPU) or the context (GPU) takes beside what is planned here.
     """
-    product = _TYPES[dtype]
+    product = TORCH_TYPE[dtype]
     roles = roles_of(config, sources)
     rows = Rows.of(config, roles[0].config.block_size)
     items = [Item("process and libraries", base, PHASES if device == "cpu" else ALWAYS)]
@@ -132,18 +130,8 @@ def plan_memory(config: RunConfig, sources: Sources, device: str, dtype: str, ba
         items.append(Item("loading", _loading(roles, product), ("load",)))
     items += _weights(roles, product) + _copies(roles, product, device)
     items += _rollout(config, roles, rows, product, device)
-    changing = _passes(config, roles, rows, product, device)
-    items += changing
-    if device == "cpu":
-        kept = sum(item.bytes for item in changing if item.name == ACTIVATIONS)
-        holes = counts.HEAP_HOLES["adapters" if roles[-1].config.lora_rank else "plain", kind_of(product)]
-        items.append(Item("holes in the heap", holes * kept, ("pass",)))
-    return MemoryPlan(tuple(item for item in items if item.bytes), rows.tokens, rows.longest, sources.notes)
-
-
-def kind_of(product: torch.dtype) -> str:
-    """The key of the counts for a product type."""
-    return "half" if product in HALF else "wide"
+    items += _passes(config, roles, rows, product, device)
+    return MemoryPlan(tuple(item for item in items if item.bytes), rows.longest, sources.notes)
 
 
 def freeze_method(config: SFTConfig | RMConfig | PPOConfig, model: GPTConfig) -> str:
@@ -157,25 +145,20 @@ def roles_of(config: RunConfig, sources: Sources) -> list[Role]:
     method = freeze_method(config, trains)
     plain = replace(sources.sft, lora_rank=0)
     if isinstance(config, SFTConfig):
-        return [Role("model", "lm", trains, method, samples=True, logprobs=True)]
+        return [Role(GPT, trains, method, samples=True, logprobs=True)]
     trains = replace(trains, dropout=0.0)
     if isinstance(config, RMConfig):
-        return [
-            Role("SFT model", "lm", plain, "frozen", samples=True),
-            Role("reward model", "reward", trains, method),
-        ]
+        return [Role(GPT, plain, samples=True), Role(GPTRewardModel, trains, method)]
     reward = sources.reward
     # A reward model that trained all its weights has a base of its own, and so has a critic that starts from it.
     same = reward is None or reward.lora_rank > 0
     kept = reward is None or (reward.lora_rank, reward.lora_alpha) == (trains.lora_rank, trains.lora_alpha)
-    roles = [Role("reference", "lm", plain, "frozen", logprobs=True)]
-    if reward is not None and (not config.reward_fn or config.reward_fn_weight):
-        roles.append(Role("reward model", "reward", replace(reward, dropout=0.0), "frozen", same))
-    return [
-        *roles,
-        Role("actor", "lm", trains, method, samples=True, logprobs=True),
-        Role("critic", "critic", trains, method, same and kept),
-    ]
+    reference = Role(GPT, plain, logprobs=True)
+    actor = Role(GPT, trains, method, samples=True, logprobs=True)
+    critic = Role(GPTCritic, trains, method, same and kept)
+    if reward is None or (config.reward_fn and not config.reward_fn_weight):
+        return [reference, actor, critic]
+    return [reference, Role(GPTRewardModel, replace(reward, dropout=0.0), same_base=same), actor, critic]
 
 
 @dataclass(frozen=True)
@@ -225,25 +208,21 @@ def _weights(roles: list[Role], product: torch.dtype) -> list[Item]:
 
 def _loading(roles: list[Role], product: torch.dtype) -> float:
     """Most bytes of models while they are loaded: those before, and one in fp32 with its file."""
-    most, there, shared = 0, 0, 0
-    for i, role in enumerate(roles):
+    most = held = shared = 0
+    for role in roles:
         w = role.weights(product)
         whole = count_weights(role.kind, role.config, "none", torch.float32).bytes
-        most = max(most, there + shared + 2 * whole)
-        if i and role.same_base:
-            there += w.bytes - min(w.base, shared)
-        elif i == 0:
-            shared, there = w.base, w.bytes - w.base
-        else:
-            there += w.bytes
+        most = max(most, held + 2 * whole)
+        held += w.bytes - (min(w.base, shared) if role.same_base else 0)
+        shared = shared or w.base  # the first model's
     return most
 
 
 def _copies(roles: list[Role], product: torch.dtype, device: str) -> list[Item]:
     """Copies of weights for decoding and for the vocabulary (models.cpu.packing, models.vocabulary.OutputTable)."""
-    if product not in HALF:
+    if product == torch.float32:
         return []
-    decoding, tables = 0, 0
+    decoding = tables = 0
     for i, role in enumerate(roles):
         w = role.weights(product)
         if role.samples:
@@ -256,46 +235,38 @@ def _copies(roles: list[Role], product: torch.dtype, device: str) -> list[Item]:
     return [Item("weights laid out for decoding", decoding, ALWAYS), Item("output projections", tables, ALWAYS)]
 
 
-def _casts(roles: list[Role], product: torch.dtype) -> int:
-    """Autocast's copies of weights that train, kept for the length of a pass."""
-    return sum(2 * role.weights(product).trained_matrices for role in roles) if product in HALF else 0
-
-
 def _rollout(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dtype, device: str) -> list[Item]:
-    model = next(role for role in roles if role.samples)
-    new = config.sample_tokens if isinstance(config, SFTConfig) else config.response_length
-    longest = model.config.block_size if isinstance(config, SFTConfig) else rows.longest
-    if isinstance(config, SFTConfig) and config.max_length:
-        longest = min(longest, config.max_length + new)
+    model = next(role.config for role in roles if role.samples)
     if isinstance(config, SFTConfig):
-        wanted = min(SFT_SAMPLES, config.eval_examples)
+        new, wanted, longest = config.sample_tokens, min(SFT_SAMPLES, config.eval_examples), model.block_size
+        if config.max_length:
+            longest = min(longest, config.max_length + new)
     elif isinstance(config, RMConfig):
-        wanted = config.normalise_prompts
+        new, wanted, longest = config.response_length, config.normalise_prompts, rows.longest
     else:
         wanted = max(config.global_batch_size, config.eval_examples)
+        new, longest = config.response_length, rows.longest
     sizes = (config.batch_size, config.tokens_per_micro_batch, config.activation_checkpointing)
-    budget = cached_tokens(model.config.block_size, *sizes)
-    together = max(1, min(wanted, budget // longest))
-    prompt = max(1, longest - new)
-    d = model.config.n_embd
-    cached = counts.width(KVCache.dtype_on(device, product))
-    cache = 2 * model.config.n_layer * together * (longest - 1) * d * cached
-    kept = counts.kept_per_token(replace(model.config, dropout=0.0), product, device, longest)
+    together = max(1, min(wanted, cached_tokens(model.block_size, *sizes) // longest))
+    cached = KVCache.dtype_on(device, product).itemsize
+    cache = 2 * model.n_layer * together * (longest - 1) * model.n_embd * cached
     # The prompts' pass: one block in work, and the stream.
-    prompts = together * prompt * (kept + counts.stream_per_token(model.config))
-    logits = counts.SAMPLED_LOGIT_BYTES * together * model.config.vocab_size
+    kept = counts.kept_per_token(replace(model, dropout=0.0), product, device, longest)
+    prompts = together * max(1, longest - new) * (kept + counts.stream_per_token(model))
+    logits = counts.SAMPLED_LOGIT_BYTES * together * model.vocab_size
     stored = wanted * (longest * 18 + new * 33) if isinstance(config, PPOConfig) else 0
     return [
         Item("keys and values", cache, ("rollout",)),
         Item("prompts' pass or a step's logits", max(prompts, logits), ("rollout",)),
-        Item("rollouts' tokens and figures", stored, ("rollout", "score", "pass", "step")),
+        Item("rollouts' tokens and figures", stored, ALWAYS),
     ]
 
 
 def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dtype, device: str) -> list[Item]:
     """Items of the score, pass and step phases."""
+    half = product != torch.float32
     training = [role for role in roles if role.method != "frozen"]
-    activations = in_work = gradients = tables = 0
+    activations = in_work = gradients = casts = tables = 0
     for role in training:
         w, d = role.weights(product), role.config.n_embd
         kept = rows.tokens * counts.kept_per_token(role.config, product, device, rows.longest)
@@ -307,25 +278,28 @@ def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dty
         # A block in work needs about as much beyond what it keeps; a recomputed one first has to be made again.
         in_work = max(in_work, kept * (2 if recomputes else 1))
         gradients += 4 * w.trained
+        casts += 2 * w.trained_matrices if half else 0  # kept by autocast for the length of a pass
         if w.table_trains:
             tables = max(tables, counts.TABLE_WORK * 4 * w.table)
-    vocabulary = training[0].config.vocab_size
-    per_logit = counts.LOGIT_BYTES["once" if isinstance(config, SFTConfig) and product in HALF else kind_of(product)]
-    logits = min(per_logit * rows.positions * vocabulary, max(BLOCK, per_logit * vocabulary))
-    logits += counts.SLICE_BYTES * min(rows.positions * vocabulary, slice_size(device))
-    projects = any(role.logprobs for role in training)
-    before = gradients if rows.micro_batches > 1 else 0
     items = [
-        Item(ACTIVATIONS, activations, ("pass",)),
-        Item("gradients so far", before, ("pass",)),
+        Item("activations", activations, ("pass",)),
+        Item("gradients so far", gradients if rows.micro_batches > 1 else 0, ("pass",)),
         Item("gradients", gradients, ("step",)),
         Item("a block in work", in_work, ("score", "pass", "step")),
-        Item("autocast's copies of weights", _casts(training, product), ("score", "pass", "step")),
+        Item("autocast's copies of weights", casts, ("score", "pass", "step")),
         Item("token table's gradient on its way", tables, ("pass", "step")),
     ]
-    if projects:
+    if any(role.logprobs for role in training):
+        vocabulary = training[0].config.vocab_size
+        once = half and isinstance(config, SFTConfig)
+        per_logit = counts.LOGIT_BYTES_TAKEN_ONCE if once else counts.LOGIT_BYTES
+        logits = min(per_logit * rows.positions * vocabulary, max(BLOCK, per_logit * vocabulary))
+        logits += counts.SLICE_BYTES * min(rows.positions * vocabulary, slice_size(device))
         phases = ("score", "pass") if isinstance(config, PPOConfig) else ("pass",)
         items.append(Item("logits of a block", logits, phases))
+    if device == "cpu":
+        shares = counts.HEAP_HOLES_OF_ADAPTERS if roles[-1].config.lora_rank else counts.HEAP_HOLES
+        items.append(Item("holes in the heap", shares[product.itemsize] * activations, ("pass",)))
     return items
 
 

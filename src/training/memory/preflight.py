@@ -7,6 +7,7 @@ they cost: first those that change no result, then those that train less or see 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 
-from config.configs import RMConfig, RunConfig, flag_of, get_configs
+from config.configs import RunConfig, flag_of, get_configs
 from config.user_error import UserError
 from training.memory.device import available_bytes, base_bytes, target
-from training.memory.plan import COMPLETIONS, MemoryPlan, Rows, Sources, freeze_method, largest, plan_memory
-from training.memory.sources import plan_sources, resized
+from training.memory.plan import MemoryPlan, Rows, Sources, freeze_method, largest, plan_memory
+from training.memory.sources import plan_sources
 from training.storage.resuming import Resumption
 from utils.runs.folder import step_checkpoints
 
@@ -27,8 +28,8 @@ MARGIN = 0.1  # share of the memory that --tokens-per-micro-batch auto and the f
 _GRAIN = 64  # token budgets are searched in multiples of this
 _SHOWN = 4  # ways out in the error
 
+# Parts of what torch's allocators say where they raise a plain RuntimeError.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
-"""Parts of what torch's allocators say where they raise a plain RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Planner:
     def plan(self, config: RunConfig) -> MemoryPlan:
         """The plan of a variant of the settings."""
         dtype = self.dtype if config.dtype == "auto" else config.dtype
-        sources = resized(self.sources, get_configs(config.config))
+        sources = replace(self.sources, sft=self.sources.sft.with_options(get_configs(config.config)))
         return plan_memory(config, sources, self.device, dtype, self.base)
 
     def fits(self, config: RunConfig) -> bool:
@@ -65,10 +66,8 @@ class Planner:
 
     def token_budgets(self, config: RunConfig) -> tuple[int, int]:
         """The smallest and the largest --tokens-per-micro-batch that make sense: one longest row, a whole step."""
-        rows = Rows.of(replace(config, tokens_per_micro_batch=1), self.sources.sft.block_size)
-        sequences = COMPLETIONS if isinstance(config, RMConfig) else 1
-        whole = max(rows.tokens, config.global_batch_size * sequences * rows.longest)
-        return _rounded(rows.tokens), _rounded(whole)
+        row = Rows.of(replace(config, tokens_per_micro_batch=1), self.sources.sft.block_size).tokens
+        return math.ceil(row / _GRAIN) * _GRAIN, math.ceil(config.global_batch_size * row / _GRAIN) * _GRAIN
 
     def largest_passes(self, config: RunConfig) -> int | None:
         """The largest --tokens-per-micro-batch that fits, None if not even the longest row alone does."""
@@ -94,7 +93,10 @@ def preflight(config: RunConfig, resumption: Resumption | None = None) -> RunCon
     for note in plan.notes:
         print(f"memory: {note}")
     there = f" of {planner.budget / 1e9:.1f} GB" if planner.budget else ""
-    print(f"memory on {planner.device}, {planner.dtype}, {passes(config, plan)}: {plan.summary(there)}")
+    tokens = config.tokens_per_micro_batch
+    passes = f"{tokens} tokens per micro-batch" if tokens else f"-b {config.batch_size}"
+    rows = f"rows of up to {plan.longest} tokens"
+    print(f"memory on {planner.device}, {planner.dtype}, {passes}, {rows}: {plan.summary(there)}")
     if planner.budget and plan.peak > planner.budget:
         raise UserError(over_budget(config, plan, planner))
     if plan.peak > planner.comfortable:
@@ -107,13 +109,6 @@ def with_auto(config: RunConfig, planner: Planner) -> RunConfig:
     smallest = planner.token_budgets(config)[0]
     fitting = planner.largest_passes(config) if planner.budget else None
     return replace(config, tokens_per_micro_batch=fitting or smallest)
-
-
-def passes(config: RunConfig, plan: MemoryPlan) -> str:
-    """How large the passes are."""
-    tokens = config.tokens_per_micro_batch
-    size = f"{tokens} tokens per micro-batch" if tokens else f"-b {config.batch_size}"
-    return f"{size}, rows of up to {plan.longest} tokens"
 
 
 def over_budget(config: RunConfig, plan: MemoryPlan, planner: Planner) -> str:
@@ -172,10 +167,6 @@ def variants(config: RunConfig, planner: Planner) -> Iterator[dict[str, Any]]:
             yield lora | recompute | half | {"max_length": longest // share}
 
 
-def _rounded(tokens: int) -> int:
-    return -(-tokens // _GRAIN) * _GRAIN
-
-
 def _shown(field: str, value: Any) -> str:
     return flag_of(field) if value is True else f"{flag_of(field)} {value}"
 
@@ -186,12 +177,7 @@ def _shown(field: str, value: Any) -> str:
 
 
 def fit(trainer: Any, config: RunConfig) -> int:
-    """`trainer.fit()`; when memory runs out, a line on stderr with what to change and where to go on, and exit code 1.
-
-    Args:
-        trainer: one of `training.trainers`.
-        config: of the run, resolved.
-    """
+    """`trainer.fit()`; when memory runs out, exit code 1 and a line on stderr: what to change, and where to go on."""
     try:
         return trainer.fit()
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -210,7 +196,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(config: RunConfig, run: Path) -> str:
     """What to change first, and the last checkpoint that is whole."""
-    tokens = config.tokens_per_micro_batch
+    tokens, saved = config.tokens_per_micro_batch, step_checkpoints(run)
+    kept = f"its checkpoint {saved[-1].name} is whole" if saved else f"no checkpoint had been written to {run}"
     if tokens and tokens > _GRAIN:
         change = f"lower --tokens-per-micro-batch from {tokens} to {max(_GRAIN, tokens // 2)}"
     elif not tokens and config.batch_size > 1:
@@ -219,12 +206,6 @@ def out_of_memory(config: RunConfig, run: Path) -> str:
         change = "add --activation-checkpointing"
     else:
         family = get_configs(config.config).family
-        return f"out of memory: start again with a lower --max-length, or --config {family}/lora; {_kept(run)}"
-    if not step_checkpoints(run):
-        return f"out of memory: {change}, and start again; {_kept(run)}"
-    return f"out of memory: {change}, and go on with --resume {run}; {_kept(run)}"
-
-
-def _kept(run: Path) -> str:
-    saved = step_checkpoints(run)
-    return f"its checkpoint {saved[-1].name} is whole" if saved else f"no checkpoint had been written to {run}"
+        return f"out of memory: start again with a lower --max-length, or --config {family}/lora; {kept}"
+    go_on = f"go on with --resume {run}" if saved else "start again"
+    return f"out of memory: {change}, and {go_on}; {kept}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +37,6 @@ def plan_sources(config: RunConfig, resumption: Resumption | None = None) -> Sou
     return Sources(sft, reward, tuple(notes))
 
 
-def resized(sources: Sources, preset: GPTConfig) -> Sources:
-    """The same sources under a preset with other options."""
-    return replace(sources, sft=sources.sft.with_options(preset))
-
-
 def _saved(argument: str, flag: str, config: RunConfig, notes: list[str]) -> GPTConfig | None:
     """The model config that a checkpoint was saved with; None, and a note, when a plan is made ahead of it."""
     try:
@@ -66,24 +62,14 @@ def _sft_sources(config: SFTConfig, preset: GPTConfig, resumption: Resumption | 
     folder = our_checkpoint(config)
     if folder is not None:
         return Sources(_described(folder).with_options(preset))
-    description = Path(config.pretrain) / "config.json"
-    if description.is_file():
-        sizes = _huggingface_sizes(description, config.pretrain)
-        if sizes is not None:  # else loading it tells what is wrong
-            return Sources(sizes.with_options(preset))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):  # loading it tells what is wrong
+        found = json.loads((Path(config.pretrain) / "config.json").read_text())
+        sizes = GPTConfig(
+            name=config.pretrain, n_layer=found["n_layer"], n_head=found["n_head"], n_embd=found["n_embd"],
+            block_size=found["n_positions"], vocab_size=found["vocab_size"],
+        )  # fmt: skip
+        return Sources(sizes.with_options(preset))
     if config.pretrain in ("huggingface", preset.family):
         return Sources(preset)
     note = f"-p {config.pretrain} is not on this disk: planned with the sizes of {config.config}"
     return Sources(preset, notes=(note,))
-
-
-def _huggingface_sizes(path: Path, name: str) -> GPTConfig | None:
-    """Sizes of a Hugging Face GPT-2 from its config.json; None when it is not one."""
-    try:
-        found = json.loads(path.read_text())
-        return GPTConfig(
-            name=name, n_layer=found["n_layer"], n_head=found["n_head"], n_embd=found["n_embd"],
-            block_size=found["n_positions"], vocab_size=found["vocab_size"],
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
