@@ -22,7 +22,7 @@ import torch
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
 from experiments.bench.ours import Rows, endless, made_up_tokenizer, random_ids, write_in_a_process_of_its_own
-from experiments.bench.work import Work, peak_gb
+from experiments.bench.work import Work, answer, peak_gb
 from training.engine.runtime import Runtime
 from training.memory.device import base_bytes
 from training.memory.plan import plan_memory
@@ -32,7 +32,7 @@ from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils.data.examples import RankedExample, SFTExample
 from utils.tokenizer import load_tokenizer
 
-STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
+STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,10 @@ def run_stage(case: Case, config: RunConfig, folder: Path) -> int:
         return RewardModelTrainer(config, model, sft, tokenizer, data, data, run, runtime, {}).fit()
     roles = ppo_start(config, None, runtime.matrix_dtype)
     prompts = Rows(list(ids[:, :prompt]), prompt)
-    trainer = PPOTrainer(
+    return PPOTrainer(
         config, roles.actor, roles.critic, runtime.place(roles.reference), runtime.place(roles.reward_model),
         endless(load_tokenizer(roles.sft)), prompts, prompts, run, runtime, {},
-    )  # fmt: skip
-    return trainer.fit()
+    ).fit()  # fmt: skip
 
 
 def check(case: Case) -> dict[str, Any]:
@@ -127,4 +126,4 @@ def gpu_peak_gb() -> float:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(check(Case(**json.loads(sys.argv[1])))), flush=True)
+    answer(**check(Case(**json.loads(sys.argv[1]))))

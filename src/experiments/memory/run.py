@@ -9,6 +9,7 @@ python src/experiments/main.py -t memory --check --device cuda
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -16,16 +17,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
+from config.configs import SFTConfig, get_configs, stage_defaults
 from config.devices import choose_device, choose_dtype
 from config.user_error import UserError
-from experiments.memory.check import Case
+from experiments.memory.check import STAGES, Case
 from training.memory.device import CUDA_CONTEXT
 from training.memory.plan import Sources
 from training.memory.preflight import MARGIN, Planner
 
 CHILD = Path(__file__).with_name("check.py")
-STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TOLERANCE = 0.15
 
@@ -77,20 +77,16 @@ def cell(stage: str, preset: str, gb: float) -> Cell:
 
 def table(gb: float) -> str:
     """Markdown: planned peaks of all presets and stages."""
-    lines = [
-        "| preset | tokens per pass | SFT | RM | PPO |",
-        "|---|---|---|---|---|",
-        *(
-            f"| `{preset}` | {stage_defaults(SFTConfig, preset).tokens_per_micro_batch:,} | "
-            + " | ".join(str(cell(stage, preset, gb)) for stage in STAGES)
-            + " |"
-            for preset in presets()
-        ),
-        "",
+    lines = ["| preset | tokens per pass | SFT | RM | PPO |", "|---|---|---|---|---|"]
+    for preset in presets():
+        tokens = stage_defaults(SFTConfig, preset).tokens_per_micro_batch
+        peaks = " | ".join(str(cell(stage, preset, gb)) for stage in STAGES)
+        lines.append(f"| `{preset}` | {tokens:,} | {peaks} |")
+    note = (
         f"Planned peaks in GB (1e9 bytes) on a GPU of {gb:g} GB in bf16, with rows of up to 1,024 tokens; in brackets "
-        f'the largest `--tokens-per-micro-batch` that leaves {MARGIN:.0%} free. "no": it does not fit.',
-    ]
-    return "\n".join(lines)
+        f'the largest `--tokens-per-micro-batch` that leaves {MARGIN:.0%} free. "no": it does not fit.'
+    )
+    return "\n".join([*lines, "", note])
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
@@ -99,11 +95,9 @@ def cases(device: str = "cpu") -> Iterator[Case]:
     Half precision is bf16, or fp16 on a GPU that only emulates it.
     """
     half = "fp16" if choose_dtype("auto", device) == "fp16" else "bf16"
-    for rows, length in ((8, 128), (4, 512)):
-        for stage in STAGES:
-            for preset in ("gpt2", "gpt2/lora"):
-                for dtype in (half, "fp32"):
-                    yield Case(stage, preset, dtype, rows, length, device=device)
+    every = itertools.product(((8, 128), (4, 512)), STAGES, ("gpt2", "gpt2/lora"), (half, "fp32"))
+    for (rows, length), stage, preset, dtype in every:
+        yield Case(stage, preset, dtype, rows, length, device=device)
     yield Case("sft", "gpt2", half, 4, 512, activation_checkpointing=True, device=device)
     yield Case("ppo", "gpt2/lora", half, 4, 512, activation_checkpointing=True, device=device)
 
@@ -126,10 +120,8 @@ def check_all(chosen: list[Case]) -> int:
             off += 1
             continue
         found = json.loads(done.stdout.rstrip().rpartition("\n")[2])
-        ratio = found["predicted_gb"] / found["measured_gb"]
-        off += abs(ratio - 1) > TOLERANCE
-        print(
-            f"| {case.title()} | {found['predicted_gb']:.2f} | {found['measured_gb']:.2f} | {ratio:.3f} |", flush=True
-        )
+        planned, measured = found["predicted_gb"], found["measured_gb"]
+        off += abs(planned / measured - 1) > TOLERANCE
+        print(f"| {case.title()} | {planned:.2f} | {measured:.2f} | {planned / measured:.3f} |", flush=True)
     print(f"\n{len(chosen) - off} of {len(chosen)} within {TOLERANCE:.0%}")
     return 1 if off else 0
