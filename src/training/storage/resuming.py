@@ -69,22 +69,25 @@ class Resumption:
     origins: dict[str, Path | None]
 
 
+def _refusal(config: RunConfig, told: str) -> UserError:
+    return UserError(f"--resume {config.resume}: {told}")
+
+
 def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     """What --resume means: None without the flag, or for `auto` when the newest run of this name has saved nothing.
 
     The run is locked; nothing in it is changed yet.
 
     Raises:
-        UserError: no such run, nothing whole to go on from, another process at work on it, settings that differ from
-            the run's, or a model that it was started from is gone.
+        UserError: no such run of this stage, nothing whole to go on from, another process at work on it, settings that
+            differ from the run's and may not, or a model that it was started from is gone or is another one now.
         SystemExit: with 0, for `auto` when that run is finished.
     """
     wanted = _override_fields(config)
     if not config.resume:
         return None
-    checkpoint = None
     if config.resume == "auto":
-        run = _newest_saved(f"{stage}_{config.name}", config)
+        run, checkpoint = _newest_saved(f"{stage}_{config.name}", config), None
         if run is None:
             return None
     else:
@@ -110,11 +113,7 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
 
 
 def _override_fields(config: RunConfig) -> set[str]:
-    """The fields that --resume-override names.
-
-    Raises:
-        UserError: one that may not change.
-    """
+    """The fields that --resume-override names, each one that may change."""
     wanted = {name.strip().removeprefix("--").replace("-", "_") for name in config.resume_override.split(",")} - {""}
     unknown = sorted(wanted - set(OVERRIDABLE))
     if unknown:
@@ -149,24 +148,17 @@ def _newest_saved(stem: str, config: RunConfig) -> Path | None:
 
 
 def _record_of(run: Path, stage: str, config: RunConfig) -> dict[str, Any]:
-    """hyperparams.json of a run.
-
-    Raises:
-        UserError: it is none, or that of another stage.
-    """
+    """hyperparams.json of a run, which is one of this stage."""
     try:
         record = json.loads((run / HYPERPARAMS).read_text())
         record["config"] = dict(record["config"])
         if record.get("stage") in ("rm", "ppo"):
             record["sft"] = str(record["sft"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"--resume {config.resume}: {HYPERPARAMS} of {run} is no record of a run ({error}); start a new one"
-        ) from None
+        told = f"{HYPERPARAMS} of {run} is no record of a run ({error}); start a new one"
+        raise _refusal(config, told) from None
     if record.get("stage") != stage:
-        raise UserError(
-            f"--resume {config.resume}: is a run of stage {record.get('stage')}, not {stage}; use its own script"
-        )
+        raise _refusal(config, f"is a run of stage {record.get('stage')}, not {stage}; use its own script")
     return record
 
 
@@ -210,16 +202,11 @@ def _is_longer(record: dict[str, Any], config: RunConfig, done: int) -> bool:
 
 
 def _origins(run: Path, checkpoint: Path, record: dict[str, Any], config: RunConfig) -> dict[str, Path | None]:
-    """Where the models are now that a run was started from; SFT goes on without them.
-
-    Raises:
-        UserError: one is gone, or is another one now.
-    """
+    """Where the models are now that a run was started from; SFT goes on without them."""
     found = {}
     flags = {"rm": {"sft": "pretrain"}, "ppo": {"sft": "actor", "rm": "critic"}}.get(record["stage"], {})
     for key, field in flags.items():
-        folder = find_origin(record, key, run, config.runs_dir, f"--resume {run}", getattr(config, field))
-        found[key] = folder
+        found[key] = folder = find_origin(record, key, run, config.runs_dir, f"--resume {run}", getattr(config, field))
         if folder is None:
             continue
         if key not in (record.get("weights") or {}):
@@ -240,38 +227,28 @@ def _run_and_checkpoint(config: RunConfig) -> tuple[Path, Path | None]:
     around = (folder, *folder.parents[:2]) if folder else ()
     run = next((p for p in around if (p / HYPERPARAMS).is_file()), None)
     if run is None:
-        raise UserError(f"--resume {config.resume}: no run folder or checkpoint inside one; give runs/STAGE_NAME_TIME")
+        raise _refusal(config, "no run folder or checkpoint inside one; give runs/STAGE_NAME_TIME")
     if ".superseded" in folder.name:
-        raise UserError(
-            f"--resume {config.resume}: is of a course that the run has left, and its figures are cut off; go on with "
-            "another checkpoint, or start a new run from its weights"
+        raise _refusal(
+            config,
+            "is of a course that the run has left, and its figures are cut off; go on with another checkpoint, or "
+            "start a new run from its weights",
         )
     return run, folder if run != folder else None
 
 
 def _whole_checkpoint(run: Path, wanted: Path | None, config: RunConfig) -> Path:
-    """The checkpoint to go on from: the one that was asked for, or the newest whole one of the run.
-
-    Raises:
-        UserError: it is not whole, or the run has none.
-    """
+    """The checkpoint to go on from: the one that was asked for, or the newest whole one of the run."""
     if wanted is not None:
         fault = fault_of(wanted)
         if fault is not None and (wanted / STATE).is_file():
-            raise UserError(
-                f"--resume {config.resume}: is not whole ({fault}); give an earlier checkpoint, or --resume {run}"
-            )
+            raise _refusal(config, f"is not whole ({fault}); give an earlier checkpoint, or --resume {run}")
         return wanted
-    if not step_checkpoints(run):
-        raise UserError(
-            f"--resume {config.resume}: {run} has nothing under checkpoints/ to go on from; start a new run"
-        )
     checkpoint, faults = newest_whole(run)
+    if checkpoint is None and not faults:
+        raise _refusal(config, f"{run} has nothing under checkpoints/ to go on from; start a new run")
     if checkpoint is None:
-        torn = "; ".join(faults)
-        raise UserError(
-            f"--resume {config.resume}: {run} has no whole checkpoint to go on from ({torn}); start a new run"
-        )
+        raise _refusal(config, f"{run} has no whole checkpoint to go on from ({'; '.join(faults)}); start a new run")
     for fault in faults:
         print(f"passed over: {fault}", file=sys.stderr)
     return checkpoint
@@ -288,7 +265,8 @@ def open_run(
     """The run's folder, made and described unless it is there already; `extra` says what the run starts from.
 
     Raises:
-        UserError: a run to go on with was training on other data (`extra["data"]`, a fingerprint).
+        UserError: no room, or a run to go on with was training on other data (`extra["data"]`, a fingerprint), or
+            elsewhere with --deterministic.
     """
     if resumption is not None:
         if resumption.hyperparams.get("data") != extra["data"]:
@@ -310,11 +288,8 @@ def open_run(
 
 
 def _compare_machines(config: RunConfig, runtime: Runtime, resumption: Resumption) -> None:
-    """Tell what is not as it was when the run was started, for then other bits may come out.
-
-    Raises:
-        UserError: something is not, and --deterministic promises the same bits.
-    """
+    """Tell what is not as it was when the run was started, for then other bits may come out; --deterministic, which
+    promises the same bits, refuses."""
     now = {"runs_on": runtime.describe(), **versions()}
     then = {"runs_on": resumption.hyperparams.get("runs_on"), **resumption.hyperparams.get("versions", {})}
     changed = "; ".join(f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])

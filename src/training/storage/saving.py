@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,34 +36,20 @@ STATE = "trainer_state.pt"
 _SMALL_FILES = 2**20  # bytes allowed for descriptions, manifest and a small tokenizer when room is looked for
 
 
+@dataclass(eq=False)
 class Saver:
-    """Writes the checkpoints of one run.
+    """Writes the checkpoints of one run."""
 
-    Args:
-        run: the run's folder.
-        models: module per subfolder; "" is the checkpoint folder itself.
-        tokenizer: saved with every checkpoint, so that it is self-contained.
-        description: entries for model.json beside the model config.
-        keep: newest whole step checkpoints to keep.
-        on_error: when a checkpoint cannot be written (full disk), "stop" the run, or "continue" without it.
-        log: the run's figures; on the medium before a checkpoint that counts on them.
-        disk: does the file operations.
-    """
-
-    def __init__(
-        self, run: Path, models: dict[str, nn.Module], tokenizer: Tokenizer, description: dict[str, Any], keep: int,
-        on_error: str = "stop", log: MetricsLog | None = None, disk: Disk | None = None,
-    ) -> None:  # fmt: skip
-        self.run = run
-        self.models = models
-        self.tokenizer = tokenizer
-        self.description = description
-        self.keep = keep
-        self.on_error = on_error
-        self.log = log
-        self.disk = disk or Disk()
-        self.saved_step = -1  # of the newest step checkpoint that this process wrote
-        self._seen_whole: set[Path] = set()
+    run: Path
+    models: dict[str, nn.Module]  # per subfolder; "" is the checkpoint folder itself
+    tokenizer: Tokenizer  # saved with every checkpoint, so that it is self-contained
+    description: dict[str, Any]  # entries for model.json beside the model config
+    keep: int  # newest whole step checkpoints
+    on_error: str = "stop"  # when a checkpoint cannot be written (full disk): stop the run, or "continue" without it
+    log: MetricsLog | None = None  # the run's figures; on the medium before a checkpoint that counts on them
+    disk: Disk = field(default_factory=Disk)
+    saved_step: int = field(default=-1, init=False)  # of the newest step checkpoint that this process wrote
+    _seen_whole: set[Path] = field(default_factory=set, init=False)
 
     def save_step(self, step: int, state: dict[str, Any]) -> bool:
         """Write checkpoints/step_XXXXXXXX and delete all whole ones but the newest `keep`.
@@ -172,11 +159,7 @@ def _size(count: int) -> str:
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
-    """Write the trainer's state; tensors go to the file one after the other, without a copy of the whole.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the trainer's state; tensors go to the file one after the other, without a copy of the whole."""
     try:
         torch.save(state, path)
     except RuntimeError as error:  # what torch makes of a full disk
