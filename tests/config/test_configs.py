@@ -251,6 +251,15 @@ def test_bad_values_are_refused_in_one_line(stage, argv, message):
     assert "\n" not in line and not set(line) & set("─│╭╮╰╯┄") and len(line) < 400
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_number_has_a_range(stage):
+    for name, default in resolved(stage()).items():
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            wrong = float("nan") if isinstance(default, float) else -1
+            with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} {wrong}: must be "):
+                stage(**{name: wrong})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """One short run of a stage in a process of its own, and its peak memory beside the plan's: `-t memory --check`.
 
-Started by memory.py as `python memory_check.py CASE`. The run is a stage's whole life in small: models loaded from
+Started by run.py as `python check.py CASE`. The run is a stage's whole life in small: models loaded from
 checkpoints on disk, an evaluation with samples, two optimizer steps of two micro-batches each, another evaluation, the
 checkpoints saved. Only the data are made up.
 """
