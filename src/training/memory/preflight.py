@@ -152,7 +152,7 @@ def variants(config: RunConfig, planner: Planner) -> Iterator[dict[str, Any]]:
     if half:
         yield half
     preset = get_configs(config.config)
-    lora = {} if preset.lora_rank or preset.name == preset.family + "/lora" else {"config": f"{preset.family}/lora"}
+    lora = {} if preset.lora_rank else {"config": f"{preset.family}/lora"}
     if lora:
         if config.freeze != "auto":
             lora["freeze"] = "auto"
