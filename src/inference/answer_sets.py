@@ -71,7 +71,7 @@ class AnswerSet:
         """The system's entry in evaluation.json; `gold` scores (prompts, answers), where there is such a reward."""
         rewards = None if gold is None else self.rewards(gold)
         entry = self.system.describe() | system_figures(self.answers, self.kl, self.proxy, rewards)
-        entry["cut_prompts"] = self.cut_prompts
+        entry |= {"cut_prompts": self.cut_prompts}
         if self.system.kind != "best_of_n":
             return entry
         n, draws = self.system.n, self.sample_proxy
@@ -91,7 +91,6 @@ class Answering:
     """How all systems of one evaluation answer.
 
     prompts: in the template's form [N]. reward_model: None without proxy scores. cache: folder of sampled answers.
-    dtype: of the machine, since it decides answers.
     """
 
     prompts: Sequence[str]
@@ -100,7 +99,6 @@ class Answering:
     machine: Machine
     reward_model: TextModel | None
     cache: Path
-    dtype: str = "fp32"
 
     def answer_sets(self, systems: Sequence[System]) -> list[AnswerSet]:
         """The answers of all systems, in their order; beside the SFT model, one language model at a time is loaded.
@@ -129,16 +127,11 @@ class Answering:
 
     def _from_file(self, system: System) -> AnswerSet:
         answers = read_answers(Path(system.source), self.prompts, self.template, system.flag)
-        proxy = None
-        if self.reward_model is not None:
-            proxy = score_answers(self.reward_model, answers, self.machine, system.name, own_ids=False)
-        return AnswerSet(system, answers, None, proxy)
+        return AnswerSet(system, answers, None, self._proxy(None, answers, system.name))
 
     def _from_model(self, system: System, source: TextModel, sft: TextModel | None) -> AnswerSet:
         answers = self._sampled(source, system.name)
-        kl = None
-        if sft is not None:
-            kl = kl_to_sft(source, sft, answers, self.sampling.temperature, self.machine, system.name)
+        kl = sft and kl_to_sft(source, sft, answers, self.sampling.temperature, self.machine, system.name)
         cut = prompt_tokens(source, self.prompts, self.sampling.max_new_tokens)[1]
         return AnswerSet(system, answers, kl, self._proxy(source, answers, system.name), cut)
 
@@ -151,19 +144,20 @@ class Answering:
         samples = [self._sampled(sft, "best_of", draw) for draw in range(count)]
         return samples, np.stack([self._proxy(sft, answers, "best_of") for answers in samples])
 
-    def _proxy(self, source: TextModel, answers: Sequence[Answer], name: str) -> np.ndarray | None:
+    def _proxy(self, source: TextModel | None, answers: Sequence[Answer], name: str) -> np.ndarray | None:
+        """The reward model's scores; by the text where the answer's tokens are not its own, or none (no `source`)."""
         rm = self.reward_model
         if rm is None:
             return None
-        same_tokens = rm.tokenizer.identity()["sha256"] == source.tokenizer.identity()["sha256"]
-        return score_answers(rm, answers, self.machine, name, own_ids=same_tokens)
+        own_ids = source is not None and rm.same_tokens(source)
+        return score_answers(rm, answers, self.machine, name, own_ids)
 
     def _sampled(self, source: TextModel, name: str, draw: int = 0) -> list[Answer]:
         """`sample_answers`, or what it gave before."""
         rows, _ = prompt_tokens(source, self.prompts, self.sampling.max_new_tokens)
         identity = {
             "version": _CACHE_VERSION, "weights": weights_digest(source.model), "name": name, "draw": draw,
-            "tokenizer": source.tokenizer.identity()["sha256"], "dtype": self.dtype, **asdict(self.sampling),
+            "tokenizer": source.tokenizer.identity()["sha256"], "dtype": self.machine.dtype, **asdict(self.sampling),
             "prompts": hashlib.sha256(json.dumps([row.tolist() for row in rows]).encode()).hexdigest(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -9,17 +9,21 @@ Shapes: N prompts, B rows of a batch, L columns, n samples of one prompt.
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from config.devices import TORCH_TYPE, choose_device, choose_dtype
 from config.user_error import UserError
 from models.generation import generate
 from utils.data.batching import collate_sft
@@ -36,8 +40,8 @@ class Answer:
     """One answer to one prompt.
 
     prompt: in the template's form. text: without end mark and without white space around it. prompt_ids, ids: tokens of
-    the prompt as the model saw it and of the answer, EOS included; None for a text from a file. ended: whether the
-    model stopped by itself; None for a text from a file.
+    the prompt as the model saw it and of the answer, EOS included. ended: whether the model stopped by itself. The last
+    three are None for a text from a file.
     """
 
     prompt: str
@@ -65,14 +69,41 @@ class TextModel:
         """Longest row in tokens."""
         return self.model.config.block_size
 
+    def same_tokens(self, other: TextModel) -> bool:
+        """Whether ids mean the same to both."""
+        return self.tokenizer.identity()["sha256"] == other.tokenizer.identity()["sha256"]
+
 
 @dataclass(frozen=True)
 class Machine:
-    """Where models run: `batch_size` rows at once; `autocast()` is the context of forward passes."""
+    """Where models run: `batch_size` rows at once; `autocast()` is the context of forward passes, in `dtype`."""
 
     device: torch.device | str = "cpu"
     batch_size: int = 32
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    dtype: str = "fp32"
+
+    @classmethod
+    def chosen(cls, device: str, dtype: str, batch_size: int, seed: int) -> Self:
+        """What --device, --dtype and --seed ask for; the seed is that of all random numbers of the process.
+
+        Raises:
+            UserError: the device is not there, or does not compute in that precision.
+        """
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
+        for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+            seed_one(seed)
+        # cuBLAS may else add up partial sums in half precision, which log-probabilities do not survive.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, TORCH_TYPE[dtype])
+        return cls(torch.device(device), batch_size, autocast, dtype)
+
+    def describe(self) -> str:
+        """One line for the record."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        return f"{self.device.type} ({name}), {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -82,11 +113,6 @@ class Sampling:
     temperature: float
     max_new_tokens: int
     seed: int = 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Making answers
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def prompt_tokens(source: TextModel, prompts: Sequence[str], max_new_tokens: int) -> tuple[list[np.ndarray], int]:
@@ -117,7 +143,8 @@ def sample_answers(
         draw: 0, 1, ... for several independent answers to each prompt.
     """
     rows, _ = prompt_tokens(source, prompts, sampling.max_new_tokens)
-    seeds = _seeds(sampling.seed, name, draw, len(rows))
+    numbers = np.random.SeedSequence([sampling.seed, zlib.crc32(name.encode()), draw])
+    seeds = numbers.generate_state(len(rows), np.uint64).astype(np.int64).tolist()
     model = source.model.to(machine.device).eval()
     answers: list[Answer | None] = [None] * len(rows)
     for part in _parts([len(ids) for ids in rows], machine.batch_size, f"{name}: answers"):
@@ -151,11 +178,12 @@ def read_answers(path: Path, prompts: Sequence[str], template: PromptTemplate, f
             raise UserError(f'{where}: has no text as "response"; a row is {{"prompt": ..., "response": ...}}')
         if found.setdefault(prompt, response.strip()) != response.strip():
             raise UserError(f"{where}: a second, different answer to a prompt of this file; keep one")
-    missing = [prompt for prompt in prompts if prompt not in found]
+    missing = [" ".join(prompt.split()) for prompt in prompts if prompt not in found]
     if missing:
+        first = missing[0] if len(missing[0]) <= 60 else missing[0][:60] + " ..."
         raise UserError(
             f"{flag}: {path} has no answer to {len(missing)} of the {len(prompts)} prompts, the first of them "
-            f'"{_short(missing[0])}"; add them, or ask fewer with --prompts or --limit'
+            f'"{first}"; add them, or ask fewer with --prompts or --limit'
         )
     return [Answer(prompt, found[prompt]) for prompt in prompts]
 
@@ -166,13 +194,7 @@ def best_of(samples: Sequence[Sequence[Answer]], proxy: np.ndarray, n: int) -> l
     Args:
         samples: draws of N answers each. proxy: [draws, N] their scores.
     """
-    choice = proxy[:n].argmax(0)
-    return [samples[k][i] for i, k in enumerate(choice)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring answers
-# ---------------------------------------------------------------------------------------------------------------------
+    return [samples[k][i] for i, k in enumerate(proxy[:n].argmax(0))]
 
 
 @torch.no_grad()
@@ -203,8 +225,7 @@ def kl_to_sft(
     None where it is not defined: greedy answers have no distribution, and models with different tokenizers none in
     common.
     """
-    same_tokens = policy.tokenizer.identity()["sha256"] == sft.tokenizer.identity()["sha256"]
-    if temperature == 0 or not same_tokens or policy.context != sft.context:
+    if temperature == 0 or not policy.same_tokens(sft) or policy.context != sft.context:
         return None
     if policy.model is sft.model:
         return np.zeros(len(answers))
@@ -213,6 +234,7 @@ def kl_to_sft(
     return own - reference
 
 
+@torch.no_grad()
 def score_answers(rm: TextModel, answers: Sequence[Answer], machine: Machine, name: str, own_ids: bool) -> np.ndarray:
     """The reward model's scores of answers: [N].
 
@@ -222,9 +244,21 @@ def score_answers(rm: TextModel, answers: Sequence[Answer], machine: Machine, na
     """
     if own_ids:
         rows = [(a.prompt_ids, a.ids) for a in answers]
-    else:
-        rows = _tokens_of_texts(rm, [a.prompt for a in answers], [a.text for a in answers])
-    return _scores(rm, [_fitted(prompt, ids, rm.context) for prompt, ids in rows], machine, f"{name}: reward model")
+    else:  # as training joins texts: tokenised apart, an EOS behind
+        asked = rm.tokenizer.encode_batch([rm.template.prompt(a.prompt) for a in answers])
+        said = rm.tokenizer.encode_batch([rm.template.response(a.text) for a in answers])
+        rows = [(np.array(p), np.array([*r, rm.tokenizer.eos_id])) for p, r in zip(asked, said, strict=True)]
+    # The prompt of a long row loses its beginning, and an answer that fills the context alone its end.
+    rows = [(prompt, ids[: rm.context - 1]) for prompt, ids in rows]
+    examples = [SFTExample(prompt[-(rm.context - len(ids)) :], ids) for prompt, ids in rows]
+    model = rm.model.to(machine.device).eval()
+    scores = np.zeros(len(examples))
+    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
+    for part in _parts(lengths, machine.batch_size, f"{name}: reward model"):
+        batch = collate_sft([examples[i] for i in part], rm.tokenizer.pad_id).to(machine.device)
+        with machine.autocast():
+            scores[part] = model(batch.ids, batch.att, right_padded=True).float().cpu().numpy()
+    return scores
 
 
 def score_texts(rm: TextModel, machine: Machine) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
@@ -235,39 +269,6 @@ def score_texts(rm: TextModel, machine: Machine) -> Callable[[Sequence[str], Seq
         return score_answers(rm, answers, machine, "judge", own_ids=False).tolist()
 
     return score
-
-
-@torch.no_grad()
-def _scores(
-    rm: TextModel, rows: Sequence[tuple[np.ndarray, np.ndarray]], machine: Machine, description: str
-) -> np.ndarray:
-    model = rm.model.to(machine.device).eval()
-    scores = np.zeros(len(rows))
-    for part in _parts([len(p) + len(r) for p, r in rows], machine.batch_size, description):
-        batch = collate_sft([SFTExample(*rows[i]) for i in part], rm.tokenizer.pad_id).to(machine.device)
-        with machine.autocast():
-            scores[part] = model(batch.ids, batch.att, right_padded=True).float().cpu().numpy()
-    return scores
-
-
-def _tokens_of_texts(
-    rm: TextModel, prompts: Sequence[str], texts: Sequence[str]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompts and answers as training joined them: tokenised apart, an EOS behind."""
-    asked = rm.tokenizer.encode_batch([rm.template.prompt(prompt) for prompt in prompts])
-    said = rm.tokenizer.encode_batch([rm.template.response(text) for text in texts])
-    return [(np.array(p), np.array([*r, rm.tokenizer.eos_id])) for p, r in zip(asked, said, strict=True)]
-
-
-def _fitted(prompt: np.ndarray, ids: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """A row that fits the context: the prompt loses its beginning, and an answer that fills it alone its end."""
-    ids = ids[: context - 1]
-    return prompt[-(context - len(ids)) :], ids
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Figures of a system
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def system_figures(
@@ -289,23 +290,22 @@ def system_figures(
     correlated = proxy is not None and gold is not None
     figures = {
         "n": len(answers),
-        "eos_rate": float(np.mean([a.ended for a in answers])) if sampled else None,
+        "eos_rate": _mean([a.ended for a in answers]) if sampled else None,
         **text_degeneracy(words),
-        "empty_rate": float(np.mean([not w for w in words])),
-        "mean_length": float(np.mean([len(w) for w in words])),
-        "mean_tokens": float(np.mean([a.tokens for a in answers])) if sampled else None,
-        "kl": None if kl is None else float(kl.mean()),
+        "empty_rate": _mean([not w for w in words]),
+        "mean_length": _mean([len(w) for w in words]),
+        "mean_tokens": _mean([a.tokens for a in answers]) if sampled else None,
+        "kl": _mean(kl),
         "kl_se": None if kl is None or len(kl) < 2 else float(kl.std(ddof=1) / np.sqrt(len(kl))),
-        "proxy": None if proxy is None else float(proxy.mean()),
-        "gold": None if gold is None else float(gold.mean()),
+        "proxy": _mean(proxy),
+        "gold": _mean(gold),
         "proxy_gold_correlation": correlation(torch.tensor(proxy), torch.tensor(gold)) if correlated else None,
     }
-    return {key: None if value is None or value != value else value for key, value in figures.items()}
+    return {key: None if value != value else value for key, value in figures.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches and random numbers
-# ---------------------------------------------------------------------------------------------------------------------
+def _mean(values: Sequence[float] | np.ndarray | None) -> float | None:
+    return None if values is None else float(np.mean(values))
 
 
 def _parts(lengths: Sequence[int], batch_size: int, description: str) -> Iterator[np.ndarray]:
@@ -316,14 +316,3 @@ def _parts(lengths: Sequence[int], batch_size: int, description: str) -> Iterato
             part = order[start : start + batch_size]
             yield part
             bar.update(len(part))
-
-
-def _seeds(seed: int, name: str, draw: int, rows: int) -> list[int]:
-    """Sampling seeds; those of the first rows do not depend on how many there are."""
-    sequence = np.random.SeedSequence([seed, zlib.crc32(name.encode()), draw])
-    return sequence.generate_state(rows, np.uint64).astype(np.int64).tolist()
-
-
-def _short(text: str, length: int = 60) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= length else words[:length] + " ..."

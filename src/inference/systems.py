@@ -55,6 +55,12 @@ class System:
             return get_tokenizer(folder if own else "gpt2")
         return load_tokenizer(self.source)
 
+    @property
+    def of_demo(self) -> bool:
+        """Whether it knows the demo's words only."""
+        tokenizer = self.tokenizer()
+        return tokenizer is not None and tokenizer.identity()["kind"] == "demo"
+
     def template(self) -> PromptTemplate | None:
         """The prompt template it was trained with; None for a file."""
         if self.kind == "file":
@@ -62,11 +68,7 @@ class System:
         return PromptTemplate() if self.kind == "huggingface" else template_of(Path(self.source), self.flag)
 
     def load(self) -> TextModel:
-        """The language model behind it.
-
-        Raises:
-            UserError: it cannot be loaded.
-        """
+        """The language model behind it; UserError where it cannot be loaded."""
         tokenizer, template = self.tokenizer(), self.template()
         if self.kind != "huggingface":
             return TextModel(GPT.from_checkpoint(self.source).eval(), tokenizer, template)
@@ -145,11 +147,7 @@ def _model(
 
 
 def check_stage(checkpoint: Path, flag: str, stages: tuple[str, ...]) -> None:
-    """Refuse a checkpoint of another stage.
-
-    Raises:
-        UserError: what it holds, and which script makes what is needed.
-    """
+    """Refuse a checkpoint of another stage: a UserError says what it holds, and which script makes what is needed."""
     description = describe(checkpoint)
     stage, role = description.get("stage"), description["role"]
     held = "a critic" if role == "critic" else _HOLDS.get(stage, f"a model of stage {stage}")
@@ -159,11 +157,7 @@ def check_stage(checkpoint: Path, flag: str, stages: tuple[str, ...]) -> None:
 
 
 def template_of(checkpoint: Path, flag: str) -> PromptTemplate:
-    """The template saved with a checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The template saved with a checkpoint; UserError where there is none."""
     try:
         return PromptTemplate.from_dict(describe(checkpoint)["template"])
     except (KeyError, ValueError):
@@ -187,13 +181,8 @@ def common_template(systems: Sequence[System]) -> PromptTemplate:
     return first
 
 
-def run_settings(checkpoint: Path) -> dict[str, Any]:
-    """hyperparams.json of the run that a checkpoint lies in; {} when it has been copied out of it."""
-    return _run_around(checkpoint)[1]
-
-
-def _run_around(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
-    """The run that a checkpoint lies in, and its hyperparams.json; see `run_settings`."""
+def run_around(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """The run that a checkpoint lies in and its hyperparams.json; itself and {} when it has been copied out of it."""
     for folder in (checkpoint, *checkpoint.parents[:2]):
         try:
             return folder, json.loads((folder / "hyperparams.json").read_text())
@@ -214,7 +203,7 @@ def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple
         checkpoint = find_checkpoint(argument, runs_dir, "-c")
         check_stage(checkpoint, f"-c {argument}", ("rm",))
         return checkpoint, f"reward model: {checkpoint}"
-    run, record = _run_around(Path(ppo.source)) if ppo is not None else (Path(), {})
+    run, record = run_around(Path(ppo.source)) if ppo is not None else (Path(), {})
     try:
         checkpoint = find_origin(record, "rm", run, runs_dir, "the PPO run")
     except UserError as error:

@@ -29,17 +29,16 @@ from inference.systems import (
     find_reward_model,
     find_systems,
     load_reward_model,
-    run_settings,
+    run_around,
 )
-from training.engine.runtime import Runtime
 from utils.demo.gold import gold_reward
 from utils.evaluation.flags import EvaluateConfig, parse_flags
 from utils.evaluation.picture import draw_evaluation
 from utils.evaluation.prompts import DEFAULT_FILE, read_prompts
 from utils.evaluation.report import Evaluation, pair_table, write_evaluation
 from utils.judging.judges import ScoreJudge, make_judge
-from utils.judging.language_model import JudgeOptions
 from utils.judging.pairwise import Comparison, Judge, both_orders, compare
+from utils.judging.requests import JudgeOptions
 from utils.runs.folder import create_run, find_checkpoint, runs_root, write_hyperparams
 
 
@@ -47,8 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; `argv` is for tests."""
     config = parse_flags(argv, __doc__)
     systems = find_systems(config.sft, config.ppo, config.vanilla, config.best_of_sizes, config.system, config.runs_dir)
-    # Later systems against earlier ones: SFT vs vanilla, PPO vs vanilla, PPO vs SFT.
-    pairs = [(later, earlier) for later in range(len(systems)) for earlier in range(later)]
     template = common_template(systems)
     prompts = read_prompts(config.prompts or _default_prompts(systems), template, config.limit)
     print(f"{len(prompts.texts)} prompts from {prompts.source}; {prompts.repeated} repeated ones left out")
@@ -58,31 +55,33 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--best-of: a reward model has to choose; name it with -c ({line})")
     print(line)
     sampling = _sampling(config, ppo, systems)
-    runtime = Runtime(config.device, config.dtype, config.seed)
-    machine = Machine(runtime.device, config.batch_size, runtime.autocast)
+    machine = Machine.chosen(config.device, config.dtype, config.batch_size, config.seed)
     judge = _judge(config, machine)
     if not isinstance(judge, ScoreJudge) and not config.yes and not sys.stdin.isatty():
-        calls = 2 * len(prompts.texts) * len(pairs)
+        calls = len(prompts.texts) * len(systems) * (len(systems) - 1)
         raise UserError(f"--yes: is needed to ask the judge up to {calls} times without a terminal to confirm it on")
 
     reward_model = load_reward_model(rm_folder, "-c") if rm_folder else None
     cache = runs_root(config.runs_dir) / ".cache" / "answers"
-    answering = Answering(prompts.texts, template, sampling, machine, reward_model, cache, runtime.dtype)
-    sets = answering.answer_sets(systems)
+    sets = Answering(prompts.texts, template, sampling, machine, reward_model, cache).answer_sets(systems)
     run = create_run("eval", config.name, config.runs_dir)
     settings = {
         **asdict(sampling), "prompts": prompts.source, "prompt_count": len(prompts.texts),
         "repeated_prompts": prompts.repeated, "reward_model": str(rm_folder) if rm_folder else None,
-        "runs_on": runtime.describe(),
+        "runs_on": machine.describe(),
     }  # fmt: skip
     write_hyperparams(run, "eval", asdict(config), {}, settings)
     _write_answers(run, sets)
-    if not _agreed(judge, prompts.texts, sets, pairs, config.yes):
+    # Later systems against earlier ones: SFT vs vanilla, PPO vs vanilla, PPO vs SFT.
+    pairs = [(later, earlier) for i, later in enumerate(sets) for earlier in sets[:i]]
+    if not _agreed(judge, prompts.texts, pairs, config.yes):
         print(f"nothing was asked; the answers are in {run / 'answers'}")
         return 1
 
     try:
-        comparisons = [_compare(sets[later], sets[earlier], prompts.texts, judge) for later, earlier in pairs]
+        comparisons = [
+            compare(a.system.name, b.system.name, prompts.texts, a.texts, b.texts, judge) for a, b in pairs
+        ]
     except KeyboardInterrupt:
         print("\nstopped; verdicts so far are kept, and the same command asks for the others", file=sys.stderr)
         return 130
@@ -102,20 +101,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _default_prompts(systems: list[System]) -> str:
     """The demo's own prompts for its models: they know no other words."""
-    tokenizer = next((t for system in systems if (t := system.tokenizer()) is not None), None)
-    if tokenizer is not None and tokenizer.identity()["kind"] == "demo":
-        print("--prompts demo: these models know the demo's words only")
-        return "demo"
-    return str(DEFAULT_FILE)
+    if not next((system.of_demo for system in systems if system.kind != "file"), False):
+        return str(DEFAULT_FILE)
+    print("--prompts demo: these models know the demo's words only")
+    return "demo"
 
 
 def _sampling(config: EvaluateConfig, ppo: System | None, systems: list[System]) -> Sampling:
     """Temperature and length: the flags', the PPO run's, or the preset's."""
-    trained = run_settings(Path(ppo.source)).get("config", {}) if ppo is not None else {}
+    trained = run_around(Path(ppo.source))[1].get("config", {}) if ppo is not None else {}
     temperature = config.temperature
     if temperature == -1:
-        demo = any(t.identity()["kind"] == "demo" for s in systems if (t := s.tokenizer()) is not None)
-        preset = stage_defaults(PPOConfig, "gpt2-nano" if demo else "gpt2")
+        preset = stage_defaults(PPOConfig, "gpt2-nano" if any(s.of_demo for s in systems) else "gpt2")
         temperature = trained.get("temperature", preset.temperature)
     length = config.max_new_tokens or trained.get("response_length", 64)
     print(f"answers: temperature {temperature:g}, at most {length} tokens, seed {config.seed}")
@@ -137,18 +134,17 @@ def _judge(config: EvaluateConfig, machine: Machine) -> Judge:
 
 def _write_answers(run: Path, sets: list[AnswerSet]) -> None:
     """answers/SYSTEM.jsonl, in the form that --system takes."""
-    folder = run / "answers"
-    folder.mkdir()
+    (run / "answers").mkdir()
     for found in sets:
-        with (folder / f"{found.system.name}.jsonl").open("w", encoding="utf-8") as file:
+        with (run / "answers" / f"{found.system.name}.jsonl").open("w", encoding="utf-8") as file:
             for a in found.answers:
                 row = {"prompt": a.prompt, "response": a.text, "tokens": a.tokens, "ended": a.ended}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _agreed(judge: Judge, prompts: list[str], sets: list[AnswerSet], pairs: list[tuple[int, int]], yes: bool) -> bool:
+def _agreed(judge: Judge, prompts: list[str], pairs: list[tuple[AnswerSet, AnswerSet]], yes: bool) -> bool:
     """Tell what judging takes, and ask on a terminal whether that is all right."""
-    questions = [q for a, b in pairs for q in both_orders(prompts, sets[a].texts, sets[b].texts)]
+    questions = [q for a, b in pairs for q in both_orders(prompts, a.texts, b.texts)]
     plan = judge.plan(questions)
     print(f"pairs of systems: {len(pairs)}, questions: {plan.questions}; {plan.note}", flush=True)
     if yes or not plan.calls:
@@ -157,10 +153,6 @@ def _agreed(judge: Judge, prompts: list[str], sets: list[AnswerSet], pairs: list
         return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
-
-
-def _compare(a: AnswerSet, b: AnswerSet, prompts: list[str], judge: Judge) -> Comparison:
-    return compare(a.system.name, b.system.name, prompts, a.texts, b.texts, judge)
 
 
 def _exit_code(comparisons: list[Comparison]) -> int:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from config.user_error import UserError
-from inference.systems import System, common_template, find_reward_model, find_systems, run_settings
+from inference.systems import System, common_template, find_reward_model, find_systems, run_around
 from models.gpt import GPT
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
@@ -134,5 +134,7 @@ def test_the_reward_model_is_the_one_that_the_ppo_run_names(find, runs, tiny_run
 
 
 def test_settings_are_those_of_the_run_around_a_checkpoint(runs, tmp_path):
-    assert run_settings(runs / f"ppo_t_{TIME}" / "final")["config"]["temperature"] == 0.9
-    assert run_settings(tmp_path / "a" / "b" / "c") == {}
+    run = runs / f"ppo_t_{TIME}"
+    folder, settings = run_around(run / "final")
+    assert folder == run and settings["config"]["temperature"] == 0.9
+    assert run_around(tmp_path / "a" / "b" / "c") == (tmp_path / "a" / "b" / "c", {})

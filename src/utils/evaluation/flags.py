@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import UseAppendAction, arg
 
 from config.user_error import UserError
-from utils.judging.language_model import DEFAULT_JUDGE_MODEL
+from utils.judging.requests import DEFAULT_JUDGE_MODEL
 
 
 @dataclass(frozen=True)

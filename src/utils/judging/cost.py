@@ -49,11 +49,7 @@ class Budget:
     """
 
     def __init__(self, price: Price | None, limit: float | None) -> None:
-        """`price` None: nothing is known and nothing is added up.
-
-        Raises:
-            UserError: a limit that is not positive, or a limit without a price.
-        """
+        """`price` None: nothing is added up. A limit needs a price and must be positive (UserError)."""
         if limit is not None and not limit > 0:
             raise UserError(f"--max-cost {limit}: give US dollars above 0")
         if limit is not None and price is None:
@@ -71,8 +67,7 @@ class Budget:
     def reserve(self, bound: float) -> bool:
         """Whether a call of at most `bound` dollars may be made now.
 
-        Bounds are far above what calls cost, so near the limit a call waits until those in flight are settled: only
-        when there is none left is the answer no.
+        Bounds are far above what calls cost, so near the limit a call waits until those in flight are settled.
         """
         with self._changed:
             while self.limit is not None and self._settled + self._reserved + bound > self.limit:
@@ -87,9 +82,8 @@ class Budget:
         """End a reserved call.
 
         Args:
-            bound: as reserved. usage: input and output tokens that the server reports, None if it does not.
-            charged: False for a call that was refused. A call without usage that may have been charged (an answer that
-                never arrived, say) counts at its bound.
+            bound: as reserved. usage: input and output tokens, as the server reports them.
+            charged: False for a call that was refused. One that may be charged, without usage, counts at its bound.
         """
         with self._changed:
             self._reserved -= bound

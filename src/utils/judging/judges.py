@@ -7,8 +7,9 @@ from typing import Any
 
 from config.user_error import UserError
 from utils.demo.gold import gold_reward
-from utils.judging.language_model import JudgeOptions, OpenAIJudge
+from utils.judging.language_model import OpenAIJudge
 from utils.judging.pairwise import Judge, JudgePlan, Question, Verdict
+from utils.judging.requests import JudgeOptions
 from utils.reward_function import load_reward_function
 
 Score = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
@@ -39,8 +40,7 @@ class ScoreJudge:
         """The side with the higher score, or TIE."""
         if texts := self._unscored(questions):
             prompts, answers = map(list, zip(*texts))
-            scores = [float(score) for score in self.score(prompts, answers)]
-            self._scores.update(zip(texts, scores, strict=True))
+            self._scores.update(zip(texts, self.score(prompts, answers), strict=True))
         return [self._verdict(question) for question in questions]
 
     def _unscored(self, questions: Sequence[Question]) -> list[tuple[str, str]]:
@@ -49,9 +49,7 @@ class ScoreJudge:
 
     def _verdict(self, question: Question) -> Verdict:
         first, second = (self._scores[question.prompt, answer] for answer in (question.first, question.second))
-        if first == second:
-            return Verdict.TIE
-        return Verdict.FIRST if first > second else Verdict.SECOND
+        return Verdict.TIE if first == second else Verdict.FIRST if first > second else Verdict.SECOND
 
 
 def make_judge(spec: str, options: JudgeOptions, load_scores: Callable[[str], Score] | None = None) -> Judge:
@@ -61,8 +59,7 @@ def make_judge(spec: str, options: JudgeOptions, load_scores: Callable[[str], Sc
         spec: `openai`, `gold` (the demo's reward; its prompts and answers are the demo's), `rm:CHECKPOINT`, or
             `FILE.py:FUNCTION` with a function (prompts, answers) -> one float per answer.
         options: of the `openai` judge.
-        load_scores: makes the scores of `rm:CHECKPOINT` from the text after the colon; it belongs to the caller,
-            because nothing here knows models.
+        load_scores: makes the scores of `rm:CHECKPOINT` from the text after the colon: nothing here knows models.
 
     Raises:
         UserError: no such judge, or what the spec names cannot be used.

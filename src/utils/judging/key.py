@@ -27,12 +27,10 @@ class ApiKey:
 
 
 def find_key(folders: Sequence[Path] | None = None) -> ApiKey | None:
-    """The key from the first `openai.key` in the folders, else from the environment, else None.
+    """The key from the first `openai.key` in the folders (the working folder, the repo's root, its src/), else from the
+    environment, else None.
 
     From now on it is in nothing that is printed or recorded (`config.scrub`): some servers repeat it in their errors.
-
-    Args:
-        folders: by default the working folder, the repo's root and its src/.
 
     Raises:
         UserError: a key file that cannot be read, or a key that cannot be sent.

@@ -13,12 +13,9 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from openai import OpenAI
 from tqdm import tqdm
 
 from config.scrub import remember_url, scrubbed
@@ -27,42 +24,21 @@ from utils.judging.cost import PRICES, PRICES_OF, Budget, Price
 from utils.judging.key import KEY_FILE, KEY_NAME, find_key
 from utils.judging.pairwise import JudgePlan, Question, Verdict
 from utils.judging.prompt import RESPONSE_FORMATS, TEMPERATURE, messages, parse_verdict, template_hash
-from utils.judging.requests import UNREACHABLE, GaveUp, NotAsked, PatientRequests, Refused
+from utils.judging.requests import (
+    OVER_BUDGET,
+    UNREACHABLE,
+    GaveUp,
+    JudgeOptions,
+    NotAsked,
+    PatientRequests,
+    Refused,
+)
 from utils.judging.verdict_cache import VerdictCache
-from utils.runs.folder import REPO
 
-DEFAULT_JUDGE_MODEL = "gpt-4.1-mini"
 OPENAI_URL = "https://api.openai.com/v1"
 _MAX_TOKENS = 64
 _READINGS = 3  # requests for an answer that is not clear
 _REFUSALS = 3  # questions that a server may refuse before it has answered one; then it is not about the question
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """How a language model is asked.
-
-    model: as the server calls it. base_url: of an OpenAI-compatible server; None takes OPENAI_BASE_URL or OpenAI's own.
-    cache: file of the verdicts so far. concurrency: requests at a time. max_cost: US dollars for this process, None for
-    no limit. price: US dollars per million input and output tokens, None takes `PRICES`. timeout: seconds for one
-    answer. max_attempts: for one answer. first_wait, longest_wait: seconds before the second attempt, doubling up to
-    the longest; a server that asks for a longer pause than the longest is given up on. give_up_after: questions in a
-    row without an answer, after which the rest is not asked. key_folders: where `openai.key` is looked for, None for
-    the usual places.
-    """
-
-    model: str = DEFAULT_JUDGE_MODEL
-    base_url: str | None = None
-    cache: Path = REPO / "runs" / "judge_cache.jsonl"
-    concurrency: int = 8
-    max_cost: float | None = None
-    price: tuple[float, float] | None = None
-    timeout: float = 60.0
-    max_attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
-    give_up_after: int = 10
-    key_folders: Sequence[Path] | None = None
 
 
 class OpenAIJudge:
@@ -94,14 +70,10 @@ class OpenAIJudge:
         self.budget = Budget(self.price, options.max_cost)
         self.cache = VerdictCache(options.cache, ["openai", self.url, options.model, template_hash()])
         # A server of one's own often wants no key, but the client does.
-        client = OpenAI(api_key=key.value if key else "none", base_url=url, timeout=options.timeout, max_retries=0)
-        self._requests = PatientRequests(
-            client, options.model, self.budget, url=self.url, attempts=options.max_attempts,
-            first_wait=options.first_wait, longest_wait=options.longest_wait,
-        )  # fmt: skip
+        self._requests = PatientRequests(options, url, key.value if key else "none", self.budget)
+        self._stop = self._requests.stop
         self._formats = list(RESPONSE_FORMATS)  # those that the server may still turn out to take, best first
         self._lock = threading.Lock()
-        self._stop = self._requests.stop
         self._answers = self._from_cache = self._failed_in_a_row = self._not_asked = self._refusals = 0
         self._failures: Counter[str] = Counter()
         self._stopped: str | None = None
@@ -130,13 +102,10 @@ class OpenAIJudge:
         """Calls that are not in the cache, and an estimate of what they cost."""
         distinct = [question for question in dict.fromkeys(questions) if question.first != question.second]
         missing = [question for question in distinct if self.cache.get(question) is None]
-        cost = sum(self.price.estimate(_text(q)) for q in missing) if self.price else None if missing else 0.0
-        if cost is None:
-            money = "; the price is not known"
-        elif missing:
+        cost, money = (0.0, "") if not missing else (None, "; the price is not known")
+        if missing and self.price:
+            cost = sum(self.price.estimate("".join(m["content"] for m in messages(q))) for q in missing)
             money = f"; about ${cost:.2f} ({'the given price' if self.options.price else f'prices of {PRICES_OF}'})"
-        else:
-            money = ""
         cached = len(distinct) - len(missing)
         note = f"judge {self.options.model} at {self.url}: {len(missing)} calls, {cached} answered before{money}"
         return JudgePlan(len(questions), len(missing), cached, cost, note)
@@ -186,11 +155,8 @@ class OpenAIJudge:
             for _ in range(_READINGS):
                 if (verdict := parse_verdict(self._ask(question))).clear:
                     break
-        except GaveUp as reason:
-            self._note_failure(str(reason))
-            return Verdict.FAILED
-        except NotAsked as reason:
-            self._note_not_asked(str(reason))
+        except (GaveUp, NotAsked) as why:
+            self._note_failure(why)
             return Verdict.FAILED
         except UserError:
             self._stop.set()  # here, and not where the result is looked at: nothing is to be asked meanwhile
@@ -237,19 +203,19 @@ class OpenAIJudge:
             if self._refusals == 1:
                 print(f"warning: {self.url} refuses a question: {message}", file=sys.stderr)
 
-    def _note_failure(self, reason: str) -> None:
+    def _note_failure(self, why: GaveUp | NotAsked) -> None:
+        """Count it, and stop at a spent budget or at too many in a row."""
         with self._lock:
-            self._failures[reason] += 1
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= self.options.give_up_after and not self._stop.is_set():
-                self._stopped = f"stopped after {self._failed_in_a_row} questions in a row without an answer ({reason})"
-                self._stop.set()
-
-    def _note_not_asked(self, reason: str) -> None:
-        with self._lock:
-            self._not_asked += 1
-            if reason == "over budget":
-                self._stopped = f"stopped before --max-cost ${self.options.max_cost:g} would be passed"
+            if isinstance(why, NotAsked):
+                self._not_asked += 1
+                if str(why) == OVER_BUDGET:
+                    self._stopped = f"stopped before --max-cost ${self.options.max_cost:g} would be passed"
+            else:
+                self._failures[str(why)] += 1
+                self._failed_in_a_row = count = self._failed_in_a_row + 1
+                if count >= self.options.give_up_after and not self._stop.is_set():
+                    self._stopped = f"stopped after {count} questions in a row without an answer ({why})"
+            if self._stopped:
                 self._stop.set()
 
 
@@ -262,7 +228,3 @@ def _check(options: JudgeOptions) -> None:
         raise UserError(f"--concurrency {options.concurrency}: must be at least 1")
     if options.price is not None and not (len(options.price) == 2 and min(options.price) >= 0):
         raise UserError(f"--judge-price {options.price}: give two numbers of at least 0")
-
-
-def _text(question: Question) -> str:
-    return "".join(message["content"] for message in messages(question))

@@ -27,13 +27,12 @@ class LengthControlled:
     """A length-controlled win rate of a over b.
 
     win_rate: sigmoid(theta). ci: its bootstrap interval over prompts. gamma: how much the judge likes length, in logits
-    for an answer that is much longer; below 0 it likes short ones. note: what to know before trusting it, or "".
+    for an answer that is much longer; below 0 it likes short ones.
     """
 
     win_rate: float
     ci: tuple[float, float]
     gamma: float
-    note: str
 
 
 def length_controlled_win_rate(
@@ -58,54 +57,35 @@ def length_controlled_win_rate(
     Raises:
         ValueError: no scores, scores outside [0, 1], or not one length each.
     """
-    y, difference = _checked(scores, lengths_a, lengths_b)
+    y, a, b = (np.asarray(x, dtype=np.float64) for x in (scores, lengths_a, lengths_b))
+    if not (y.ndim == 1 and y.size and y.shape == a.shape == b.shape):
+        raise ValueError(f"a score and two lengths per prompt are needed, not shapes {y.shape}, {a.shape}, {b.shape}")
+    if not ((y >= 0) & (y <= 1)).all():
+        raise ValueError("scores must be between 0 and 1; leave prompts out that were not judged")
+    difference = a - b
     spread = difference.std()
     if spread == 0 and difference[0] != 0:
         return None
     z = np.tanh(difference / spread) if spread > 0 else np.zeros(len(y))
     theta, gamma = _fit(y, z, np.ones((1, len(y))))
     counts = resample_counts(np.random.default_rng(seed), resamples, len(y))
-    start = (theta, gamma) if np.isfinite(theta).all() else None
-    resampled, _ = _fit(y, z, counts, start)
-    return LengthControlled(
-        float(_sigmoid(theta)[0]), percentile_interval(_sigmoid(resampled), level), float(gamma[0]), _note(difference)
-    )
-
-
-def _checked(scores: Sequence[float], lengths_a: Sequence[float], lengths_b: Sequence[float]) -> tuple[np.ndarray, ...]:
-    y, a, b = (np.asarray(x, dtype=np.float64) for x in (scores, lengths_a, lengths_b))
-    if not (y.ndim == 1 and y.size and y.shape == a.shape == b.shape):
-        raise ValueError(f"a score and two lengths per prompt are needed, not shapes {y.shape}, {a.shape}, {b.shape}")
-    if not ((y >= 0) & (y <= 1)).all():
-        raise ValueError("scores must be between 0 and 1; leave prompts out that were not judged")
-    return y, a - b
-
-
-def _note(difference: np.ndarray) -> str:
-    if not difference.any():
-        return "the answers are of equal length: this is the raw win rate"
-    if (difference > 0).all() or (difference < 0).all():
-        which = "longer" if difference[0] > 0 else "shorter"
-        return f"every answer of the first system is {which}: equal length is beyond what was seen"
-    return ""
+    resampled, _ = _fit(y, z, counts, (theta[0], gamma[0]) if np.isfinite(theta[0]) else (0.0, 0.0))
+    return LengthControlled(float(_sigmoid(theta)[0]), percentile_interval(_sigmoid(resampled), level), float(gamma[0]))
 
 
 def _fit(
-    y: np.ndarray, z: np.ndarray, counts: np.ndarray, start: tuple[np.ndarray, np.ndarray] | None = None
+    y: np.ndarray, z: np.ndarray, counts: np.ndarray, start: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[np.ndarray, np.ndarray]:
     """Maximum of the penalised likelihood by Newton's method, for all resamples at once.
 
     Args:
         y, z: [N] labels and tanh terms. counts: [R, N], how often each prompt counts.
-        start: theta and gamma to begin from, [1] each.
+        start: theta and gamma to begin from: near the end, the separable resamples take a quarter of the time.
 
     Returns:
         theta and gamma [R]; theta is infinite (and gamma 0) where all labels are 0 or all are 1.
     """
-    R = len(counts)
-    theta, gamma = np.zeros(R), np.zeros(R)
-    if start is not None:
-        theta, gamma = (np.repeat(x, R) for x in start)
+    theta, gamma = (np.full(len(counts), x) for x in start)
     wins, total = counts @ y, counts.sum(axis=1)
     for one_sided, limit in ((wins <= 0, -np.inf), (wins >= total, np.inf)):
         theta[one_sided], gamma[one_sided] = limit, 0.0

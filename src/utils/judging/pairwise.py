@@ -40,10 +40,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Question:
-    """Two answers to one prompt, in the order in which the judge sees them, without a trace of who wrote them.
-
-    prompt: unchanged. first, second: without an end mark and without white space at either end.
-    """
+    """Two answers to one prompt, in the order in which the judge sees them, as `blind` leaves them."""
 
     prompt: str
     first: str
@@ -54,9 +51,8 @@ class Question:
 class JudgePlan:
     """What judging some questions would take.
 
-    questions: asked for. calls: that must be made, after what needs none (cached, identical answers, repeated
-    questions). cached: answered before. cost: estimated, in US dollars; 0 for a judge that runs here, None when the
-    price is not known. note: one line for a person.
+    calls: that must be made, after what needs none (cached, identical answers, repeated questions). cost: estimated, in
+    US dollars; 0 for a judge that runs here, None when the price is not known. note: one line for a person.
     """
 
     questions: int
@@ -67,10 +63,10 @@ class JudgePlan:
 
 
 class Judge(Protocol):
-    """Decides questions. Sides of a question are not told apart by anything but their text."""
+    """Decides questions."""
 
     def describe(self) -> dict[str, Any]:
-        """What decided, for the record (JSON): kind, model and the like, what it has cost so far; never a key."""
+        """What decided, for the record (JSON): kind, model and the like, what it has cost so far."""
 
     def plan(self, questions: Sequence[Question]) -> JudgePlan:
         """What `judge` would have to do; asks nobody."""
@@ -139,12 +135,7 @@ _SWAPPED = {Verdict.FIRST: Verdict.SECOND, Verdict.SECOND: Verdict.FIRST, Verdic
 
 
 def compare(
-    name_a: str,
-    name_b: str,
-    prompts: Sequence[str],
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
-    judge: Judge,
+    name_a: str, name_b: str, prompts: Sequence[str], answers_a: Sequence[str], answers_b: Sequence[str], judge: Judge
 ) -> Comparison:
     """Judge every prompt in both orders and add up; answers are matched to prompts by position."""
     verdicts = judge.judge(both_orders(prompts, answers_a, answers_b))
@@ -154,17 +145,13 @@ def compare(
 def tally(
     name_a: str, name_b: str, answers_a: Sequence[str], answers_b: Sequence[str], verdicts: Sequence[Verdict]
 ) -> Comparison:
-    """The figures of one pair of systems.
-
-    Args:
-        answers_a, answers_b: [N]. verdicts: [2N], of the questions of `both_orders`.
-    """
+    """The figures of one pair of systems; answers_a, answers_b: [N], verdicts: [2N], of `both_orders`."""
     a, b = [blind(answer) for answer in answers_a], [blind(answer) for answer in answers_b]
     pairs = list(zip(verdicts[::2], verdicts[1::2], strict=True))
     if not len(pairs) == len(a) == len(b):
         raise ValueError(f"{len(a)} and {len(b)} answers need two verdicts each, not {len(verdicts)} in all")
     clear = np.array([one.clear and two.clear for one, two in pairs], dtype=bool)
-    agree = np.array([one.clear and two.clear and one == _SWAPPED[two] for one, two in pairs], dtype=bool)
+    agree = np.array([one == _SWAPPED.get(two) for one, two in pairs], dtype=bool)
     failed = sum(Verdict.FAILED in pair for pair in pairs)
     scores = np.array([(_POINTS[one] + 1 - _POINTS[two]) / 2 if ok else np.nan for (one, two), ok in zip(pairs, clear)])
     judged = scores[clear]

@@ -80,7 +80,7 @@ def messages(question: Question) -> list[dict[str, str]]:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """Read a judge's whole answer, white space at its ends aside; anything that is not listed here is UNPARSED.
+    """Read a judge's whole answer, white space at its ends aside. Anything but this is UNPARSED:
 
     - a JSON object in which `winner`, exactly once, is "A", "B" or "tie"; it may have other keys (a reason);
     - the bare word A, B or tie, also as a JSON string or in one pair of ', " or ` quotes;
@@ -92,18 +92,12 @@ def parse_verdict(text: str) -> Verdict:
     if fence := _FENCE.fullmatch(text):
         text = fence[1].strip()
     if text.startswith("{"):
-        return _winner_of_object(text)
-    if quoted := _QUOTED.fullmatch(text):
+        try:
+            pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide that a key came twice
+        except (ValueError, RecursionError):
+            return Verdict.UNPARSED
+        winners = [value for key, value in pairs if key == "winner"]
+        text = winners[0] if len(winners) == 1 and isinstance(winners[0], str) else ""
+    elif quoted := _QUOTED.fullmatch(text):
         text = quoted[2]
     return _WINNERS.get(text.casefold(), Verdict.UNPARSED)
-
-
-def _winner_of_object(text: str) -> Verdict:
-    try:
-        pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide that a key came twice
-    except (ValueError, RecursionError):
-        return Verdict.UNPARSED
-    winners = [value for key, value in pairs if key == "winner"]
-    if len(winners) != 1 or not isinstance(winners[0], str):
-        return Verdict.UNPARSED
-    return _WINNERS.get(winners[0].casefold(), Verdict.UNPARSED)

@@ -25,18 +25,12 @@ class VerdictCache:
     """
 
     def __init__(self, path: Path, judge: Sequence[str]) -> None:
-        """Read what is there.
+        """Read what is there (UserError where that fails); path and folder are made at the first verdict.
 
-        Args:
-            path: made, with its folder, at the first verdict.
-            judge: everything beside the question that a verdict depends on: kind, server, model, prompt template.
-
-        Raises:
-            UserError: the file cannot be read.
+        judge: everything beside the question that a verdict depends on: kind, server, model, prompt template.
         """
         self.path, self._judge = path, list(judge)
         self._verdicts: dict[str, Verdict] = {}
-        self._read_to = 0
         self._thread_lock = threading.Lock()
         self.refresh()
 
@@ -73,16 +67,12 @@ class VerdictCache:
             UserError: the file cannot be read.
         """
         try:
-            with self._thread_lock, self.path.open("rb") as file:
-                file.seek(self._read_to)
-                new = file.read()
-                # A last line without its end is being written, or never will be: it is read again next time.
-                self._read_to += new.rfind(b"\n") + 1
+            lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(f"{self.path}: cannot read the verdicts there ({error.strerror})") from None
-        for line in new.splitlines(keepends=True):
+        for line in lines:
             if entry := _entry(line):
                 self._verdicts.setdefault(*entry)
 
@@ -98,7 +88,7 @@ class VerdictCache:
 
 def _entry(line: bytes) -> tuple[str, Verdict] | None:
     try:
-        row = json.loads(line) if line.endswith(b"\n") else {}
+        row = json.loads(line) if line.endswith(b"\n") else {}  # without its end it is being written, or never will be
         key, verdict = row["key"], Verdict(row["verdict"])
     except (ValueError, KeyError, TypeError):
         return None

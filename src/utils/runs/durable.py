@@ -57,7 +57,6 @@ def replace_folder(folder: Path, parts: Sequence[tuple[str, Produce]], disk: Dis
         folder: its name; the folder around it is made when it is missing.
         parts: (name, produce) in the order of writing; `produce` gets the path of that name and writes a file or a
             folder there. An empty name is the new folder itself.
-        disk: does the file operations.
 
     Raises:
         OSError: a write failed; what stood before still stands, and what was written is removed.
@@ -80,18 +79,13 @@ def replace_folder(folder: Path, parts: Sequence[tuple[str, Produce]], disk: Dis
             disk.rename(folder, old)
         disk.rename(fresh, folder)
     except OSError:
-        _undo(folder, fresh, old)
+        if standing(folder) == old:
+            os.replace(old, folder)
+        shutil.rmtree(fresh, ignore_errors=True)  # gives its room back at once
         raise
     disk.sync(folder.parent)
     if old.exists():
         disk.remove(old)
-
-
-def _undo(folder: Path, fresh: Path, old: Path) -> None:
-    """Put the state before a failed write back: what was written gives its room back at once."""
-    if standing(folder) == old:
-        os.replace(old, folder)
-    shutil.rmtree(fresh, ignore_errors=True)
 
 
 def set_aside(folder: Path, why: str, disk: Disk) -> Path:

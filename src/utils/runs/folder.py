@@ -87,11 +87,8 @@ def lock_run(run: Path) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to write in a folder with symbolic links: a run from elsewhere could have files overwritten outside it.
-
-    Raises:
-        UserError: it is one, or there is one in it.
-    """
+    """UserError for a folder that is a symbolic link or holds one: a run from elsewhere could have files overwritten
+    outside it."""
     link = next((path for path in (folder, *folder.rglob("*")) if path.is_symlink()), None)
     if link is not None:
         raise UserError(f"{link}: is a link, and nothing is written through links in a run; put a copy in its place")
@@ -123,21 +120,25 @@ def versions() -> dict[str, str]:
 def _commit() -> str:
     """The code's commit, with "+changes" when the working tree differs; "unknown" outside git."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "src"], cwd=REPO, capture_output=True, text=True, check=True
+        head, changes = (
+            subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "src"))
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return head + ("+changes" if changes else "")
 
 
 def runs_named(stem: str, runs_dir: str) -> list[Path]:
     """The run folders called `stem` (`sft_demo`), newest first."""
-    pattern = re.compile(re.escape(stem) + r"_\d{14}")
+    return sorted((run for run, name in _runs(runs_dir).items() if name == stem), reverse=True)
+
+
+def _runs(runs_dir: str) -> dict[Path, str]:
+    """All run folders, and their names without the time."""
     root = runs_root(runs_dir)
     there = root.iterdir() if root.is_dir() else ()
-    return sorted((p for p in there if pattern.fullmatch(p.name)), reverse=True)
+    return {path: match[1] for path in there if (match := re.fullmatch(r"(.+)_\d{14}", path.name))}
 
 
 def newest_run(stem: str, runs_dir: str) -> Path | None:
@@ -156,8 +157,7 @@ def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
     Args:
         argument: a run folder (its final/, else best/, else newest step), a checkpoint folder, or the stem of a run
             such as `sft_demo` (the newest run of that name). Paths count from the working directory, the repo, or
-            `runs_dir`.
-        runs_dir: where stems are looked up.
+            `runs_dir`, where stems are looked up, too.
         flag: named in the error.
 
     Raises:
@@ -173,10 +173,8 @@ def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
         raise UserError(
             f"{flag} {argument}: no checkpoint in {empty}; give a run that has saved one, or a folder with model.json"
         )
-    root = runs_root(runs_dir)
-    runs = (re.fullmatch(r"(.+)_\d{14}", p.name) for p in (root.iterdir() if root.is_dir() else ()))
-    there = ", ".join(sorted({run[1] for run in runs if run})) or "none yet"
-    raise UserError(f"{flag} {argument}: no such run or folder; runs in {root}: {there}")
+    there = ", ".join(sorted(set(_runs(runs_dir).values()))) or "none yet"
+    raise UserError(f"{flag} {argument}: no such run or folder; runs in {runs_root(runs_dir)}: {there}")
 
 
 def step_checkpoints(run: Path) -> list[Path]:

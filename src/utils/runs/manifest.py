@@ -40,15 +40,13 @@ def fault_of(checkpoint: Path, contents: bool = True) -> str | None:
         return f"has no {MANIFEST}: it is half copied, or an older version wrote it"
     except (OSError, ValueError) as error:
         return f"has a {MANIFEST} that cannot be read ({error})"
-    faults = (_fault_of_file(checkpoint, name, entry, contents) for name, entry in files.items())
-    return next((fault for fault in faults if fault), None)
+    return next(filter(None, (_fault_of_file(checkpoint, name, files, contents) for name in files)), None)
 
 
 def check_files(folder: Path, names: tuple[str, ...], sealed: bool) -> None:
     """Compare files of a model folder with the manifest, which stands there or one folder up (PPO's critic/).
 
     Args:
-        folder: a model folder.
         names: the files that are about to be read.
         sealed: whether there must be a manifest; a folder that was written without one has none to check.
 
@@ -68,18 +66,12 @@ def check_files(folder: Path, names: tuple[str, ...], sealed: bool) -> None:
             raise UserError(f"{folder}: has no {MANIFEST}, so it is half copied; copy the whole checkpoint folder")
         return
     for name in names:
-        entry = files.get(prefix + name)
-        fault = _fault_of_file(root, prefix + name, entry, True) if entry else f"{MANIFEST} lists no {prefix}{name}"
-        if fault:
+        if fault := _fault_of_file(root, prefix + name, files, True):
             raise UserError(f"{root}: {fault}; take another checkpoint of the run")
 
 
 def _listed(folder: Path) -> dict[str, dict]:
-    """The files of a manifest.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or is none.
-    """
+    """The files of a manifest; OSError or ValueError where it cannot be read, or is none."""
     manifest = json.loads((folder / MANIFEST).read_bytes())
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(
@@ -91,13 +83,15 @@ def _listed(folder: Path) -> dict[str, dict]:
     return files
 
 
-def _fault_of_file(root: Path, name: str, entry: dict, contents: bool) -> str | None:
-    path = root / name
+def _fault_of_file(root: Path, name: str, files: dict[str, dict], contents: bool) -> str | None:
+    if name not in files:
+        return f"{MANIFEST} lists no {name}"
+    path, listed = root / name, files[name]
     try:
-        status = path.stat()
-        if status.st_size != entry["size"]:
-            return f"{name} has {status.st_size} bytes, {MANIFEST} says {entry['size']}"
-        if contents and digest_of(path) != entry["sha256"]:
+        size = path.stat().st_size
+        if size != listed["size"]:
+            return f"{name} has {size} bytes, {MANIFEST} says {listed['size']}"
+        if contents and digest_of(path) != listed["sha256"]:
             return f"{name} is not what was saved (its SHA-256 is not that of {MANIFEST})"
     except FileNotFoundError:
         return f"{name} is missing"

@@ -2,6 +2,9 @@
 
 All three are files that only grow. A checkpoint notes how long they are; a resume cuts them back to that, so that no
 step is missing and none appears twice, whenever the process was killed.
+
+Events are packed by TensorBoard's own writer of records, but appended here. SummaryWriter's thread writes minutes late,
+so that a kill leaves a gap behind a checkpoint, and it waits for ever once the disk is full.
 """
 
 from __future__ import annotations
@@ -46,8 +49,7 @@ class GrowingFile:
         self.pending += data
         error = self.flush()
         if error is not None and fresh_trouble:
-            what = error.strerror or error
-            _warn(f"{self.path}: {what}; what belongs there is kept in memory until it fits")
+            _warn(f"{self.path}: {error.strerror or error}; what belongs there is kept in memory until it fits")
 
     def flush(self, sync: bool = False) -> OSError | None:
         """Write what is pending, with `sync` through to the medium; the error when that cannot be done now."""
@@ -89,9 +91,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, position: dict[str, int] | None = None) -> None:
         kept = position or {"metrics": 0, "samples": 0, "events": 0}
-        self.metrics = GrowingFile(folder / "metrics.jsonl", _cut(folder / "metrics.jsonl", kept["metrics"]))
-        self.texts = GrowingFile(folder / "samples.jsonl", _cut(folder / "samples.jsonl", kept["samples"]))
+        self.metrics = _cut(folder / "metrics.jsonl", kept["metrics"])
+        self.texts = _cut(folder / "samples.jsonl", kept["samples"])
         self.events = _open_events(folder / "logs", kept["events"])
+        self._files = (self.metrics, self.texts, self.events)
         self.start = time.monotonic() - _last_time(self.metrics.path)
 
     def log(self, step: int, metrics: dict[str, float | Tensor]) -> dict[str, float]:
@@ -123,19 +126,15 @@ class MetricsLog:
         return lengths | {"events": self.events.length - len(_event_header())}
 
     def sync(self) -> None:
-        """Bring everything through to the medium.
-
-        Raises:
-            OSError: it cannot be written now.
-        """
-        for file in (self.metrics, self.texts, self.events):
+        """Bring everything through to the medium, or raise the OSError that hinders it now."""
+        for file in self._files:
             error = file.flush(sync=True)
             if error is not None:
                 raise error
 
     def close(self) -> None:
         """Try once more to write what is pending, and tell what is lost."""
-        for file in (self.metrics, self.texts, self.events):
+        for file in self._files:
             if file.flush() is not None:
                 _warn(f"{file.path}: the last {len(file.pending)} bytes could not be written")
 
@@ -146,18 +145,15 @@ class MetricsLog:
         self.close()
 
 
-def _cut(path: Path, length: int) -> int:
-    """Cut a file of lines back to `length` bytes; its length then. Half a line at the end goes, too."""
-    if not path.exists():
-        return 0
-    data = path.read_bytes()
-    kept = data[:length]
-    kept = kept[: kept.rfind(b"\n") + 1]
-    if len(kept) < length:
+def _cut(path: Path, length: int) -> GrowingFile:
+    """A file of lines, cut back to `length` bytes. Half a line at the end goes, too."""
+    data = path.read_bytes() if path.exists() else b""
+    kept = data[: data.rfind(b"\n", 0, length) + 1]
+    if len(kept) < length and path.exists():
         _warn(f"{path}: is shorter than the checkpoint says; lines are missing")
     if kept != data:
         write_file(path, kept)
-    return len(kept)
+    return GrowingFile(path, len(kept))
 
 
 def _warn(message: str) -> None:
@@ -165,24 +161,14 @@ def _warn(message: str) -> None:
 
 
 def _last_time(path: Path) -> float:
-    lines = path.read_bytes().splitlines() if path.exists() else []
     try:
-        return float(json.loads(lines[-1])["time"]) if lines else 0.0
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(path.read_bytes().splitlines()[-1])["time"])
+    except (FileNotFoundError, IndexError, ValueError, KeyError, TypeError):
         return 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TensorBoard's event file
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _record(**event: Any) -> bytes:
-    """One event as it stands in an event file: length, checksum, protobuf, checksum.
-
-    Written by hand and not by SummaryWriter: its thread writes minutes late, so that a kill leaves a gap, and waits for
-    ever once the disk is full.
-    """
+    """One event as it stands in an event file: length, checksum, protobuf, checksum."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -214,12 +200,12 @@ def _open_events(folder: Path, kept: int) -> GrowingFile:
             _warn(f"{earlier[-1]}: is shorter than the checkpoint says; points are missing")
         start += body
     file = GrowingFile(folder / f"events.out.tfevents.{moment:010d}.{socket.gethostname()}.{os.getpid()}.0")
-    if earlier:
-        write_file(file.path, start)
-        for old in earlier[:-1]:
-            old.unlink()
-        os.truncate(earlier[-1], 0)  # and not removed: a TensorBoard that is at its end would never find the next one
-        file.written = len(start)
-    else:
+    if not earlier:
         file.append(start)
+        return file
+    write_file(file.path, start)
+    file.written = len(start)
+    for old in earlier[:-1]:
+        old.unlink()
+    os.truncate(earlier[-1], 0)  # and not removed: a TensorBoard that is at its end would never find the next one
     return file

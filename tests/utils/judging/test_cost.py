@@ -6,7 +6,7 @@ import pytest
 
 from config.user_error import UserError
 from utils.judging.cost import PRICES, Budget, Price
-from utils.judging.language_model import DEFAULT_JUDGE_MODEL
+from utils.judging.requests import DEFAULT_JUDGE_MODEL
 
 PRICE = Price(1.0, 10.0)
 

@@ -15,8 +15,9 @@ import pytest
 from judge_server import JudgeServer, judge_server
 
 from config.user_error import UserError
-from utils.judging.language_model import JudgeOptions, OpenAIJudge
+from utils.judging.language_model import OpenAIJudge
 from utils.judging.pairwise import Comparison, Question, Verdict, both_orders, compare, tally
+from utils.judging.requests import JudgeOptions
 from utils.runs.folder import REPO
 
 KEY = "sk-test-0123456789abcdef"
@@ -389,8 +390,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from config.user_error import run_main
-from utils.judging.language_model import JudgeOptions, OpenAIJudge
+from utils.judging.language_model import OpenAIJudge
 from utils.judging.pairwise import compare
+from utils.judging.requests import JudgeOptions
 
 def main():
     folder = Path(sys.argv[2])

@@ -42,7 +42,6 @@ def test_swapping_the_systems(longer_by):
     assert ab.win_rate + ba.win_rate == pytest.approx(1, abs=1e-9)
     assert ab.ci == pytest.approx((1 - ba.ci[1], 1 - ba.ci[0]), abs=1e-9)
     assert ab.gamma == pytest.approx(ba.gamma, abs=1e-6)
-    assert ("longer" in ab.note, "shorter" in ba.note) == (longer_by == 200,) * 2
 
 
 @pytest.mark.parametrize("wins", [0, 37, 100])
@@ -51,7 +50,7 @@ def test_equal_lengths_give_the_raw_win_rate(wins):
     found = length_controlled_win_rate(scores, np.full(100, 7), np.full(100, 7), resamples=10_000)
     assert found.win_rate == pytest.approx(wins / 100, abs=1e-9)
     assert found.ci == pytest.approx(bootstrap_interval(scores), abs=0.011)
-    assert found.gamma == 0 and "equal length" in found.note
+    assert found.gamma == 0
 
 
 def test_a_judge_of_quality_alone_is_left_as_it_is():
@@ -105,13 +104,6 @@ def test_level_resamples_and_seed_are_those_of_the_call():
     assert width(level=0.5) < 0.6 * width() and width(level=0.95) == width()
     assert width(resamples=1) == 0 and width(seed=1) != width(seed=0) == width()
     assert length_controlled_win_rate(scores, a, b).ci == length_controlled_win_rate(scores, a, b, resamples=1_000).ci
-
-
-@pytest.mark.parametrize("by, which", [((1, 2, 3), "longer"), ((-1, -2, -3), "shorter")])
-def test_the_note_on_lengths_that_never_meet(by, which):
-    found = length_controlled_win_rate([1, 0, 1], [10 + d for d in by], [10, 10, 10])
-    assert found.note == f"every answer of the first system is {which}: equal length is beyond what was seen"
-    assert length_controlled_win_rate([1, 0, 1], [9, 11, 12], [10, 10, 10]).note == ""
 
 
 def test_what_cannot_be_told_apart():
