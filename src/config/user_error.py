@@ -10,26 +10,23 @@ from collections.abc import Callable
 from config.scrub import guard_terminal, printable, scrub
 
 
-class UserError(Exception):
-    """The user's input is wrong.
-
-    The message is one line that names the flag, or the file and line, and says what would be right. Line breaks that
-    slip in with a file name or a piece of the input are shown as spaces, so that the promise of one line always holds;
-    secrets are left out and control characters shown (`config.scrub`).
-    """
+class _OneLine(Exception):
+    """Its message is one line, whatever slips in with a file name or a piece of the input: line breaks are shown as
+    spaces, secrets left out and control characters shown (`config.scrub`)."""
 
     def __init__(self, message: str):
         super().__init__(printable(scrub(" ".join(message.split()))))
 
 
-class RunStopped(Exception):
+class UserError(_OneLine):
+    """The user's input is wrong. The message names the flag, or the file and line, and says what would be right."""
+
+
+class RunStopped(_OneLine):
     """The run cannot go on although the input is right: numbers that are not finite, a policy that runs away.
 
-    The message is one line: what was found, where, what is left to go on from, and what may help.
+    The message says what was found, where, what is left to go on from, and what may help.
     """
-
-    def __init__(self, message: str):
-        super().__init__(printable(scrub(" ".join(message.split()))))
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -57,6 +58,21 @@ def answers(build):
 
 def same(a, b) -> bool:
     return all(x.text == y.text and np.array_equal(x.ids, y.ids) and x.ended == y.ended for x, y in zip(a, b))
+
+
+def test_a_machine_is_what_the_flags_say():
+    machine = Machine.chosen("cpu", "bf16", 4, 3)
+    drawn = (random.random(), np.random.rand(), torch.rand(()).item())
+    assert (machine.device, machine.batch_size) == (torch.device("cpu"), 4)
+    assert machine.describe() == f"cpu ({torch.get_num_threads()} threads), bf16"
+    with machine.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    exact = Machine.chosen("cpu", "auto", 4, 3)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item()) and exact.dtype == "fp32"
+    with exact.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(UserError, match="--dtype fp16: needs CUDA"):
+        Machine.chosen("cpu", "fp16", 4, 3)
 
 
 def test_answers_are_what_the_model_said_after_the_prompt(build):

@@ -36,8 +36,8 @@ _FORMS = "FILE.csv, FILE.jsonl, FILE.txt, hub:OWNER/NAME or demo"
 class Prompts:
     """Prompts as the models see them.
 
-    texts: in the template's form, no two alike. source: where they come from. repeated: how many more there were of
-    the same text. of_demo: they are the demo's, so its gold reward knows what they ask.
+    texts: in the template's form, no two alike. repeated: how many more there were of the same text. of_demo: they are
+    the demo's, so its gold reward knows what they ask.
     """
 
     texts: list[str]
@@ -81,32 +81,28 @@ def _rows(spec: str) -> tuple[Iterator[tuple[str, Any]], str]:
         path = REPO / path
     if not path.is_file():
         raise UserError(f"{FLAG} {spec}: no such file; give {_FORMS}")
-    readers = {"csv": _csv_rows, "jsonl": _jsonl_rows, "txt": _txt_rows}
+    readers = {"csv": _csv_rows, "jsonl": read_jsonl, "txt": _txt_rows}
     kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     if kind not in readers:
         raise UserError(f"{FLAG} {spec}: what kind of file that is, its name has to tell; give {_FORMS}")
-    return readers[kind](path), "the demo's held-out test prompts" if spec == "demo" else str(path)
+    rows = ((f"{path}:{number}", data) for number, data in readers[kind](path))
+    return rows, "the demo's held-out test prompts" if spec == "demo" else str(path)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, data in read_jsonl(path):
-        yield f"{path}:{number}", data
-
-
-def _txt_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _txt_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text(path), start=1):
         if line.strip():
-            yield f"{path}:{number}", {"prompt": line.strip()}
+            yield number, {"prompt": line.strip()}
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(_text(path), strict=True)
     try:
         columns = reader.fieldnames or []
         if "prompt" not in columns:
             raise UserError(f'{path}:1: has no column "prompt" (columns: {", ".join(columns) or "none"}); add one')
         for row in reader:
-            yield f"{path}:{reader.line_num}", {"prompt": row["prompt"] or ""}
+            yield reader.line_num, {"prompt": row["prompt"] or ""}
     except csv.Error as error:
         line = reader.reader.line_num  # DictReader's own count stops at the last good row
         raise UserError(f"{path}:{line}: not CSV ({error}); quote fields that hold commas or quotes") from None
@@ -124,11 +120,7 @@ def _text(path: Path) -> Iterator[str]:
 
 
 def _hub_rows(spec: str) -> Iterator[tuple[str, Any]]:
-    """Rows of the hub's training split.
-
-    Raises:
-        UserError: it is neither in the local cache nor can it be downloaded, or has no column "prompt".
-    """
+    """Rows of the hub's training split, from the local cache or downloaded."""
     import datasets  # takes a second, and most evaluations do without
     from huggingface_hub.utils import logging as hub_logging
 

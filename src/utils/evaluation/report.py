@@ -38,9 +38,8 @@ become alike, as those of best-of-n do: alarming is a fall together with gold th
 class Evaluation:
     """Everything that was found out.
 
-    settings: how answers were made. judge: what the judge says of itself. comparisons: of all pairs. systems: figures
-    by name. prompts: [N]. By name of the system: texts, answers [N]; proxy and gold, their rewards [N] where there are
-    such.
+    settings: how answers were made. judge: what the judge says of itself. comparisons: of all pairs. prompts: [N]. By
+    name of the system: systems, figures; texts, answers [N]; proxy and gold, their rewards [N] where there are such.
     """
 
     name: str
@@ -53,19 +52,15 @@ class Evaluation:
     proxy: Mapping[str, np.ndarray] = field(default_factory=dict)
     gold: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of evaluation.json."""
-        pairs = [c.to_json() | {"proxy_agreement": proxy_agreement(c, self.proxy)} for c in self.comparisons]
-        return {"pairs": pairs, "systems": self.systems, "judge": self.judge, "settings": self.settings}
-
 
 def write_evaluation(folder: Path, evaluation: Evaluation) -> None:
     """Write evaluation.json and evaluation.md into a folder; the settings without secrets, the texts as they are."""
     told = {part: scrubbed(getattr(evaluation, part)) for part in ("settings", "judge", "systems")}
-    evaluation = replace(evaluation, **told)
-    text = json.dumps(evaluation.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    pairs = [c.to_json() | {"proxy_agreement": proxy_agreement(c, evaluation.proxy)} for c in evaluation.comparisons]
+    content = {"pairs": pairs, "systems": told["systems"], "judge": told["judge"], "settings": told["settings"]}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "evaluation.md").write_text(markdown(evaluation), encoding="utf-8")
+    (folder / "evaluation.md").write_text(_markdown(replace(evaluation, **told)), encoding="utf-8")
 
 
 def proxy_agreement(comparison: Comparison, proxy: Mapping[str, np.ndarray]) -> float | None:
@@ -83,8 +78,7 @@ def proxy_agreement(comparison: Comparison, proxy: Mapping[str, np.ndarray]) -> 
     return float(right[decided].mean())
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """The content of evaluation.md."""
+def _markdown(evaluation: Evaluation) -> str:
     sections = [
         f"# Evaluation {evaluation.name}",
         _setting(evaluation),
@@ -132,16 +126,15 @@ def pair_table(evaluation: Evaluation) -> str:
 def system_table(evaluation: Evaluation) -> str:
     """Markdown table of all systems."""
     header = ("system", "gold", "proxy", "corr.", "KL, nats", "ends", "distinct-2", "repetition", "words")
+    digits = dict(
+        gold=2, proxy=2, proxy_gold_correlation=2, kl=2, eos_rate=3, distinct_2=3, repetition=3, mean_length=1
+    )
     rows = []
     for name, figures in evaluation.systems.items():
-        kl = _number(figures["kl"], 2)
+        cells = {key: _number(figures[key], places) for key, places in digits.items()}
         if figures.get("analytic_kl") is not None:
-            kl = f"at most {figures['analytic_kl']:.2f}"
-        digits = (
-            ("gold", 2), ("proxy", 2), ("proxy_gold_correlation", 2), (None, 0), ("eos_rate", 3), ("distinct_2", 3),
-            ("repetition", 3), ("mean_length", 1),
-        )  # fmt: skip
-        rows.append((name, *(kl if key is None else _number(figures[key], places) for key, places in digits)))
+            cells["kl"] = f"at most {figures['analytic_kl']:.2f}"
+        rows.append((name, *cells.values()))
     return _table(header, rows)
 
 
@@ -149,14 +142,14 @@ def examples(evaluation: Evaluation, comparison: Comparison) -> list[str]:
     """A heading and a table: the clearest wins of the first system, then its clearest losses."""
     a, b = comparison.a, comparison.b
     chosen = chosen_examples(comparison, evaluation.gold or evaluation.proxy)
+    if not chosen:
+        return []
     rows = []
     for i in chosen:
         score = comparison.scores[i]
         result = f"{a if score > 0.5 else b}{'' if score in (0, 1) else ' (one order a tie)'}"
-        cells = (_cell(_question(evaluation.prompts[i])), _cell(evaluation.texts[a][i]), _cell(evaluation.texts[b][i]))
-        rows.append((result, *cells))
-    if not rows:
-        return []
+        texts = (_question(evaluation.prompts[i]), evaluation.texts[a][i], evaluation.texts[b][i])
+        rows.append((result, *map(_cell, texts)))
     wins = sum(comparison.scores[i] > 0.5 for i in chosen)
     heading = f"## {a} vs {b}: {wins} clear wins and {len(chosen) - wins} clear losses of {a}"
     return [heading, _table(("won by", "prompt", a, b), rows)]
@@ -180,20 +173,16 @@ def chosen_examples(comparison: Comparison, strength: Mapping[str, np.ndarray]) 
 def _setting(evaluation: Evaluation) -> str:
     s, judge = evaluation.settings, evaluation.judge
     who = f"{judge['model']} at {judge['base_url']}" if judge.get("model") else judge["kind"]
-    decoding = (
-        "greedy" if s["temperature"] == 0 else f"sampled at temperature {s['temperature']:g} with seed {s['seed']}"
-    )
-    lines = [
-        f"{s['prompt_count']} prompts from {s['prompts']}; answers {decoding}, at most {s['max_new_tokens']} tokens. "
-        f"Judge: {who}."
-    ]
+    sampled = f"sampled at temperature {s['temperature']:g} with seed {s['seed']}"
+    decoding = "greedy" if s["temperature"] == 0 else sampled
+    text = f"{s['prompt_count']} prompts from {s['prompts']}; answers {decoding}, at most {s['max_new_tokens']} tokens."
+    text += f" Judge: {who}."
     if judge.get("cost_usd"):
-        lines.append(f"It cost about ${judge['cost_usd']:.2f}.")
-    cut = {name: f["cut_prompts"] for name, f in evaluation.systems.items() if f.get("cut_prompts")}
+        text += f" It cost about ${judge['cost_usd']:.2f}."
+    cut = [f"{f['cut_prompts']} for {name}" for name, f in evaluation.systems.items() if f.get("cut_prompts")]
     if cut:
-        told = ", ".join(f"{count} for {name}" for name, count in cut.items())
-        lines.append(f"Prompts that lost their beginning to fit the context: {told}.")
-    return " ".join(lines)
+        text += f" Prompts that lost their beginning to fit the context: {', '.join(cut)}."
+    return text
 
 
 def _failures(evaluation: Evaluation) -> str:

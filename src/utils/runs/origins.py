@@ -58,20 +58,16 @@ def find_origin(
     if not recorded:
         return None
     wanted = weights.get(key) if isinstance(weights, dict) else None
-    changed = None
-    for place in _candidates(recorded, run, runs_dir, argument):
-        if wanted is None:
-            if without_folders(place) == without_folders(recorded):
-                return place
-        elif digest_of(place / _WEIGHTS) == wanted:
-            return place
-        elif without_folders(place) == without_folders(recorded):
-            changed = changed or place
+    places = _candidates(recorded, run, runs_dir, argument)
+    of_that_name = [place for place in places if without_folders(place) == without_folders(recorded)]
+    known = of_that_name if wanted is None else (p for p in places if digest_of(p / _WEIGHTS) == wanted)
+    for place in known:
+        return place
     what = f"{who}: was started from the {_KINDS[key]} {recorded}"
-    if changed is not None:
+    if of_that_name:
         raise UserError(
-            f"{what}, and {changed} has other weights now: it was trained on or replaced; put the old ones back, or "
-            "start a new run"
+            f"{what}, and {of_that_name[0]} has other weights now: it was trained on or replaced; put the old ones "
+            "back, or start a new run"
         )
     raise UserError(
         f"{what}, which is neither there nor beside the run nor in --runs-dir {runs_dir}; put that run back, or give "
