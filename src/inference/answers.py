@@ -118,8 +118,7 @@ class Sampling:
 def prompt_tokens(source: TextModel, prompts: Sequence[str], max_new_tokens: int) -> tuple[list[np.ndarray], int]:
     """Token ids of prompts, each with room for an answer behind it, and how many had to lose their beginning.
 
-    Raises:
-        UserError: the answer alone fills the context.
+    UserError where the answer alone fills the context.
     """
     room = source.context - max_new_tokens
     if room < 1:

@@ -11,10 +11,7 @@ import numpy as np
 def best_of_n_kl(n: int) -> float:
     """KL of the best-of-n policy to the policy it samples from, in nats: log n - (n - 1) / n.
 
-    Exact when no two responses share a score, an upper bound otherwise (Beirami et al. 2024).
-
-    Raises:
-        ValueError: n is less than 1.
+    Exact when no two responses share a score, an upper bound otherwise (Beirami et al. 2024). ValueError for n below 1.
     """
     if n < 1:
         raise ValueError(f"best of {n}: n must be at least 1")
@@ -25,10 +22,7 @@ def best_of_n_weights(N: int, n: int) -> np.ndarray:
     """The share of all n-subsets of N samples in which each sample is the best: [N], from worst to best, summing to 1.
 
     Sample i (from 0) is the best of a subset when the other n - 1 are among the i below it: C(i, n - 1) / C(N, n)
-    (Nakano et al. 2021, appendix I).
-
-    Raises:
-        ValueError: n is not between 1 and N.
+    (Nakano et al. 2021, appendix I). ValueError where n is not between 1 and N.
     """
     if not 1 <= n <= N:
         raise ValueError(f"best of {n} cannot be estimated from {N} samples")
@@ -44,7 +38,6 @@ def best_of_n_estimate(proxy: Sequence, values: Sequence, n: int) -> np.ndarray:
 
     Args:
         proxy: [..., N], what ranks the samples. values: [..., N], what is estimated: the gold reward, or the proxy.
-        n: size of the choice.
 
     Returns:
         [...], one estimate per prompt.

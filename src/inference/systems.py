@@ -165,11 +165,7 @@ def template_of(checkpoint: Path, flag: str) -> PromptTemplate:
 
 
 def common_template(systems: Sequence[System]) -> PromptTemplate:
-    """The one template of all systems: asked in different forms, they would answer different prompts.
-
-    Raises:
-        UserError: two systems were trained with different ones.
-    """
+    """The one template of all systems, else a UserError: in different forms they would answer different prompts."""
     found = {system.name: template for system in systems if (template := system.template()) is not None}
     first = next(iter(found.values()), PromptTemplate())
     other = next((name for name, template in found.items() if template != first), None)

@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
     try:
-        comparisons = [
-            compare(a.system.name, b.system.name, prompts.texts, a.texts, b.texts, judge) for a, b in pairs
-        ]
+        comparisons = [compare(a.system.name, b.system.name, prompts.texts, a.texts, b.texts, judge) for a, b in pairs]
     except KeyboardInterrupt:
         print("\nstopped; verdicts so far are kept, and the same command asks for the others", file=sys.stderr)
         return 130

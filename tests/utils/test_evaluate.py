@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from judge_server import judge_server
 
 from config.user_error import run_main
@@ -50,7 +49,6 @@ def call(runs, capsys, monkeypatch):
 
     def run(*words: str):
         argv = [w for text in (*words, "--device cpu") for w in text.split()] + ["--runs-dir", str(runs)]
-        AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_main(lambda: evaluate.main(argv))

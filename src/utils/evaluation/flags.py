@@ -97,12 +97,7 @@ class EvaluateConfig:
 
 
 def parse_flags(argv: list[str] | None, description: str) -> EvaluateConfig:
-    """The command line of evaluate.py.
-
-    Raises:
-        UserError: an unknown flag or a bad value.
-        SystemExit: with 0, after `--help`.
-    """
+    """The command line of evaluate.py; UserError for a flag or a value that is wrong, SystemExit(0) after --help."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -49,11 +49,7 @@ class OpenAIJudge:
     """
 
     def __init__(self, options: JudgeOptions) -> None:
-        """Find the key and read the verdicts so far; asks nobody.
-
-        Raises:
-            UserError: no key, an unusable option or cache file.
-        """
+        """Ask nobody yet; UserError without a key, or for an unusable option or cache file."""
         url = (options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
         remember_url(url)
         _check(options)
@@ -134,19 +130,17 @@ class OpenAIJudge:
         return [verdicts[question] for question in questions]
 
     def _judge_all(self, questions: Sequence[Question], bar: tqdm) -> dict[Question, Verdict]:
-        pool = ThreadPoolExecutor(self.options.concurrency)
-        try:
+        verdicts = {}
+        with ThreadPoolExecutor(self.options.concurrency) as pool:
             waiting = {pool.submit(self._verdict, question): question for question in questions}
-            verdicts = {}
-            for future in as_completed(waiting):
-                verdicts[waiting[future]] = future.result()
-                bar.update()
-            return verdicts
-        except BaseException:
-            self._stop.set()  # Ctrl-C among others: nothing new is asked
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # what is in flight is paid for: it is kept
+            try:
+                for future in as_completed(waiting):
+                    verdicts[waiting[future]] = future.result()
+                    bar.update()
+            except BaseException:
+                self._stop.set()  # Ctrl-C among others: nothing new is asked; what is in flight is paid for, and kept
+                raise
+        return verdicts
 
     def _verdict(self, question: Question) -> Verdict:
         """Ask until the answer is clear; what is clear is kept at once."""
@@ -167,12 +161,7 @@ class OpenAIJudge:
         return verdict
 
     def _ask(self, question: Question) -> str:
-        """The text of one answer, "" for one that was cut short or withheld.
-
-        Raises:
-            GaveUp, NotAsked: there is none.
-            UserError: there will be none for any question.
-        """
+        """The text of one answer, "" for one that was cut short or withheld; raises what `send` does, but Refused."""
         if self._stop.is_set():
             raise NotAsked("stopped")
         formats = self._formats

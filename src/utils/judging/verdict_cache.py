@@ -44,11 +44,7 @@ class VerdictCache:
         return self._verdicts.get(self.key(question))
 
     def add(self, question: Question, verdict: Verdict) -> None:
-        """Keep a clear verdict; the others are not kept, so that they are asked again.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Keep a clear verdict (the others are asked again); UserError where the file cannot be written."""
         if not verdict.clear:
             return
         key = self.key(question)
@@ -61,11 +57,7 @@ class VerdictCache:
             self._verdicts.setdefault(key, verdict)
 
     def refresh(self) -> None:
-        """Read what other processes have added since.
-
-        Raises:
-            UserError: the file cannot be read.
-        """
+        """Read what other processes have added since; UserError where the file cannot be read."""
         try:
             lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:

@@ -114,11 +114,7 @@ def sweep(folder: Path, disk: Disk) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write or replace one file durably and at once.
-
-    Raises:
-        OSError: the write failed; the old file still stands.
-    """
+    """Write or replace one file durably and at once; after an OSError the old one still stands."""
     disk, fresh = Disk(), path.with_name("new" + WRITING)
     try:
         fresh.unlink(missing_ok=True)  # of a write that was cut short; it could be a link

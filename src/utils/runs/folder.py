@@ -31,8 +31,7 @@ def runs_root(runs_dir: str) -> Path:
 def create_run(stage: str, name: str, runs_dir: str) -> Path:
     """Make `STAGE_NAME_YYYYmmddHHMMSS` and return it; two runs started in one second get different seconds.
 
-    Raises:
-        UserError: the folder cannot be made, or its name would show a secret.
+    UserError where the folder cannot be made, or its name would show a secret.
     """
     if scrubbed(name) != name:
         raise UserError(f"-n {name}: holds a secret, which the folder's name would show; give another name")
@@ -58,8 +57,7 @@ _locks: dict[Path, int] = {}  # open files, to be kept: a lock lasts as long as 
 def lock_run(run: Path) -> None:
     """Keep other processes from writing to a run, until this one ends, however it ends.
 
-    Raises:
-        UserError: another process has it, it cannot be written to, or there is a link in it.
+    UserError where another process has it, it cannot be written to, or there is a link in it.
     """
     run = run.resolve()
     if run in _locks:
