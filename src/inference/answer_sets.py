@@ -162,19 +162,17 @@ class Answering:
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         arrays = read_arrays(self.cache, key)
-        if arrays is not None:
-            parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
-            texts = [source.tokenizer.decode(ids).strip() for ids in parts]
-            ended = arrays["ended"].tolist()
-            return [Answer(*row) for row in zip(self.prompts, texts, rows, parts, ended, strict=True)]
-        answers = sample_answers(source, self.prompts, name, self.sampling, self.machine, draw)
-        arrays = {
-            "ids": np.concatenate([a.ids for a in answers]),
-            "lengths": np.array([len(a.ids) for a in answers]),
-            "ended": np.array([a.ended for a in answers]),
-        }
-        write_arrays(self.cache, key, arrays)
-        return answers
+        if arrays is None:
+            answers = sample_answers(source, self.prompts, name, self.sampling, self.machine, draw)
+            arrays = {
+                "ids": np.concatenate([a.ids for a in answers]),
+                "lengths": np.array([len(a.ids) for a in answers]),
+                "ended": np.array([a.ended for a in answers]),
+            }
+            write_arrays(self.cache, key, arrays)
+        parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
+        texts = [source.tokenizer.decode(ids).strip() for ids in parts]
+        return [Answer(*row) for row in zip(self.prompts, texts, rows, parts, arrays["ended"].tolist(), strict=True)]
 
 
 def weights_digest(model: nn.Module) -> str:
