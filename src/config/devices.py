@@ -40,3 +40,15 @@ def choose_dtype(wanted: str, device: str) -> str:
     if wanted == "bf16" and device == "cuda" and not native_bf16:
         raise UserError("--dtype bf16: this GPU only emulates it (compute capability below 8.0); use fp16 or auto")
     return wanted
+
+
+def sum_in_full_precision() -> None:
+    """Keep cuBLAS from adding up partial sums in half precision, which log-probabilities do not survive."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def describe_device(device: torch.device, dtype: str) -> str:
+    """One line for the start of a run and its record."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), {dtype}"

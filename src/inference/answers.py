@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config.devices import TORCH_TYPE, choose_device, choose_dtype
+from config.devices import TORCH_TYPE, choose_device, choose_dtype, describe_device, sum_in_full_precision
 from config.user_error import UserError
 from models.generation import generate
 from utils.data.batching import collate_sft
@@ -94,16 +94,13 @@ class Machine:
         dtype = choose_dtype(dtype, device)
         for seed_one in (random.seed, np.random.seed, torch.manual_seed):
             seed_one(seed)
-        # cuBLAS may else add up partial sums in half precision, which log-probabilities do not survive.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        sum_in_full_precision()
         autocast = nullcontext if dtype == "fp32" else partial(torch.autocast, device, TORCH_TYPE[dtype])
         return cls(torch.device(device), batch_size, autocast, dtype)
 
     def describe(self) -> str:
         """One line for the record."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        return f"{self.device.type} ({name}), {self.dtype}"
+        return describe_device(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
