@@ -28,6 +28,9 @@ from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 _CACHE_VERSION = 2  # raise it when the same rows would give other tokens
+# Runs of version 1 may be gone on with: its rows were the same, but that white space in a first turn could put parts of
+# one conversation on two sides of a split.
+_EARLIER_VERSION = 1
 
 
 @dataclass
@@ -56,12 +59,16 @@ class DatasetReport(Counts):
 
 
 class TokenDataset:
-    """Tokenised rows that can be indexed; `lengths` [N] int64 are the tokens of each row."""
+    """Tokenised rows that can be indexed; `lengths` [N] int64 are the tokens of each row.
 
-    def __init__(self, table: TokenTable, report: DatasetReport, fingerprint: str):
+    fingerprint: of all that decides the rows. earlier_fingerprint: what the code before `_CACHE_VERSION` gave for them.
+    """
+
+    def __init__(self, table: TokenTable, report: DatasetReport, fingerprint: str, earlier: str):
         self.table = table
         self.report = report
         self.fingerprint = fingerprint
+        self.earlier_fingerprint = earlier
         self.lengths = table.lengths
 
     def __len__(self) -> int:
@@ -151,7 +158,8 @@ def load_dataset(
         )
     content = source.fingerprint()
     settings = [stage, split, skip_bad_rows, limit, asdict(options), template.to_dict(), asdict(limits)]
-    key = _sha256([_CACHE_VERSION, type(source).__name__, content, tokenizer.identity()["sha256"], settings])
+    decides = [type(source).__name__, content, tokenizer.identity()["sha256"], settings]
+    key, earlier = (_sha256([version, *decides]) for version in (_CACHE_VERSION, _EARLIER_VERSION))
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
 
     cached = _from_cache(folder, key, tokenizer.vocab_size)
@@ -173,7 +181,7 @@ def load_dataset(
         if report.first_bad.startswith(f"{report.name}:"):
             report.first_bad = source.name + report.first_bad.removeprefix(report.name)
         report.name = source.name
-    return _DATASET_OF_STAGE[stage](table, report, key)
+    return _DATASET_OF_STAGE[stage](table, report, key, earlier)
 
 
 _DATASET_OF_STAGE = {"sft": SFTDataset, "text": SFTDataset, "rm": RankedDataset, "ppo": PromptDataset}

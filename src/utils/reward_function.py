@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import sys
 import threading
 import time
@@ -19,6 +20,9 @@ RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
 TELL_EVERY = 30.0
 """Seconds between lines on stderr while a reward function is at work."""
 
+_MOVED = {r"(^|/)utils/demo_gold\.py:": r"\1utils/demo/gold.py:"}
+"""Files of this repository under the names that commands and runs of earlier days have for them."""
+
 _LARGEST = 3.4e38  # what single precision holds
 
 
@@ -28,6 +32,13 @@ class NonFiniteReward(UserError):
     def __init__(self, message: str, scores: list[float]):
         super().__init__(message)
         self.scores = scores
+
+
+def moved(spec: str) -> str:
+    """`FILE.py:FUNCTION` under the name that a file of this repository has today; any other as it is."""
+    for then, now in _MOVED.items():
+        spec = re.sub(then, now, spec)
+    return spec
 
 
 def load_reward_function(spec: str, flag: str) -> RewardFunction:
@@ -48,6 +59,8 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
     """
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser()
+    if not file.is_file():
+        file = Path(moved(spec).rpartition(":")[0]).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{flag} {spec}: give FILE.py:FUNCTION, with a file that exists")
     module_spec = importlib.util.spec_from_file_location(f"reward_function_{file.stem}", file)

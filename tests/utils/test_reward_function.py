@@ -7,7 +7,8 @@ import pytest
 
 from config.user_error import UserError
 from utils import reward_function
-from utils.reward_function import NonFiniteReward, load_reward_function
+from utils.reward_function import NonFiniteReward, load_reward_function, moved
+from utils.runs.folder import REPO
 
 FLAG = "--reward-fn"
 
@@ -129,3 +130,17 @@ def test_a_slow_function_is_not_waited_for_in_silence(write, monkeypatch, capsys
     told = capsys.readouterr().err
     assert told.startswith(f"waiting for {FLAG} {path}:slow: 0 s so far for 1 responses") and told.count("waiting") >= 2
     assert not [thread for thread in threading.enumerate() if "watch" in thread.name]
+
+
+def test_a_file_of_this_repository_is_found_under_its_earlier_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    now = load_reward_function("src/utils/demo/gold.py:gold_reward", FLAG)
+    then = load_reward_function("src/utils/demo_gold.py:gold_reward", FLAG)
+    texts = ["\n\nHuman: What is the capital of Italy?\n\nAssistant:"], ["It is Rome."]
+    assert then(*texts) == now(*texts)
+    # A file of the user's own that is there is taken as it is.
+    mine = tmp_path / "utils/demo_gold.py"
+    mine.parent.mkdir()
+    mine.write_text("def gold_reward(prompts, responses):\n    return [7.0] * len(responses)\n")
+    assert load_reward_function(f"{mine}:gold_reward", FLAG)(*texts) == [7.0]
+    assert moved("demo_gold.py:gold_reward") == "demo_gold.py:gold_reward"

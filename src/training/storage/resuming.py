@@ -22,6 +22,7 @@ from config.user_error import UserError
 from models.weights.checkpoint import describe
 from training.engine.runtime import Runtime
 from training.storage.saving import STATE, load_state, newest_whole
+from utils.reward_function import moved
 from utils.runs.durable import Disk, set_aside, standing, sweep, write_file
 from utils.runs.folder import (
     HYPERPARAMS,
@@ -129,8 +130,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any
     pairs = {field: [old.get(field), new.get(field)] for field in fields}
     for field in _PATHS:
         then, now = pairs.get(field, (None, None))
-        if isinstance(then, str) and isinstance(now, str) and without_folders(then) == without_folders(now):
-            del pairs[field]
+        if isinstance(then, str) and isinstance(now, str):
+            then, now = (without_folders(moved(path)) for path in (then, now))
+            if then == now:
+                del pairs[field]
     return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
