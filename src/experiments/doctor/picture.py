@@ -14,7 +14,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 from experiments.doctor.record import RunRecord, Series  # noqa: E402
-from experiments.doctor.rules import Finding  # noqa: E402
+from experiments.doctor.signs import Finding  # noqa: E402
 
 _LINE, _RANGE, _FOUND, _BESIDE = "#1f77b4", "#2e8b57", "#c0392b", "#555555"
 

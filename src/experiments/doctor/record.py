@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from config.user_error import UserError
 from utils.runs.folder import places, runs_named, runs_root
 from utils.runs.origins import places_of
 
-STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
+STAGES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
+_CONFIGS = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,17 @@ class Series:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def kept(self, points: np.ndarray) -> Series:
+        """The points for which `points` [N] bool holds."""
+        return Series(self.steps[points], self.values[points])
+
     def finite(self) -> Series:
         """Without the points at which the figure is undefined."""
-        kept = np.isfinite(self.values)
-        return Series(self.steps[kept], self.values[kept])
+        return self.kept(np.isfinite(self.values))
+
+    def point(self, at: int) -> tuple[int, float]:
+        """Step and value of the point of index `at`."""
+        return int(self.steps[at]), float(self.values[at])
 
 
 _NOTHING = Series(np.zeros(0, dtype=np.int64), np.zeros(0))
@@ -83,24 +91,24 @@ class RunRecord:
 
     def up_to(self, step: int) -> RunRecord:
         """The run as it was when `step` had been logged."""
-        cut = {tag: Series(s.steps[s.steps <= step], s.values[s.steps <= step]) for tag, s in self.series.items()}
-        return RunRecord(
-            self.folder, self.stage, self.config, self.precision, {tag: s for tag, s in cut.items() if len(s)},
-            [row for row in self.samples if row.get("step", 0) <= step], self.finished and step >= self.last_step,
-            self.reward,
+        cut = {tag: series.kept(series.steps <= step) for tag, series in self.series.items()}
+        return replace(
+            self, series={tag: series for tag, series in cut.items() if len(series)},
+            samples=[row for row in self.samples if row.get("step", 0) <= step],
+            finished=self.finished and step >= self.last_step,
         )  # fmt: skip
 
     def default(self, setting: str) -> float | None:
         """The preset's default of a setting; None when the preset is unknown."""
         try:
-            return float(getattr(stage_defaults(STAGES[self.stage], self.config["config"]), setting))
+            return float(getattr(stage_defaults(_CONFIGS[self.stage], self.config["config"]), setting))
         except (UserError, KeyError):
             return None
 
     def times_default(self, setting: str) -> float:
         """How many times the preset's default a setting is; 1 when there is nothing to compare with."""
-        usual = self.default(setting)
-        return float(self.config[setting]) / usual if usual and setting in self.config else 1.0
+        usual = self.default(setting) if setting in self.config else None
+        return float(self.config[setting]) / usual if usual else 1.0
 
 
 def find_run(argument: str, runs_dir: str) -> Path:
@@ -131,7 +139,9 @@ def read_run(folder: Path, runs_dir: str = "runs") -> RunRecord:
     stage, config = hyperparams.get("stage"), hyperparams.get("config")
     if stage not in STAGES or not isinstance(config, dict):
         raise UserError(f"{folder / 'hyperparams.json'}: names no stage (sft, rm or ppo) or no config")
-    series = _series(folder / "metrics.jsonl")
+    series = read_series(folder / "metrics.jsonl")
+    if not series:
+        raise UserError(f"{folder / 'metrics.jsonl'}: holds no figures yet; wait for the run's first line")
     precision = str(hyperparams.get("runs_on")).rpartition(" ")[2]
     samples = folder / "samples.jsonl"
     return RunRecord(
@@ -154,8 +164,8 @@ def _hyperparams(folder: Path) -> dict[str, Any]:
     return hyperparams
 
 
-def _series(path: Path) -> dict[str, Series]:
-    """Every figure of a metrics.jsonl, in the order in which the figures first appear."""
+def read_series(path: Path) -> dict[str, Series]:
+    """Every figure of a metrics.jsonl, in the order in which the figures first appear; see `read_run`."""
     points: dict[str, list[tuple[int, float]]] = {}
     for number, row in _rows(path):
         step = row.get("step")
@@ -167,31 +177,26 @@ def _series(path: Path) -> dict[str, Series]:
             if not isinstance(value, int | float | None) or isinstance(value, bool):
                 raise UserError(f"{path}:{number}: {tag} is no number but {value!r}")
             points.setdefault(tag, []).append((step, np.nan if value is None else float(value)))
-    if not points:
-        raise UserError(f"{path}: holds no figures yet; wait for the run's first line")
-    found = {}
-    for tag, pairs in points.items():
-        steps, values = zip(*pairs)
-        found[tag] = Series(np.array(steps, dtype=np.int64), np.array(values))
-    return found
+    columns = {tag: zip(*pairs) for tag, pairs in points.items()}
+    return {tag: Series(np.array(steps, dtype=np.int64), np.array(values)) for tag, (steps, values) in columns.items()}
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a .jsonl file with their line numbers."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().rstrip().split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; this run has logged nothing, or is no run of ours") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    rows, last = [], max((number for number, line in enumerate(lines, start=1) if line.strip()), default=0)
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == last:
+            if number == len(lines):
                 break  # torn: it is being written, or the run was killed while it was
             raise UserError(f"{path}:{number}: is not JSON ({error})") from None
         if not isinstance(row, dict):

@@ -10,36 +10,23 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config.scrub import printable
 from config.user_error import UserError
-from experiments.doctor import ppo_curves as curves
-from experiments.doctor import ppo_loop as loop
-from experiments.doctor.record import RunRecord, find_run, read_run
-from experiments.doctor.rules import (
-    RM_RULES,
-    SFT_RULES,
-    Finding,
-    Rule,
-    Unclear,
-    diagnose,
-    gradient_spikes,
-    not_a_number,
-)
+from experiments.doctor.record import STAGES, RunRecord, find_run, read_run
+from experiments.doctor.signs import Cause, Finding
+from experiments.doctor.table import RULES, Rule
 from utils.runs.folder import refuse_links
 
-# In the order of the causes: a fault high up (dropout on, say) brings others further down with it.
-_PPO_RULES: tuple[Rule, ...] = (
-    not_a_number, loop.ratio_not_one, loop.kl_at_start, loop.sampler_differs, loop.entropy_negative,
-    loop.ends_at_start, loop.reward_model_at_chance, loop.reward_not_normalised, loop.score_constant,
-    loop.steps_too_large, loop.does_not_move, curves.over_optimised, curves.kl_explodes, curves.kl_negative,
-    curves.kl_without_score, curves.reward_falls, curves.stops_ending, curves.length_changes, curves.entropy_collapses,
-    curves.text_degenerates, curves.kl_coef_saturates, curves.critic_is_blind, curves.critic_off_scale,
-    gradient_spikes(("grad_norm/actor", "grad_norm/critic")),
-)  # fmt: skip
-RULES: dict[str, tuple[Rule, ...]] = {"sft": SFT_RULES, "rm": RM_RULES, "ppo": _PPO_RULES}
-_NAMES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
+
+@dataclass(frozen=True)
+class Unclear:
+    """A rule that cannot judge this run: its code, and what is missing."""
+
+    code: str
+    missing: str
 
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
@@ -62,7 +49,26 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 def examine(record: RunRecord) -> tuple[list[Finding], list[Unclear]]:
     """What is wrong with a run, likeliest cause first, and what cannot be judged."""
-    return diagnose(record, RULES[record.stage])
+    findings: dict[str, Finding] = {}
+    unclear = []
+    for rule in RULES[record.stage]:
+        excluded = rule.code in findings or rule.unless in findings or record.config.get(rule.unless)
+        seen = None if excluded or (rule.given and not record.config.get(rule.given)) else rule.check(record)
+        if isinstance(seen, str):
+            unclear.append(Unclear(rule.code, seen))
+        elif seen:
+            findings[rule.code] = _explained(seen, rule, seen.of or record)
+    return list(findings.values()), unclear
+
+
+def _explained(seen: Finding, rule: Rule, record: RunRecord) -> Finding:
+    """What a rule's check has seen in a record, with the rule's texts; a cause is told once, in its likeliest place."""
+    causes = rule.causes[seen.case] if isinstance(rule.causes, dict) else rule.causes
+    texts = dict.fromkeys(cause if isinstance(cause, str) else cause(record) for cause in causes)
+    return replace(
+        seen, code=rule.code, title=rule.title.replace("{case}", seen.case), beside=rule.beside,
+        causes=tuple(Cause(*text.replace("{case}", seen.case).split(" -> ")) for text in texts if text),
+    )  # fmt: skip
 
 
 def draw(record: RunRecord, findings: list[Finding], elsewhere: Path | None) -> list[Path]:
@@ -96,7 +102,7 @@ def report(record: RunRecord, findings: list[Finding], unclear: list[Unclear], p
     of = f" of {record.planned_steps}" if record.planned_steps else ""
     unit = "iterations" if record.stage == "ppo" else "steps"
     state = "finished" if record.finished else "not finished"
-    lines = [f"{record.folder}: {_NAMES[record.stage]}, {record.last_step}{of} {unit}, {state}"]
+    lines = [f"{record.folder}: {STAGES[record.stage]}, {record.last_step}{of} {unit}, {state}"]
     for number, (finding, picture) in enumerate(zip(findings, pictures), start=1):
         where = f" of its reward model's run {finding.of.folder.name}" if finding.of else ""
         rows = [

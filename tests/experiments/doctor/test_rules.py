@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from experiments.doctor.record import RunRecord, Series
-from experiments.doctor.rules import Finding, Unclear, lasting, trailing_mean
-from experiments.doctor.run import examine
+from experiments.doctor.run import Unclear, examine
+from experiments.doctor.signs import Finding, lasting, trailing_mean
 
 N = 30
 ITERATIONS = np.arange(1, N + 1)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from inspect import get_annotations
 from pathlib import Path
 
 import broken_runs
@@ -11,10 +12,12 @@ import pytest
 
 from config.user_error import UserError, run_main
 from experiments import main as script
+from experiments.doctor import checks, table
 from experiments.doctor import run as doctor
 from experiments.doctor.picture import draw_finding
 from experiments.doctor.record import read_run
 from experiments.doctor.run import examine
+from experiments.doctor.table import RULES
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKED = Path(__file__).parent / "runs"
@@ -201,9 +204,28 @@ def test_the_table_of_the_docs_is_the_one_that_the_command_prints(runs, monkeypa
 
 def test_the_docs_explain_every_finding():
     text = (ROOT / "docs/doctor.md").read_text()
-    code = "".join(path.read_text() for path in (ROOT / "src/experiments/doctor").glob("*.py"))
-    codes = set(re.findall(r'(?:Finding\(|Unclear\()\s*"([a-z-]+)"', code))
+    codes = {rule.code for rules in RULES.values() for rule in rules}
     assert len(codes) > 20 and set(re.findall(r"^\| `([a-z-]+)` \|", text, re.M)) == codes
+
+
+def test_every_rule_of_the_table_is_in_use():
+    """A row that is written down and left out of its stage would never be asked."""
+    written = [value for value in vars(table).values() if isinstance(value, table.Rule)]
+    assert len(written) > 3 and all(any(rule in rules for rules in RULES.values()) for rule in written)
+    used = {rule.check for rules in RULES.values() for rule in rules}
+    own = [check for check in vars(checks).values() if getattr(check, "__module__", "") == checks.__name__]
+    returns = "Finding | None", "Finding | str | None"
+    judging = [check for check in own if get_annotations(check).get("return") in returns]
+    assert len(judging) > 10 and set(judging) <= used | {checks.reward_at_chance}
+
+
+def test_every_cause_says_what_to_change():
+    for rules in RULES.values():
+        for rule in rules:
+            by_case = rule.causes if isinstance(rule.causes, dict) else {"": rule.causes}
+            assert by_case and all(by_case.values())
+            for causes in by_case.values():
+                assert all(text.count(" -> ") == 1 for text in causes if isinstance(text, str)), rule.code
 
 
 def test_packing_takes_paths_out_and_keeps_what_is_read(runs, tmp_path):

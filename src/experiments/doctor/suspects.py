@@ -1,0 +1,94 @@
+"""Causes that a run's own flags or figures point at. Rules have them among their causes; told where they hold."""
+
+from __future__ import annotations
+
+from experiments.doctor.checks import last_samples, ratio_not_one, that_run_on
+from experiments.doctor.record import RunRecord
+from experiments.doctor.signs import Finding
+
+_SUSPICIOUS_LR = 5.0  # times the preset's default
+DROPOUT = "dropout is on in PPO -> dropout 0 in all four roles, in train() mode, too; attention included"
+SCORE_COLUMN = "the score is read at a prompt or padding column -> see where with -t reward"
+EOS_IS_NO_TARGET = (
+    "the EOS is no target of the loss: masked as padding, or missing in the rows -> "
+    "look for the EOS in -t dataset; take labels from lengths, never from the PAD id"
+)
+NEVER_LEARNED_TO_END = (
+    "the SFT model never learned to end: EOS masked out of its targets, or forbidden in sampling -> "
+    "run the doctor on the SFT run (-a); train it again with the EOS as a target"
+)
+
+
+def high_lr(record: RunRecord, *settings: str) -> str | None:
+    """A learning rate far above the preset's default."""
+    times, name = max((record.times_default(setting), setting) for setting in settings or ("lr",))
+    if times < _SUSPICIOUS_LR:
+        return None
+    change = f"--{name.replace('_', '-')} {record.default(name):g} instead of {float(record.config[name]):g}"
+    return f"the learning rate is {times:.3g} times the default of this preset -> {change}"
+
+
+def high_lrs(record: RunRecord) -> str | None:
+    """The same of policy or critic."""
+    return high_lr(record, "lr", "critic_lr")
+
+
+def low_lr(record: RunRecord) -> str | None:
+    """A learning rate far below the preset's default."""
+    if record.times_default("lr") > 1 / _SUSPICIOUS_LR:
+        return None
+    change = f"--lr {record.default('lr'):g} instead of {float(record.config['lr']):g}"
+    return f"the learning rate is far below the default of this preset -> {change}"
+
+
+def no_penalty(record: RunRecord) -> str | None:
+    """A KL coefficient of 0, or of a tenth of the preset's default or less."""
+    if record.times_default("kl_coef") > 0.1 or record.config.get("kl_target"):
+        return None
+    beta, usual = float(record.config["kl_coef"]), record.default("kl_coef")
+    return f"nothing holds the policy near the SFT model: the KL coefficient is {beta:g} -> --kl-coef {usual:g}"
+
+
+def many_epochs(record: RunRecord) -> str | None:
+    """More than one pass over the data."""
+    epochs = record.config.get("epochs", 1)
+    return f"{epochs} passes over the data -> fewer --epochs" if epochs > 1 else None
+
+
+def fp16(record: RunRecord) -> str | None:
+    """The precision with the smallest range."""
+    half = record.precision == "fp16"
+    return "fp16 has overflowed -> --dtype fp32, or bf16 where the device has it" if half else None
+
+
+def cuts_are_free(record: RunRecord) -> str | None:
+    """No penalty for a missing EOS."""
+    free = not record.config.get("missing_eos_penalty")
+    return "nothing is taken from a response that is cut -> --missing-eos-penalty 1" if free else None
+
+
+def steps_on_a_rollout(record: RunRecord) -> str:
+    """So many that each may be small and the sum is not."""
+    steps = int(record.config.get("ppo_epochs") or 4) * int(record.config.get("minibatches") or 1)
+    return f"{steps} steps on one rollout -> fewer --ppo-epochs or --minibatches; --kl-stop 0.02"
+
+
+def dropout(record: RunRecord) -> str | None:
+    """Two passes over one rollout differ before any step."""
+    return DROPOUT if isinstance(ratio_not_one(record), Finding) else None
+
+
+def eos_is_no_target(record: RunRecord) -> str | None:
+    """A model without EOS writes the next turn of the dialogue itself; one whose answers are long is only cut."""
+    never = record["resp/eos_rate"].values[-1] < 0.5
+    return EOS_IS_NO_TARGET if never or that_run_on(last_samples(record)) else None
+
+
+def never_learned_to_end(record: RunRecord) -> str | None:
+    """Less than half of the responses end in the first iteration."""
+    return NEVER_LEARNED_TO_END if record["resp/eos_rate"].values[0] < 0.5 else None
+
+
+def constant_from_the_start(record: RunRecord) -> str | None:
+    """Scores have never differed, so it is not the policy."""
+    return SCORE_COLUMN if (record["objective/score_sd"].values[:3] < 0.05).all() else None
