@@ -7,19 +7,19 @@ Figures are made without pyplot, so that the notebook's own way of showing them 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-STAGES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
+from experiments.doctor.ranges import ALARM, ENDS, KEEPS_LENGTH, SAMPLER_DRIFT, SAMPLER_FP32, SAMPLER_HALF, Range
+from experiments.doctor.record import STAGES, read_series
+
 _COLOURS = ("#1f77b4", "#d99000", "#7a7a7a")
 _HEALTHY, _SHADE = "#2e8b57", 0.13
 _ALARM, _DASHES = "#c0392b", (0, (4, 3))
@@ -28,38 +28,6 @@ _FEW = 12
 
 Metrics = dict[str, tuple[list[int], list[float]]]
 """Tag -> (steps, values)."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Where a curve is when all is well; None is no limit on that side."""
-
-    low: float | None = None
-    high: float | None = None
-    of: Literal["values", "times the start", "above the start"] = "values"
-    """What the limits count: values, multiples of the curve's first value, or what has been added to it."""
-
-    def limits(self, start: float) -> tuple[float, float] | None:
-        """Lower and upper limit as values, infinite where there is none; None if `start` gives no scale.
-
-        Args:
-            start: first value of the curve.
-        """
-        if self.of == "times the start" and start <= 0:
-            return None
-        factor = start if self.of == "times the start" else 1.0
-        added = start if self.of == "above the start" else 0.0
-        low = -math.inf if self.low is None else factor * self.low + added
-        high = math.inf if self.high is None else factor * self.high + added
-        return low, high
-
-    def __str__(self) -> str:
-        unit = "" if self.of == "values" else f" {self.of}"
-        if self.low is None:
-            return f"at most {self.high:g}{unit}"
-        if self.high is None:
-            return f"at least {self.low:g}{unit}"
-        return f"{self.low:g} to {self.high:g}{unit}"
 
 
 @dataclass(frozen=True)
@@ -80,220 +48,110 @@ class Curve:
 
 
 _VARIETY = Curve(
-    "variety of the samples",
-    {"resp/distinct_2": "distinct bigrams", "resp/repetition": "repeated 4-grams"},
+    "variety of the samples", {"resp/distinct_2": "distinct bigrams", "resp/repetition": "repeated 4-grams"},
     "Both should stay level: distinct bigrams that drop, or repetition that rises, mean that the samples become alike.",
     shows=(0.0,),
-)
+)  # fmt: skip
 
 CURVES: dict[str, tuple[Curve, ...]] = {
     "sft": (
-        Curve(
-            "loss, nats per response token",
-            {"eval/loss": "held-out", "train/loss": "training"},
-            "Both should fall and level off close together; held-out loss that turns up while training loss falls is "
-            "overfitting, so `best/` is then the checkpoint to take.",
-        ),
-        Curve(
-            "gradient norm before clipping",
-            {"train/grad_norm": "gradient norm"},
-            "It should fall and then stay level; spikes mean a learning rate that is too high, or bad rows.",
-            shows=(0.0,),
-        ),
-        Curve(
-            "learning rate",
-            {"train/lr": "learning rate"},
-            "It rises linearly over the warm-up, then follows half a cosine down to `--min-lr-ratio` of its peak.",
-            shows=(0.0,),
-        ),
-        Curve(
-            "responses that end",
-            {"resp/eos_rate": "samples"},
-            "A share of 0.95 or more should end by themselves before you go on to the reward model and PPO; one that "
-            "stays low means that EOS is not learned, or that `--sample-tokens` is short for the data.",
-            Range(0.95, 1),
-            shows=(0.9, 1.0),
-        ),
-        Curve(
-            "response length, tokens",
-            {"resp/len_mean": "samples"},
-            "It should settle near the length of the data's responses; a model that never ends has `--sample-tokens`.",
-            shows=(0.0,),
-        ),
+        Curve("loss, nats per response token", {"eval/loss": "held-out", "train/loss": "training"},
+              "Both should fall and level off close together; held-out loss that turns up while training loss falls "
+              "is overfitting, so `best/` is then the checkpoint to take."),
+        Curve("gradient norm before clipping", {"train/grad_norm": "gradient norm"},
+              "It should fall and then stay level; spikes mean a learning rate that is too high, or bad rows.",
+              shows=(0.0,)),
+        Curve("learning rate", {"train/lr": "learning rate"},
+              "It rises linearly over the warm-up, then follows half a cosine down to `--min-lr-ratio` of its peak.",
+              shows=(0.0,)),
+        Curve("responses that end", {"resp/eos_rate": "samples"},
+              "A share of 0.95 or more should end by themselves before you go on to the reward model and PPO; one "
+              "that stays low means that EOS is not learned, or that `--sample-tokens` is short for the data.",
+              ENDS, shows=(0.9, 1.0)),
+        Curve("response length, tokens", {"resp/len_mean": "samples"},
+              "It should settle near the length of the data's responses; a model that never ends has "
+              "`--sample-tokens`.", shows=(0.0,)),
         _VARIETY,
     ),
     "rm": (
-        Curve(
-            "ranking loss, nats per prompt",
-            {"eval/nll": "held-out", "train/loss": "training"},
-            "It should go below ln 2 = 0.693, which is what knowing nothing costs; held-out loss that rises again is "
-            "overfitting.",
-            Range(0, 0.693),
-            alarm=(1.2,),
-            shows=(0.693,),
-        ),
-        Curve(
-            "pairs in the right order",
-            {"eval/accuracy": "held-out", "train/accuracy": "training", "eval/longer_wins": "the longer one wins"},
-            "It should rise well above 0.5, above the grey line and above 1 minus it (the shorter one wins); labels of "
-            "people allow little more than 0.7, for people disagree.",
-            Range(0.5, 1),
-            shows=(0.5,),
-        ),
-        Curve(
-            "margin, better minus worse",
-            {"eval/margin_mean": "mean", "eval/margin_sd": "deviation"},
-            "The mean should be positive and settle; a margin that grows while accuracy stands still is overconfidence "
-            "and inflates the scale of the reward.",
-            Range(0, None),
-            shows=(0.0,),
-        ),
-        Curve(
-            "calibration error",
-            {"eval/ece": "expected calibration error"},
-            "It is how far the claimed confidence, sigmoid of the margin, is from the share of right pairs; small "
-            "means that margins can be trusted as they are.",
-            Range(0, 0.1),
-            shows=(0.0, 0.1),
-        ),
-        Curve(
-            "correlation of score and length",
-            {"eval/length_corr": "correlation"},
-            "Near 0 is best unless the labels themselves care for length; what is far from it PPO will use, in the "
-            "direction of its sign.",
-            Range(-0.5, 0.5),
-            shows=(-0.5, 0.5),
-        ),
-        Curve(
-            "gradient norm before clipping",
-            {"train/grad_norm": "gradient norm"},
-            "It should come down from its start and stay level; spikes mean a learning rate that is too high, or "
-            "bad rows.",
-            shows=(0.0,),
-        ),
+        Curve("ranking loss, nats per prompt", {"eval/nll": "held-out", "train/loss": "training"},
+              "It should go below ln 2 = 0.693, which is what knowing nothing costs; held-out loss that rises again "
+              "is overfitting.", Range(0, 0.693), alarm=(1.2,), shows=(0.693,)),
+        Curve("pairs in the right order",
+              {"eval/accuracy": "held-out", "train/accuracy": "training", "eval/longer_wins": "the longer one wins"},
+              "It should rise well above 0.5, above the grey line and above 1 minus it (the shorter one wins); labels "
+              "of people allow little more than 0.7, for people disagree.", Range(0.5, 1), shows=(0.5,)),
+        Curve("margin, better minus worse", {"eval/margin_mean": "mean", "eval/margin_sd": "deviation"},
+              "The mean should be positive and settle; a margin that grows while accuracy stands still is "
+              "overconfidence and inflates the scale of the reward.", Range(0, None), shows=(0.0,)),
+        Curve("calibration error", {"eval/ece": "expected calibration error"},
+              "It is how far the claimed confidence, sigmoid of the margin, is from the share of right pairs; small "
+              "means that margins can be trusted as they are.", Range(0, 0.1), shows=(0.0, 0.1)),
+        Curve("correlation of score and length", {"eval/length_corr": "correlation"},
+              "Near 0 is best unless the labels themselves care for length; what is far from it PPO will use, in the "
+              "direction of its sign.", Range(-0.5, 0.5), shows=(-0.5, 0.5)),
+        Curve("gradient norm before clipping", {"train/grad_norm": "gradient norm"},
+              "It should come down from its start and stay level; spikes mean a learning rate that is too high, or "
+              "bad rows.", shows=(0.0,)),
     ),
     "ppo": (
-        Curve(
-            "reward",
-            {"objective/score": "score", "objective/rlhf_reward": "score minus KL penalty"},
-            "The score starts near 0 and should gain one to two and a half deviations, and the reward, which is what "
-            "PPO maximises, should rise with it; a score that is flat while the KL rises has learned nothing.",
-            Range(1, 2.5, "above the start"),
-        ),
-        Curve(
-            "held-out prompts",
-            {"eval/score": "reward model (proxy)", "eval/gold": "gold reward, never trained on"},
-            "Both should rise; gold that is flat or falls while the proxy rises is over-optimisation, so take an "
-            "earlier checkpoint or a higher `--kl-coef` (`--eval-reward-fn` gives the gold curve).",
-        ),
-        Curve(
-            "KL to the SFT model, nats per response",
-            {"objective/kl": "k1", "objective/kl_k3": "k3", "eval/kl": "held-out"},
-            "It is 0 at iteration 1 and should rise slowly to some 2 to 15 nats, the less the shorter the responses; a "
-            "negative one means that the sampled and the scored distribution differ.",
-            Range(0, 15),
-            alarm=(-0.5, 30),
-            shows=(0.0,),
-        ),
-        Curve(
-            "entropy, nats per response",
-            {"objective/entropy": "entropy"},
-            "It should decline slowly and keep more than half of its start; a negative one is a mistake in a mask.",
-            Range(0.5, None, "times the start"),
-            alarm=(0,),
-        ),
-        Curve(
-            "approximate KL of an update",
-            {"policy/approxkl": "old to new policy"},
-            "It should be between 1e-4 and 1e-2 while the policy learns, and goes towards 0 with the learning rate at "
-            "the end; above 0.03 the steps are too large.",
-            Range(1e-4, 1e-2),
-            alarm=(0.03,),
-            log=True,
-        ),
-        Curve(
-            "clipped tokens",
-            {"policy/clipfrac": "policy", "val/clipfrac": "value"},
-            "A share of 0.01 to 0.2 is usual for the policy while it learns, and 0 at the end; above 0.3 the steps are "
-            "too large, and 0 from the beginning means that they are too small.",
-            Range(0.01, 0.2),
-            alarm=(0.3,),
-            shows=(0.0, 0.2),
-        ),
-        Curve(
-            "importance ratio, mean",
-            {"val/ratio_mean": "mean"},
-            "It stays within 0.01 of 1; off by 0.05 means that old and new log-probabilities are not those of the same "
-            "tokens, masks or temperature.",
-            Range(0.99, 1.01),
-            alarm=(0.95, 1.05),
-            shows=(0.98, 1.02),
-        ),
-        Curve(
-            "importance ratio, largest",
-            {"val/ratio_max": "largest"},
-            "Single digits are usual; above 10 some token became far likelier in one update, which one high learning "
-            "rate or one wrong mask can do.",
-            Range(1, 10),
-            alarm=(10,),
-            shows=(1.0, 10.0),
-            log=True,
-        ),
-        Curve(
-            "critic's explained variance",
-            {"val/explained_var": "of variance", "val/explained_var_mse": "of squared error"},
-            "It may be negative at first and is 0.3 to 0.9 or better later; still negative after 50 iterations means "
-            "that the critic lags behind, and a gap between the lines is a bias in its values.",
-            Range(0.3, 1),
-            shows=(0.0, 1.0),
-        ),
-        Curve(
-            "values and returns",
-            {"val/mean": "values, mean", "val/return_mean": "returns, mean"},
-            "The two should lie close together after the first iterations; a lasting gap means that the critic's scale "
-            "is not that of the reward.",
-        ),
-        Curve(
-            "gradient norms before clipping",
-            {"grad_norm/actor": "actor", "grad_norm/critic": "critic"},
-            "Both should be steady, the critic's falling; spikes mean a learning rate that is too high.",
-            shows=(0.0,),
-        ),
-        Curve(
-            "sampler against training, log-probability",
-            {"time/sampler_vs_train_logp_max": "largest difference"},
-            "Sampling with the cache and training must see the same model: below 1e-4 in fp32 and below 0.05 in bf16.",
-            Range(None, 1e-4),
-            alarm=(0.05,),
-            shows=(1e-4,),
-            log=True,
-        ),
-        Curve(
-            "responses that end",
-            {"resp/eos_rate": "samples", "eval/eos_rate": "held-out"},
-            "Nearly all samples should end by themselves; a fall means that EOS is masked somewhere, or that running "
-            "on pays.",
-            Range(0.95, 1),
-            shows=(0.9, 1.0),
-        ),
-        Curve(
-            "response length, tokens",
-            {"resp/len_mean": "samples", "eval/len_mean": "held-out"},
-            "It should stay near its start; steady growth with a correlation of length and score above 0.5 is a length "
-            "bias of the reward model being used.",
-            Range(0.7, 1.3, "times the start"),
-        ),
+        Curve("reward", {"objective/score": "score", "objective/rlhf_reward": "score minus KL penalty"},
+              "The score starts near 0 and should gain one to two and a half deviations, and the reward, which is "
+              "what PPO maximises, should rise with it; a score that is flat while the KL rises has learned nothing.",
+              Range(1, 2.5, "above the start")),
+        Curve("held-out prompts", {"eval/score": "reward model (proxy)", "eval/gold": "gold reward, never trained on"},
+              "Both should rise; gold that is flat or falls while the proxy rises is over-optimisation, so take an "
+              "earlier checkpoint or a higher `--kl-coef` (`--eval-reward-fn` gives the gold curve)."),
+        Curve("KL to the SFT model, nats per response",
+              {"objective/kl": "k1", "objective/kl_k3": "k3", "eval/kl": "held-out"},
+              "It is 0 at iteration 1 and should rise slowly to some 2 to 15 nats, the less the shorter the "
+              "responses; a negative one means that the sampled and the scored distribution differ.",
+              Range(0, 15), alarm=ALARM["objective/kl"].edges, shows=(0.0,)),
+        Curve("entropy, nats per response", {"objective/entropy": "entropy"},
+              "It should decline slowly and keep more than half of its start; a negative one is a mistake in a mask.",
+              Range(0.5, None, "times the start"), alarm=ALARM["objective/entropy"].edges),
+        Curve("approximate KL of an update", {"policy/approxkl": "old to new policy"},
+              "It should be between 1e-4 and 1e-2 while the policy learns, and goes towards 0 with the learning rate "
+              "at the end; above 0.03 the steps are too large.",
+              Range(1e-4, 1e-2), alarm=ALARM["policy/approxkl"].edges, log=True),
+        Curve("clipped tokens", {"policy/clipfrac": "policy", "val/clipfrac": "value"},
+              "A share of 0.01 to 0.2 is usual for the policy while it learns, and 0 at the end; above 0.3 the steps "
+              "are too large, and 0 from the beginning means that they are too small.",
+              Range(0.01, 0.2), alarm=ALARM["policy/clipfrac"].edges, shows=(0.0, 0.2)),
+        Curve("importance ratio, mean", {"val/ratio_mean": "mean"},
+              "It stays within 0.01 of 1; off by 0.05 means that old and new log-probabilities are not those of the "
+              "same tokens, masks or temperature.",
+              Range(0.99, 1.01), alarm=ALARM["val/ratio_mean"].edges, shows=(0.98, 1.02)),
+        Curve("importance ratio, largest", {"val/ratio_max": "largest"},
+              "Single digits are usual; above 10 some token became far likelier in one update, which one high "
+              "learning rate or one wrong mask can do.",
+              Range(1, 10), alarm=ALARM["val/ratio_max"].edges, shows=(1.0, 10.0), log=True),
+        Curve("critic's explained variance",
+              {"val/explained_var": "of variance", "val/explained_var_mse": "of squared error"},
+              "It may be negative at first and is 0.3 to 0.9 or better later; still negative after 50 iterations "
+              "means that the critic lags behind, and a gap between the lines is a bias in its values.",
+              Range(0.3, 1), shows=(0.0, 1.0)),
+        Curve("values and returns", {"val/mean": "values, mean", "val/return_mean": "returns, mean"},
+              "The two should lie close together after the first iterations; a lasting gap means that the critic's "
+              "scale is not that of the reward."),
+        Curve("gradient norms before clipping", {"grad_norm/actor": "actor", "grad_norm/critic": "critic"},
+              "Both should be steady, the critic's falling; spikes mean a learning rate that is too high.",
+              shows=(0.0,)),
+        Curve("sampler against training, log-probability", {SAMPLER_DRIFT: "largest difference"},
+              "Sampling with the cache and training must see the same model: below 1e-4 in fp32 and below 0.05 in "
+              "bf16.", SAMPLER_FP32, alarm=SAMPLER_HALF.edges, shows=(1e-4,), log=True),
+        Curve("responses that end", {"resp/eos_rate": "samples", "eval/eos_rate": "held-out"},
+              "Nearly all samples should end by themselves; a fall means that EOS is masked somewhere, or that "
+              "running on pays.", ENDS, shows=(0.9, 1.0)),
+        Curve("response length, tokens", {"resp/len_mean": "samples", "eval/len_mean": "held-out"},
+              "It should stay near its start; steady growth with a correlation of length and score above 0.5 is a "
+              "length bias of the reward model being used.", KEEPS_LENGTH),
         _VARIETY,
-        Curve(
-            "correlation of length and score",
-            {"resp/len_score_corr": "correlation"},
-            "It may wander around any value; above 0.5 while the responses grow, the policy is paid for length.",
-            Range(-0.5, 0.5),
-            alarm=(0.5,),
-            shows=(-0.5, 0.5),
-        ),
+        Curve("correlation of length and score", {"resp/len_score_corr": "correlation"},
+              "It may wander around any value; above 0.5 while the responses grow, the policy is paid for length.",
+              Range(-0.5, 0.5), alarm=ALARM["resp/len_score_corr"].edges, shows=(-0.5, 0.5)),
     ),
-}
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,35 +161,22 @@ CURVES: dict[str, tuple[Curve, ...]] = {
 
 def newest_runs(root: Path) -> dict[str, Path | None]:
     """The newest run of each stage in `root` that has logged anything, by the time in its name; None without one."""
+    logs = [log for log in root.glob("*/metrics.jsonl") if log.is_file() and log.stat().st_size]
     newest: dict[str, Path | None] = {}
-    folders = [p for p in root.iterdir() if _has_logged(p)] if root.is_dir() else []
     for stage in STAGES:
-        named = [(match[1], p) for p in folders if (match := re.fullmatch(rf"{stage}_.+_(\d{{14}})", p.name))]
-        newest[stage] = max(named)[1] if named else None
+        named = [re.fullmatch(rf"{stage}_.+_(\d{{14}})", log.parent.name) for log in logs]
+        newest[stage] = root / max((match[1], match[0]) for match in named if match)[1] if any(named) else None
     return newest
 
 
-def _has_logged(run: Path) -> bool:
-    path = run / "metrics.jsonl"
-    return path.is_file() and path.stat().st_size > 0
-
-
 def read_metrics(run: Path) -> Metrics:
-    """Steps and values of every tag in a run's metrics.jsonl.
+    """Steps and values of every tag in a run's metrics.jsonl; undefined values are left out.
 
-    Undefined values (null) are left out, and so is a last line that is being written right now.
+    Raises:
+        UserError: the file is malformed. (A last line that is being written right now is not.)
     """
-    metrics: Metrics = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        record = json.loads(line)
-        for tag, value in record.items():
-            if tag not in ("step", "time") and value is not None:
-                steps, values = metrics.setdefault(tag, ([], []))
-                steps.append(record["step"])
-                values.append(value)
-    return metrics
+    defined = {tag: series.finite() for tag, series in read_series(run / "metrics.jsonl").items()}
+    return {tag: (series.steps.tolist(), series.values.tolist()) for tag, series in defined.items() if len(series)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from experiments.doctor.ranges import ALARM, ENDS, SAMPLER_DRIFT, Range
+from experiments.doctor.ranges import ALARM, ENDS, KEEPS_LENGTH, SAMPLER_DRIFT, Range
 from experiments.doctor.record import RunRecord, Series
 from experiments.doctor.signs import Finding, Sign, mean_outside, trailing_mean
 
@@ -316,9 +316,9 @@ def reward_falls(record: RunRecord) -> Finding | str | None:
 def length_grows(record: RunRecord) -> Finding | None:
     """A mean of five iterations is above 1.3 times the start's length, also at the end, and length and score correlate
     there."""
-    seen = Sign("resp/len_mean", Range(high=1.3, of="times the start"), mean=5, least=8, digits=1)(record)
+    seen = Sign("resp/len_mean", replace(KEEPS_LENGTH, low=None), mean=5, least=8, digits=1)(record)
     length, corr = record["resp/len_mean"].values, record["resp/len_score_corr"].values
-    if not seen or len(corr) < 5 or length[-5:].mean() <= 1.3 * length[:3].mean():
+    if not seen or len(corr) < 5 or length[-5:].mean() <= KEEPS_LENGTH.high * length[:3].mean():
         return None
     return seen if corr[-5:].mean() > ALARM["resp/len_score_corr"].high else None
 

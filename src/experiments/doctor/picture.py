@@ -5,16 +5,13 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
-
-from experiments.doctor.record import RunRecord, Series  # noqa: E402
-from experiments.doctor.signs import Finding  # noqa: E402
+from experiments.doctor.record import RunRecord, Series
+from experiments.doctor.signs import Finding
 
 _LINE, _RANGE, _FOUND, _BESIDE = "#1f77b4", "#2e8b57", "#c0392b", "#555555"
 
@@ -22,17 +19,17 @@ _LINE, _RANGE, _FOUND, _BESIDE = "#1f77b4", "#2e8b57", "#c0392b", "#555555"
 def draw_finding(record: RunRecord, finding: Finding, path: Path) -> None:
     """Draw the figure of a finding, and beside it those that belong to it, into the PNG `path`."""
     tags = [finding.tag, *(tag for tag in finding.beside if len(record[tag]) and tag != finding.tag)][:3]
-    figure, axes = plt.subplots(1, len(tags), figsize=(4.6 * len(tags) + 0.6, 3.6), squeeze=False)
-    for axis, tag in zip(axes[0], tags):
+    figure = Figure(figsize=(4.6 * len(tags) + 0.6, 3.6))
+    axes = figure.subplots(1, len(tags), squeeze=False)[0]
+    for axis, tag in zip(axes, tags):
         _draw(axis, record[tag], tag, _LINE if tag == finding.tag else _BESIDE)
         axis.set_xlabel("PPO iteration" if record.stage == "ppo" else "optimizer step")
         axis.axvline(finding.step, color=_FOUND, linewidth=1, linestyle=":", zorder=1)
-    _mark(axes[0][0], finding, record[finding.tag])
+    _mark(axes[0], finding, record[finding.tag])
     figure.suptitle(textwrap.fill(f"{finding.code}: {finding.title}", 46 * len(tags)), fontsize=11, x=0.01, ha="left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _draw(axis: Axes, series: Series, tag: str, colour: str) -> None:

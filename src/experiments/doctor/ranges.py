@@ -47,7 +47,7 @@ class Range:
 
 
 # Beyond these something is wrong, for responses of some 50 tokens and a reward of deviation 1 on SFT samples: findings
-# of the doctor, dashed lines in the notebook.
+# of the doctor, and dashed lines in the notebook.
 ALARM = {
     "objective/kl": Range(-0.5, 30.0),
     "objective/entropy": Range(low=0.0),
@@ -60,6 +60,6 @@ ALARM = {
 }
 # Sampler and training forward round differently: the largest difference of two log-probabilities, by precision.
 SAMPLER_FP32, SAMPLER_HALF = Range(high=1e-4), Range(high=5e-2)
-# The share of responses that a model must end by itself, and how far lengths may go without being paid for.
+# The share of responses that end by themselves, and lengths, where all is well.
 ENDS = Range(0.95, 1)
 KEEPS_LENGTH = Range(0.7, 1.3, "times the start")

@@ -159,6 +159,25 @@ def test_the_flags_of_a_run_decide_which_cause_comes_first():
     assert examine(ppo(still, lr=1e-6))[0][0].causes[0].change == "--lr 0.0003 instead of 1e-06"
 
 
+def test_what_is_one_fault_is_told_once():
+    """Cases of one code, and what only follows from a finding that was made already."""
+    both = {"resp/distinct_2": np.r_[level(0.3, 10), level(0.1, 20)], "resp/repetition": level(0.5) * (ITERATIONS > 5)}
+    assert codes(ppo(both)) == ["text-degenerates"]
+    scale = at(3, 1, tag="objective/score_sd") | at(0.8, 1, tag="objective/score")
+    found = [f for f in examine(ppo(scale, reward_fn=""))[0] if f.code == "reward-not-normalised"]
+    assert [f.tag for f in found] == ["objective/score_sd"]
+    assert codes(ppo({"resp/eos_rate": level(0.2)})) == ["never-ends"]
+    shrinks_then_grows = np.r_[level(15, 10), level(2, 10), level(40, 10)]
+    assert codes(ppo({"resp/len_mean": shrinks_then_grows, "resp/len_score_corr": level(0.7)})) == ["length-collapses"]
+
+
+def test_some_rules_ask_for_a_flag():
+    rising = {"objective/kl_coef": 0.1 * 1.2**ITERATIONS}
+    assert codes(ppo(rising, kl_target=6.0)) == ["kl-coef-saturates"] and codes(ppo(rising)) == []
+    scale = {"objective/score_sd": level(3)}
+    assert codes(ppo(scale)) == [] and codes(ppo(scale, reward_fn="", critic="none")) == ["reward-not-normalised"]
+
+
 def test_dropout_is_named_where_the_first_ratio_betrays_it():
     drift = {"time/sampler_vs_train_logp_max": level(1e-2)}
     findings, _ = examine(ppo(drift))
