@@ -212,7 +212,7 @@ def reward_model_at_chance(record: RunRecord) -> Finding | str | None:
 def steps_too_large(record: RunRecord) -> Finding | None:
     """One of four figures is outside for three iterations (the first one of a healthy run may be); the earliest."""
     tags = ("policy/approxkl", "policy/clipfrac", "val/ratio_mean", "val/ratio_max")
-    shown = [seen for tag in tags if (seen := Sign(tag, in_a_row=3)(record))]
+    shown = [seen for tag in tags if (seen := Sign(tag, ALARM[tag], in_a_row=3)(record))]
     if not shown:
         return None
     first, *others = sorted(shown, key=attrgetter("step"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.doctor.ranges import ALARM, Range
+from experiments.doctor.ranges import Range
 from experiments.doctor.record import RunRecord
 
 
@@ -57,8 +57,8 @@ class Sign:
 
     Attributes:
         tag: the figure.
-        healthy: its range, or how that follows from the figure's values; None: that of ALARM. A range that counts from
-            the start takes the mean of the first three values.
+        healthy: its range, or how that follows from the figure's values. A range that counts from the start takes the
+            mean of the first three values.
         in_a_row: so many values have to be outside one after the other.
         or_all: all of them, when there are fewer.
         mean: if not 0, the mean of so many has to be outside instead.
@@ -72,7 +72,7 @@ class Sign:
     """
 
     tag: str
-    healthy: Range | Callable[[np.ndarray], Range] | None = None
+    healthy: Range | Callable[[np.ndarray], Range]
     in_a_row: int = 1
     or_all: bool = False
     mean: int = 0
@@ -89,8 +89,7 @@ class Sign:
         series = record[self.tag]
         if len(series) < self.least:
             return self.missing or None
-        healthy = self.healthy or ALARM[self.tag]
-        healthy = healthy if isinstance(healthy, Range) else healthy(series.values)
+        healthy = self.healthy if isinstance(self.healthy, Range) else self.healthy(series.values)
         if self.half is not None and record.precision != "fp32":
             healthy = replace(healthy, high=self.half)
         limits = healthy.limits(start=float(series.values[:3].mean()))
