@@ -165,7 +165,8 @@ def newest_runs(root: Path) -> dict[str, Path | None]:
     newest: dict[str, Path | None] = {}
     for stage in STAGES:
         named = [re.fullmatch(rf"{stage}_.+_(\d{{14}})", log.parent.name) for log in logs]
-        newest[stage] = root / max((match[1], match[0]) for match in named if match)[1] if any(named) else None
+        found = [(match[1], match[0]) for match in named if match]  # (time, folder)
+        newest[stage] = root / max(found)[1] if found else None
     return newest
 
 
@@ -255,14 +256,8 @@ def draw_curve(axis: Axes, curve: Curve, metrics: Metrics) -> None:
 
 
 def _view(curve: Curve, values: list[float], healthy: tuple[float, float] | None, log: bool) -> tuple[float, float]:
-    """Limits of the vertical axis: all values, what the panel always shows, and where the healthy range begins.
-
-    Args:
-        curve: the panel.
-        values: of all its lines.
-        healthy: the range as values.
-        log: whether the axis is logarithmic; values that are not positive are then not shown.
-    """
+    """Limits of a panel's vertical axis: the values of all its lines, what it always shows, and where the healthy range
+    begins. On a logarithmic one, values that are not positive are not shown."""
     seen = [*values, *curve.shows]
     if healthy:
         if curve.healthy.of != "values":

@@ -124,8 +124,11 @@ def overfitted(record: RunRecord) -> Finding | None:
 
 
 def never_ends(record: RunRecord) -> Finding | str | None:
-    """Less than 0.95 of an SFT model's samples end with EOS, once half of the training is done."""
-    rate, last = record["resp/eos_rate"], last_samples(record)
+    """Less than 0.95 of an SFT model's samples end with EOS, once half of the training is done.
+
+    A model without EOS writes the next turn of the dialogue itself; one whose answers are long is only cut.
+    """
+    rate = record["resp/eos_rate"]
     if not len(rate):
         return None if record.config.get("dataset") == "demo-text" else "resp/eos_rate: this run drew no samples"
     if not _halfway(record):
@@ -133,19 +136,13 @@ def never_ends(record: RunRecord) -> Finding | str | None:
     if rate.values[-1] >= ENDS.low:
         return None
     late = np.flatnonzero((rate.steps > 0) & (rate.values < ENDS.low))
-    note = f"of the last {len(last)} samples {that_run_on(last)} go on with a turn of the human"
-    at = late[0] if len(late) else -1
-    return Finding("resp/eos_rate", *rate.point(at), low=ENDS.low, notes=(note,) if last else ())
-
-
-def last_samples(record: RunRecord) -> list[str]:
-    """The responses that were sampled last."""
-    return [row["response"] for row in record.samples if row.get("step") == record.samples[-1].get("step")]
-
-
-def that_run_on(samples: list[str]) -> int:
-    """The number of responses that go on with the human's next turn."""
-    return sum("Human:" in text for text in samples)
+    last = [row["response"] for row in record.samples if row.get("step") == record.samples[-1].get("step")]
+    run_on = sum("Human:" in text for text in last)
+    note = f"of the last {len(last)} samples {run_on} go on with a turn of the human"
+    return Finding(
+        "resp/eos_rate", *rate.point(late[0] if len(late) else -1), low=ENDS.low, notes=(note,) if last else (),
+        case="no EOS" if run_on or rate.values[-1] < 0.5 else "cut",
+    )  # fmt: skip
 
 
 def _accuracy_error(record: RunRecord) -> float:
@@ -337,20 +334,18 @@ def critic_is_blind(record: RunRecord) -> Finding | str | None:
 def critic_off_scale(record: RunRecord) -> Finding | None:
     """From iteration 10, the means of values and returns are a deviation of the returns apart, or more than 0.3 of the
     values are clipped (means of five)."""
-    values, returns, variance, clipped = (
-        record[f"val/{figure}"].values for figure in ("mean", "return_mean", "return_var", "clipfrac")
-    )
+    tags = ("val/mean", "val/return_mean", "val/return_var", "val/clipfrac")
+    values, returns, variance, clipped = (record[tag].values for tag in tags)
     if not len(values) == len(returns) == len(variance) == len(clipped):
         return None
-    gap, most = abs(values - returns) / np.sqrt(variance + 1e-8), ALARM["val/clipfrac"].high
-    far, held = mean_outside(gap[10:], 5, high=1.0), mean_outside(clipped[10:], 5, high=most)
-    if far is None and held is None:
-        return None
-    tag, late, high, case = (
-        ("val/mean", far, None, "the critic's values are far from the returns")
-        if far is not None
-        else ("val/clipfrac", held, most, "the value clip holds the critic back")
-    )
-    at = late + 10
-    note = f"the returns there have mean {returns[at]:.3g} and deviation {variance[at] ** 0.5:.3g}"
-    return Finding(tag, *record[tag].point(at), high=high, notes=(note,), case=case)
+    gap = abs(values - returns) / np.sqrt(variance + 1e-8)
+    for tag, figures, high, case in (
+        ("val/mean", gap, 1.0, "the critic's values are far from the returns"),
+        ("val/clipfrac", clipped, ALARM["val/clipfrac"].high, "the value clip holds the critic back"),
+    ):
+        late = mean_outside(figures[10:], 5, high=high)
+        if late is not None:
+            at, told = late + 10, high if figures is clipped else None  # the gap is not the figure that is told
+            note = f"the returns there have mean {returns[at]:.3g} and deviation {variance[at] ** 0.5:.3g}"
+            return Finding(tag, *record[tag].point(at), high=told, notes=(note,), case=case)
+    return None

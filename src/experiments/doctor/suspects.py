@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from experiments.doctor.checks import last_samples, ratio_not_one, that_run_on
+from experiments.doctor.checks import ratio_not_one
 from experiments.doctor.record import RunRecord
 from experiments.doctor.signs import Finding
 
 _SUSPICIOUS_LR = 5.0  # times the preset's default
 DROPOUT = "dropout is on in PPO -> dropout 0 in all four roles, in train() mode, too; attention included"
 SCORE_COLUMN = "the score is read at a prompt or padding column -> see where with -t reward"
-EOS_IS_NO_TARGET = (
-    "the EOS is no target of the loss: masked as padding, or missing in the rows -> "
-    "look for the EOS in -t dataset; take labels from lengths, never from the PAD id"
-)
 NEVER_LEARNED_TO_END = (
     "the SFT model never learned to end: EOS masked out of its targets, or forbidden in sampling -> "
     "run the doctor on the SFT run (-a); train it again with the EOS as a target"
 )
 
 
-def high_lr(record: RunRecord, *settings: str) -> str | None:
+def high_lr(record: RunRecord, settings: tuple[str, ...] = ("lr",)) -> str | None:
     """A learning rate far above the preset's default."""
-    times, name = max((record.times_default(setting), setting) for setting in settings or ("lr",))
+    times, name = max((record.times_default(setting), setting) for setting in settings)
     if times < _SUSPICIOUS_LR:
         return None
     change = f"--{name.replace('_', '-')} {record.default(name):g} instead of {float(record.config[name]):g}"
     return f"the learning rate is {times:.3g} times the default of this preset -> {change}"
-
-
-def high_lrs(record: RunRecord) -> str | None:
-    """The same of policy or critic."""
-    return high_lr(record, "lr", "critic_lr")
 
 
 def low_lr(record: RunRecord) -> str | None:
@@ -76,12 +67,6 @@ def steps_on_a_rollout(record: RunRecord) -> str:
 def dropout(record: RunRecord) -> str | None:
     """Two passes over one rollout differ before any step."""
     return DROPOUT if isinstance(ratio_not_one(record), Finding) else None
-
-
-def eos_is_no_target(record: RunRecord) -> str | None:
-    """A model without EOS writes the next turn of the dialogue itself; one whose answers are long is only cut."""
-    never = record["resp/eos_rate"].values[-1] < 0.5
-    return EOS_IS_NO_TARGET if never or that_run_on(last_samples(record)) else None
 
 
 def never_learned_to_end(record: RunRecord) -> str | None:

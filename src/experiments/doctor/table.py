@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from experiments.doctor import checks, suspects
 from experiments.doctor.ranges import ALARM, ENDS, SAMPLER_DRIFT, SAMPLER_FP32, SAMPLER_HALF, Range
 from experiments.doctor.record import RunRecord
 from experiments.doctor.signs import Finding, Sign
-from experiments.doctor.suspects import DROPOUT, EOS_IS_NO_TARGET, NEVER_LEARNED_TO_END, SCORE_COLUMN
+from experiments.doctor.suspects import DROPOUT, NEVER_LEARNED_TO_END, SCORE_COLUMN
 
 Causes = tuple[str | Callable[[RunRecord], str | None], ...]
 
@@ -61,7 +62,7 @@ def _kl_coef(values: np.ndarray) -> Range:
     return Range(float(values[0]) / 10, float(values[0]) * 10)
 
 
-HIGH_LR, EITHER_LR, LOW_LR = suspects.high_lr, suspects.high_lrs, suspects.low_lr
+HIGH_LR, LOW_LR, EITHER_LR = suspects.high_lr, suspects.low_lr, partial(suspects.high_lr, settings=("lr", "critic_lr"))
 NO_PENALTY, NOISE = suspects.no_penalty, suspects.dropout
 FIRST, BEFORE, AFTER = (1, 1), (0, 0), (1, math.inf)  # iteration 1; the evaluation before training; those after it
 _ODD_ROWS = "single rows are unlike all others -> look at the data with -t dataset"
@@ -79,6 +80,12 @@ _ALIKE = (
     NO_PENALTY, HIGH_LR, "beta too small, or too long a run -> raise --kl-coef, fewer --iterations",
     "the reward model pays for a phrase -> read samples.jsonl; -t reward with and without it",
 )  # fmt: skip
+_EOS_MASKED = (
+    "the EOS is no target of the loss: masked as padding, or missing in the rows -> "
+    "look for the EOS in -t dataset; take labels from lengths, never from the PAD id"
+)
+_SAMPLES_CUT = "the samples are cut before they can end -> raise --sample-tokens; compare with the data's lengths"
+_TOO_SHORT = "too little training -> more --epochs"
 _MIXED_UP = "chosen and rejected are mixed up in the data, or say nothing -> look at pairs with -t dataset --stage rm"
 _AT_CHANCE: dict[str, Causes] = {
     "worse than chance": (
@@ -123,9 +130,7 @@ _GRADIENT_SPIKES = Rule(
 _SFT = (
     _NOT_A_NUMBER, _DIVERGES, _NOT_LEARNING,
     Rule("never-ends", "the model does not end its answers", checks.never_ends,
-         (suspects.eos_is_no_target,
-          "the samples are cut before they can end -> raise --sample-tokens; compare with the data's lengths",
-          "too little training -> more --epochs", EOS_IS_NO_TARGET),
+         {"no EOS": (_EOS_MASKED, _SAMPLES_CUT, _TOO_SHORT), "cut": (_SAMPLES_CUT, _TOO_SHORT, _EOS_MASKED)},
          ("resp/len_mean",)),
     _OVERFITTED,
     Rule("repeats-itself", "the samples repeat themselves",
