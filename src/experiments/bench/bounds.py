@@ -7,9 +7,7 @@ d channels, V vocabulary, B rows, P prompt and T response tokens.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from experiments.bench.work import Work, run_child
+from experiments.bench.work import Work, median_seconds, run_child
 
 _BF16 = 2  # bytes
 
@@ -44,20 +42,18 @@ def head_weights(sizes: dict[str, int]) -> int:
     return sizes["vocab_size"] * sizes["n_embd"]
 
 
-def sampling_bytes(work: Work) -> float:
-    """Bytes read per decoding step: every bf16 weight once, and the keys and values of the mean context of each row."""
-    cache = 2 * work.sizes["n_layer"] * work.sizes["n_embd"] * work.batch * (work.prompt + work.new / 2)
-    return _BF16 * (block_weights(work.sizes) + head_weights(work.sizes) + cache)
-
-
 def weight_bytes(work: Work) -> float:
     """Bytes of one pass over the bf16 weights."""
     return _BF16 * (block_weights(work.sizes) + head_weights(work.sizes))
 
 
 def training_flops(work: Work) -> float:
-    """FLOP of one training step per token of its rows: 6 per weight, 4 where the weights are frozen, and attention."""
-    return (4 if work.preset.endswith("/lora") else 6) * _weights_per_token(work) + 6 * _attention(work)
+    """FLOP of one training step per token of its rows: 6 per weight, 4 where the weights are frozen, and attention.
+
+    A reward model has no output projection to speak of.
+    """
+    weights = block_weights(work.sizes) + (0 if work.kind == "rm" else head_weights(work.sizes))
+    return (4 if work.preset.endswith("/lora") else 6) * weights + 6 * _attention(work)
 
 
 def iteration_flops(work: Work) -> float:
@@ -71,11 +67,6 @@ def iteration_flops(work: Work) -> float:
     passes = 2 if work.preset.endswith("/lora") else 3  # forward and backward in units of the forward pass
     rollout, look = trunk + head, 4 * trunk + 2 * head
     return rollout + look + work.epochs * passes * (2 * trunk + head)
-
-
-def _weights_per_token(work: Work) -> float:
-    """A reward model has no output projection to speak of."""
-    return block_weights(work.sizes) + (0 if work.kind == "rm" else head_weights(work.sizes))
 
 
 def _attention(work: Work) -> float:
@@ -119,21 +110,21 @@ def half_type(device: str) -> torch.dtype:
     return torch.float16 if choose_dtype("auto", device) == "fp16" else torch.bfloat16
 
 
-def matrix_flops(device: str = "cpu", size: int = 0) -> float:
+def matrix_flops(device: str = "cpu") -> float:
     """Measured FLOP/s of a product of two square matrices in half precision."""
     import torch
 
-    n = size or (8192 if device == "cuda" else 2048)
+    n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=half_type(device)) for _ in range(2))
     return 2 * n**3 / _median_seconds(lambda: a @ b, device)
 
 
-def read_bandwidth(count: int, device: str = "cpu") -> float:
+def read_bandwidth(count: int) -> float:
     """Measured bytes/s of reading `count` bytes, more than the caches hold, once per pass."""
     import torch
 
-    data = torch.ones(count // 4, device=device)
-    return 4 * len(data) / _median_seconds(data.sum, device)
+    data = torch.ones(count // 4)
+    return 4 * len(data) / _median_seconds(data.sum)
 
 
 def weights_pass(sizes: dict[str, int], batch: int, packed: bool = False) -> float:
@@ -154,21 +145,24 @@ def weights_pass(sizes: dict[str, int], batch: int, packed: bool = False) -> flo
     weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
     pairs = [(inputs[w.shape[1]], pack(w) if packed else None, w) for w in weights]
     return _median_seconds(
-        lambda: [F.linear(x, w) if layout is None else packed_linear(x, layout, None) for x, layout, w in pairs], "cpu"
+        lambda: [F.linear(x, w) if layout is None else packed_linear(x, layout, None) for x, layout, w in pairs]
     )
 
 
-def _median_seconds(once: Callable[[], Any], device: str, repeats: int = 7) -> float:
+def _median_seconds(once: Callable[[], Any], device: str = "cpu") -> float:
+    def finished() -> None:
+        once()
+        synchronise(device)
+
+    return median_seconds(Work("bounds", "", "", warmup=2, repeats=7), finished)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU, so that a clock read afterwards has seen all work."""
     import torch
 
-    spent = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        once()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        spent.append(time.perf_counter() - started)
-    return statistics.median(spent[2:])
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(work: Work) -> dict[str, Any]:

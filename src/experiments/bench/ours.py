@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
-from experiments.bench.bounds import half_type, matrix_flops
+from experiments.bench.bounds import half_type, matrix_flops, synchronise
 from experiments.bench.work import NOT_AN_ID, PRODUCT, Work, median_seconds, peak_gb, run_child
 from models.generation import generate
 from models.gpt import GPT, GPTRewardModel
@@ -68,13 +68,7 @@ def steps_of(config: RunConfig, work: Work) -> dict[str, Any]:
     return rows | {"device": work.device, "dtype": "bf16" if work.device == "cpu" else "auto"}  # fp16 on a T4
 
 
-def synchronise(device: str) -> None:
-    """Wait for the GPU, so that a clock read afterwards has seen all work."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def profiled(work: Work, once: Callable[[], None]) -> dict[str, Any]:
+def profiled(work: Work, once: Callable[[], Any]) -> dict[str, Any]:
     """The share of matrix products in the time of one more `once`, for a work that asks for it.
 
     The profiler counts on this thread alone, which waits for the others inside a product. Its own time falls to what is
@@ -104,47 +98,37 @@ def sampling(work: Work) -> dict[str, Any]:
     return {"value": work.batch * work.new / median_seconds(work, once)} | profiled(work, once)
 
 
-def sft(work: Work) -> dict[str, Any]:
-    """Tokens per second of an SFT step; every token but the first is a target."""
-    config = stage_defaults(SFTConfig, work.preset)
-    config = replace(config, **steps_of(config, work))
-    runtime = Runtime(config.device, config.dtype, config.seed)
-    model = freeze(GPT(get_configs(work.preset)), config, runtime.matrix_dtype)
-    ids = random_ids(work.batch, work.prompt + work.new, model.config.vocab_size)
-    data = Rows([SFTExample(row[: work.prompt], row[work.prompt :]) for row in ids], ids.shape[1])
-    tokenizer = made_up_tokenizer(model.config.vocab_size)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(config, model, tokenizer, data, data, Path(folder), runtime, {})
-        seconds = median_seconds(work, lambda: step(trainer, work))
-        return {"value": ids.size / seconds} | profiled(work, lambda: step(trainer, work))
-
-
-def step(trainer: SFTTrainer | RewardModelTrainer, work: Work) -> None:
-    """One optimizer step on every row there is."""
-    figures = trainer.train_step(np.arange(work.batch))
-    if not np.isfinite(float(figures["train/loss"])):
-        raise FloatingPointError("the loss is not finite")
-    synchronise(work.device)
-
-
-def reward_model(work: Work) -> dict[str, Any]:
-    """Tokens per second of a reward-model step on pairs of responses."""
-    config = stage_defaults(RMConfig, work.preset)
+def training_step(work: Work) -> dict[str, Any]:
+    """Tokens per second of an SFT step, where every token but the first is a target, or of a reward-model step on pairs
+    of responses: one optimizer step on every row there is."""
+    ranks = work.kind == "rm"
+    config = stage_defaults(RMConfig if ranks else SFTConfig, work.preset)
     config = replace(config, **steps_of(config, work))
     runtime = Runtime(config.device, config.dtype, config.seed)
     options = get_configs(work.preset)
-    model = freeze(GPTRewardModel(options), config, runtime.matrix_dtype)
-    ids = random_ids(2 * work.batch, work.prompt + work.new, options.vocab_size)
-    pairs = [RankedExample(tuple(p[:, : work.prompt]), tuple(p[:, work.prompt :])) for p in np.split(ids, work.batch)]
+    model = freeze((GPTRewardModel if ranks else GPT)(options), config, runtime.matrix_dtype)
+    tokenizer = made_up_tokenizer(options.vocab_size)
+    ids = random_ids((1 + ranks) * work.batch, work.prompt + work.new, options.vocab_size)
+    prompts, responses = ids[:, : work.prompt], ids[:, work.prompt :]
     with tempfile.TemporaryDirectory() as folder:
-        # The SFT model only measures the reward's scale, which no step does: a single block stands in for it.
-        sft_model = GPT(replace(options, n_layer=1, lora_rank=0))
-        trainer = RewardModelTrainer(
-            config, model, sft_model, made_up_tokenizer(options.vocab_size), Rows(pairs, ids.shape[1]),
-            Rows(pairs, ids.shape[1]), Path(folder), runtime, {"held_out": None},
-        )  # fmt: skip
-        seconds = median_seconds(work, lambda: step(trainer, work))
-        return {"value": ids.size / seconds} | profiled(work, lambda: step(trainer, work))
+        if ranks:
+            pairs = zip(np.split(prompts, work.batch), np.split(responses, work.batch))
+            data = Rows([RankedExample(tuple(p), tuple(r)) for p, r in pairs], ids.shape[1])
+            # The SFT model only measures the reward's scale, which no step does: a single block stands in for it.
+            models = [model, GPT(replace(options, n_layer=1, lora_rank=0))]
+        else:
+            data = Rows([SFTExample(p, r) for p, r in zip(prompts, responses)], ids.shape[1])
+            models = [model]
+        trainer_type = RewardModelTrainer if ranks else SFTTrainer
+        trainer = trainer_type(config, *models, tokenizer, data, data, Path(folder), runtime, {})
+
+        def once() -> None:
+            figures = trainer.train_step(np.arange(work.batch))
+            if not np.isfinite(float(figures["train/loss"])):
+                raise FloatingPointError("the loss is not finite")
+            synchronise(work.device)
+
+        return {"value": ids.size / median_seconds(work, once)} | profiled(work, once)
 
 
 @torch.no_grad()
@@ -181,8 +165,8 @@ def ppo(work: Work) -> dict[str, Any]:
         runtime = Runtime(config.device, config.dtype, config.seed)
         roles = ppo_start(config, None, runtime.matrix_dtype)
         tokenizer = endless(load_tokenizer(roles.sft))
-        count = work.batch * config.iterations
-        prompts = Rows(list(random_ids(count, work.prompt, tokenizer.vocab_size)), work.prompt)
+        ids = random_ids(work.batch * config.iterations, work.prompt, tokenizer.vocab_size)
+        prompts = Rows(list(ids), work.prompt)
         trainer = PPOTrainer(
             config, roles.actor, roles.critic, runtime.place(roles.reference), runtime.place(roles.reward_model),
             tokenizer, prompts, prompts, folder, runtime, {},
@@ -215,15 +199,12 @@ def rollout(work: Work) -> dict[str, Any]:
     config = stage_defaults(PPOConfig, work.preset)
     runtime = Runtime(work.device, "auto", 0)
     tokenizer = get_tokenizer("demo")
-    model: nn.Module = frozen(GPT(get_configs(work.preset)))
+    model = frozen(GPT(get_configs(work.preset)))
     prompts = load_dataset(config.dataset, "ppo", "train", tokenizer, model.config.block_size - config.response_length)
     chosen = [prompts[i] for i in range(work.batch)]
     sampler = Sampler(tokenizer, runtime, config.temperature, config.response_length, config.batch_size)
-    tokens = int(sampler.sample(model, chosen, range(work.batch)).n.sum())  # the same every time: rows have seeds
-
-    def once() -> None:
-        sampler.sample(model, chosen, range(work.batch))
-
+    once = partial(sampler.sample, model, chosen, range(work.batch))
+    tokens = int(once().n.sum())  # the same every time: rows have seeds
     return {"value": tokens / median_seconds(work, once)} | profiled(work, once)
 
 
@@ -240,7 +221,7 @@ def measure(work: Work) -> dict[str, Any]:
     return result | {"versions": {p: metadata.version(p) for p in ("torch", "loralib", "accelerate")}}
 
 
-KINDS = {"sampling": sampling, "sft": sft, "rm": reward_model, "ppo": ppo, "rollout": rollout}
+KINDS = {"sampling": sampling, "sft": training_step, "rm": training_step, "ppo": ppo, "rollout": rollout}
 
 if __name__ == "__main__":
     run_child(measure)

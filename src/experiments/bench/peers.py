@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -27,12 +28,11 @@ from experiments.bench.work import PRODUCT, Work, median_seconds, run_child
 if TYPE_CHECKING:
     import torch
 
+_TRANSFORMERS = ("torch", "transformers")
+_TRL = (*_TRANSFORMERS, "trl", "peft", "accelerate")
 PACKAGES = {
-    "transformers": ("torch", "transformers"),
-    "transformers_eager": ("torch", "transformers"),
-    "transformers_compiled": ("torch", "transformers"),
-    "trl": ("torch", "transformers", "trl", "peft", "accelerate"),
-    "trl_critic": ("torch", "transformers", "trl", "peft", "accelerate"),
+    **dict.fromkeys(("transformers", "transformers_eager", "transformers_compiled"), _TRANSFORMERS),
+    **dict.fromkeys(("trl", "trl_critic"), _TRL),
     "nanogpt_compiled": ("torch",),
 }
 NANOGPT = "NANOGPT_FOLDER"
@@ -107,28 +107,26 @@ def transformers_sampling(work: Work) -> dict[str, Any]:
     return {"value": work.batch * work.new / median_seconds(work, once), "types": sorted(types.seen)}
 
 
-def transformers_sft(work: Work) -> dict[str, Any]:
-    """Tokens per second of a training step: the model's own loss, gradient clipping, AdamW."""
-    from transformers import GPT2LMHeadModel
+def sft_model(work: Work) -> tuple[torch.nn.Module, Callable]:
+    """The peer's model, and its own loss of (model, ids); nanoGPT's wants inputs and targets apart."""
+    if not work.peer.startswith("nanogpt"):
+        from transformers import GPT2LMHeadModel
 
-    return training_step(work, GPT2LMHeadModel(gpt2_config(work)), lambda model, ids: model(ids, labels=ids).loss)
-
-
-def nanogpt_sft(work: Work) -> dict[str, Any]:
-    """The same step on the model of a nanoGPT clone, whose loss wants inputs and targets apart."""
+        return GPT2LMHeadModel(gpt2_config(work)), lambda model, ids: model(ids, labels=ids).loss
     sys.path.insert(0, os.environ[NANOGPT])
     from model import GPT, GPTConfig  # nanoGPT's model.py
 
     sizes = {key: work.sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
     model = GPT(GPTConfig(**sizes, dropout=0.0, bias=True))
-    return training_step(work, model, lambda model, ids: model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())[1])
+    return model, lambda model, ids: model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())[1]
 
 
-def training_step(work: Work, model: torch.nn.Module, loss_of) -> dict[str, Any]:
-    """Tokens per second of one step of `loss_of(model, ids)`, compiled when the peer's name says so."""
+def sft(work: Work) -> dict[str, Any]:
+    """Tokens per second of a step: the loss, gradient clipping, AdamW; compiled when the peer's name says so."""
     import torch
 
     torch.manual_seed(0)
+    model, loss_of = sft_model(work)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0, fused=True)
     ids = random_ids(work.batch, work.prompt + work.new, work.sizes["vocab_size"])
@@ -199,20 +197,19 @@ def trl_models(work: Work) -> dict[str, Any]:
     reference, peft = None, None
     if work.preset.endswith("/lora"):
         adapters = {"r": work.sizes["lora_rank"], "lora_alpha": work.sizes["lora_alpha"], "fan_in_fan_out": True}
-        peft = LoraConfig(**adapters, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
+        adapters |= {"target_modules": ["c_attn", "c_proj", "c_fc"]}
+        peft = LoraConfig(**adapters, task_type="CAUSAL_LM")
         policy.requires_grad_(False)  # PEFT would do it: the adapters to come train
         if work.peer == "trl_critic":
-            inject_adapter_in_model(LoraConfig(**adapters, target_modules=["c_attn", "c_proj", "c_fc"]), value)
+            inject_adapter_in_model(LoraConfig(**adapters), value)
             value.score.requires_grad_(True)
     else:
         reference = GPT2LMHeadModel(config).requires_grad_(False)
         reference.load_state_dict(policy.state_dict())
-    if work.tuned:
-        for model in (policy, value, reward, *([reference] if reference else [])):
-            for parameter in model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(torch.bfloat16)
     roles = {"model": policy, "ref_model": reference, "reward_model": reward, "value_model": value}
+    for parameter in (p for model in roles.values() if model is not None for p in model.parameters()):
+        if work.tuned and not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
     return roles | {"peft_config": peft}
 
 
@@ -263,11 +260,8 @@ def end_of_iteration(clock: list[float], types):
 
 PEERS = {
     "transformers": transformers_sampling,
-    "transformers_eager": transformers_sft,
-    "transformers_compiled": transformers_sft,
-    "nanogpt_compiled": nanogpt_sft,
-    "trl": trl_ppo,
-    "trl_critic": trl_ppo,
+    **dict.fromkeys(("transformers_eager", "transformers_compiled", "nanogpt_compiled"), sft),
+    **dict.fromkeys(("trl", "trl_critic"), trl_ppo),
 }
 
 
@@ -276,13 +270,13 @@ def measure(work: Work) -> dict[str, Any]:
     missing = absence(work.peer)
     if missing:
         return {"missing": missing}
+    import torch
+
     result = PEERS[work.peer](work)
     if work.tuned and result["types"] != ["bfloat16"]:
         raise RuntimeError(f"the tuned peer's matrix products ran in {' and '.join(result['types'])}")
-    import torch
-
-    result["threads"] = torch.get_num_threads()
-    return result | {"versions": {package: metadata.version(package) for package in PACKAGES[work.peer]}}
+    versions = {package: metadata.version(package) for package in PACKAGES[work.peer]}
+    return result | {"threads": torch.get_num_threads(), "versions": versions}
 
 
 if __name__ == "__main__":

@@ -19,27 +19,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from config.configs import get_configs
 from config.user_error import UserError
 from experiments.bench.host import TOO_MUCH, Stolen, describe_machine
-from experiments.bench.table import (
-    Figures,
-    Row,
-    as_json,
-    gpu_markdown,
-    hosts_markdown,
-    markdown,
-    scaling_markdown,
-    utilisation,
-)
+from experiments.bench.table import Figures, Row, as_json, gpu_markdown, hosts_markdown, markdown, scaling_markdown
 from experiments.bench.work import WORKS, Work, gpu_works, scaling_works
+from utils.runs.folder import REPO
 
 HERE = Path(__file__).resolve().parent
-REPO = HERE.parents[1]
 PEERS_PYTHON = REPO / ".venv-bench/bin/python"
 OURS, PEERS, BOUNDS = "ours.py", "peers.py", "bounds.py"
 BUSY = 0.7  # a load above this means that somebody else is computing
@@ -77,33 +68,31 @@ def measure_all(flags: argparse.Namespace) -> int:
     if flags.merge:
         print(hosts_markdown([(name, report_in(name)) for name in flags.merge]))
         return 0
-    works = gpu_works(flags.memory_gb) if flags.device == "cuda" else list(WORKS)
-    works = chosen(works, flags.only)
+    works = chosen(gpu_works(flags.memory_gb) if flags.device == "cuda" else WORKS, flags.only)
     machine, stolen = describe_machine(flags.rounds), Stolen()
     if machine["load"] > BUSY:
         print(f"warning: the load is {machine['load']:.1f}; other work makes these timings worthless", file=sys.stderr)
-    if flags.device == "cuda":
-        rows = [measure_row(work, flags) for work in works]
-        machine["stolen"] = told(stolen, "the whole run")
-        machine["mfu"] = {row.work.name: utilisation(row) for row in rows}
-        print(gpu_markdown(rows, machine))
-        scaling = []
-    else:
-        bounds = [child(BOUNDS, replace(WORKS[0], sizes=sizes_of("gpt2")), sys.executable)]
-        rows = [measure_row(work, flags) for work in works]
-        # Once before and once after: the bound has to hold for the whole of the run.
-        bounds.append(child(BOUNDS, replace(WORKS[0], sizes=sizes_of("gpt2")), sys.executable))
-        machine |= {"bounds": middle(bounds), "stolen": told(stolen, "the whole run")}
+    on_cpu, scaling = flags.device == "cpu", []
+    # Bounds once before and once after: they have to hold for the whole of the run.
+    before = measure_bounds() if on_cpu else {}
+    rows = [measure_row(work, flags) for work in works]
+    if on_cpu:
+        machine["bounds"] = middle((before, measure_bounds()))
+    machine["stolen"] = told(stolen, "the whole run")
+    if on_cpu:
         print(markdown(rows, machine))
+    else:
+        machine["mfu"] = {row.work.name: row.utilisation for row in rows}
+        print(gpu_markdown(rows, machine))
+    if flags.scaling:
         alone = argparse.Namespace(**{**vars(flags), "rounds": 1})
-        scaling = [measure_row(work, alone) for work in scaling_works()] if flags.scaling else []
-        if scaling:
-            print("\n" + scaling_markdown(scaling, machine))
+        scaling = [measure_row(work, alone) for work in scaling_works()]
+        print("\n" + scaling_markdown(scaling, machine))
     if flags.json:
         Path(flags.json).write_text(json.dumps(as_json(rows, machine, scaling), indent=2) + "\n")
     # A preset that does not fit the cap is a result of the GPU's table.
     failed = [row.ours.missing for row in [*rows, *scaling] if row.ours.missing]
-    return 1 if any(flags.device == "cpu" or "OutOfMemoryError" not in reason for reason in failed) else 0
+    return 1 if any(on_cpu or "OutOfMemoryError" not in reason for reason in failed) else 0
 
 
 def check(flags: argparse.Namespace) -> None:
@@ -194,21 +183,24 @@ def child(script: str, work: Work, python: str, environment: dict[str, str] | No
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=clean | offline | (environment or {}))
+        return json.loads(done.stdout.rstrip().rpartition("\n")[2])
     except OSError:
         raise RuntimeError(f"{python} is not there: make bench") from None
-    try:
-        return json.loads(done.stdout.rstrip().rpartition("\n")[2])
     except ValueError:
-        told = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        reason = told[-1][:300] if told else "no output"
-        raise RuntimeError(f"exit code {done.returncode}: {reason}") from None
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()] or ["no output"]
+        raise RuntimeError(f"exit code {done.returncode}: {lines[-1][:300]}") from None
 
 
 def sizes_of(preset: str) -> dict[str, int]:
     """A preset's sizes as plain numbers, for the peers and the bounds."""
+    config = get_configs(preset)
     wanted = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "lora_rank", "lora_alpha")
-    config = asdict(get_configs(preset))
-    return {key: config[key] for key in wanted}
+    return {key: getattr(config, key) for key in wanted}
+
+
+def measure_bounds() -> dict[str, Any]:
+    """What `bounds.py` measures, with the sizes of GPT-2 124M."""
+    return child(BOUNDS, replace(WORKS[0], sizes=sizes_of("gpt2")), sys.executable)
 
 
 def middle(bounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from experiments.bench.bounds import Hardware, bound, flop_share
 from experiments.bench.host import TOO_MUCH
 from experiments.bench.work import WORKS, Work
+from experiments.markdown import number, table
 
 WITH_DEFAULTS = "… and the peer with its defaults"
 _RATIOS = {"ratio": "{:.2f}x", "plain_ratio": "({:.2f}x)"}
@@ -41,11 +42,8 @@ class Figures:
         self.values.append(result["value"])
         self.peaks.append(result["peak_gb"])
         self.versions |= result.get("versions", {})
-        self.parts = result.get("parts", {})
-        self.matrix_flops = result.get("matrix_flops", 0.0)
-        self.threads = result.get("threads", 0)
-        self.products = result.get("products", self.products)
-        self.types = result.get("types", self.types)
+        for name in ("parts", "matrix_flops", "threads", "products", "types"):
+            setattr(self, name, result.get(name, getattr(self, name)))
 
     @property
     def value(self) -> float | None:
@@ -72,16 +70,26 @@ class Row:
         """The figures by the names that they have in the JSON file."""
         return {"ours": self.ours, "peer": self.peer, "plain": self.plain}
 
-    @property
-    def ratio(self) -> float | None:
-        """How many times as fast as the tuned peer: above 1, ours is faster."""
-        return self.over(self.peer)
-
     def over(self, other: Figures) -> float | None:
         """How many times as fast ours is as the other side; None when one of them was not measured."""
-        if self.ours.value is None or other.value is None:
+        return self._times(other.value)
+
+    def bound_share(self, hardware: Hardware | None) -> tuple[float | None, float | None]:
+        """The hardware's bound in the work's unit, and how much of it ours reaches (1: all)."""
+        limit = bound(self.work, hardware) if hardware else None
+        return limit, self._times(limit)
+
+    def _times(self, other: float | None) -> float | None:
+        if self.ours.value is None or other is None:
             return None
-        return self.ours.value / other.value if self.work.faster_is_larger else other.value / self.ours.value
+        return self.ours.value / other if self.work.faster_is_larger else other / self.ours.value
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model FLOP over the measured matrix rate; None when that was not measured."""
+        if self.ours.value is None or not self.ours.matrix_flops:
+            return None
+        return flop_share(self.work, self.ours.value, self.ours.matrix_flops)
 
     def to_json(self) -> dict[str, Any]:
         """The row as in the JSON file."""
@@ -89,7 +97,7 @@ class Row:
             "work": self.work.name,
             "ours": self.ours.value,
             "peer": self.peer.value,
-            "ratio": self.ratio,
+            "ratio": self.over(self.peer),
             "unit": self.work.unit,
             "ours_peak_gb": self.ours.peak,
             "peer_peak_gb": self.peer.peak,
@@ -101,12 +109,20 @@ class Row:
             "stolen": self.stolen,
         }
 
-    def bound_share(self, hardware: Hardware | None) -> tuple[float | None, float | None]:
-        """The hardware's bound in the work's unit, and how much of it ours reaches (1: all)."""
-        limit = bound(self.work, hardware) if hardware else None
-        if limit is None or self.ours.value is None:
-            return limit, None
-        return limit, self.ours.value / limit if self.work.faster_is_larger else limit / self.ours.value
+    def shown(self, value: float | None) -> str:
+        """A figure with the work's unit, three digits."""
+        form = ",.0f" if value is not None and value >= 100 else ".3g"
+        return number(value, form, " s" if self.work.unit.startswith("s/") else f" {self.work.unit}")
+
+    def against(self, other: Figures) -> tuple[str, str]:
+        """A peer's figure and the ratio to it, as two cells."""
+        figure = "missing" if other.missing else self.shown(other.value)
+        return figure if self.work.peer else "none", number(self.over(other), ".2f", "x")
+
+    def bound_cells(self, hardware: Hardware | None) -> tuple[str, str, str]:
+        """The bound, ours as a share of it, our peak: three cells."""
+        limit, share = self.bound_share(hardware)
+        return self.shown(limit), number(share, ".0%"), number(self.ours.peak, ".2f", " GB")
 
 
 def as_json(rows: Sequence[Row], machine: dict[str, Any], scaling: Sequence[Row] = ()) -> dict[str, Any]:
@@ -122,11 +138,9 @@ def as_json(rows: Sequence[Row], machine: dict[str, Any], scaling: Sequence[Row]
     }
     machine = machine | {"missing": {k: v for k, v in missing.items() if v}, "rounds_of": spread}
     report = {"machine": machine, "rows": [row.to_json() for row in rows]}
-    hardware = hardware_of(machine)
     if scaling:
-        report["scaling"] = [
-            row.to_json() | dict(zip(("bound", "share"), row.bound_share(hardware))) for row in scaling
-        ]
+        shares = [dict(zip(("bound", "share"), row.bound_share(hardware_of(machine)))) for row in scaling]
+        report["scaling"] = [row.to_json() | share for row, share in zip(scaling, shares)]
     return report
 
 
@@ -138,36 +152,24 @@ def hardware_of(machine: dict[str, Any]) -> Hardware | None:
 
 def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     """The main table, what is missing from it, and the machine."""
-    hardware = hardware_of(machine)
-    lines = [
-        "| work | ours | peer | ratio | bound | of the bound | our peak | peer's peak |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
-        limit, share = row.bound_share(hardware)
-        ours = "failed" if row.ours.missing else shown(row.ours.value, row.work.unit)
-        lines.append(
-            _line(row.work.title, ours, *against(row, row.peer), shown(limit, row.work.unit), percent(share),
-                  gigabytes(row.ours.peak), gigabytes(row.peer.peak))
-        )  # fmt: skip
+        ours = "failed" if row.ours.missing else row.shown(row.ours.value)
+        cells = (row.work.title, ours, *row.against(row.peer), *row.bound_cells(hardware_of(machine)))
+        lines.append((*cells, number(row.peer.peak, ".2f", " GB")))
         if row.work.peer:
-            lines.append(_line(WITH_DEFAULTS, "", *against(row, row.plain), "", "", "", gigabytes(row.plain.peak)))
-    return "\n".join([*lines, "", *missing_lines(rows), *verdicts(rows, machine), describe(machine, rows)])
-
-
-def against(row: Row, other: Figures) -> tuple[str, str]:
-    """A peer's figure and the ratio to it, as two cells."""
-    figure = "missing" if other.missing else shown(other.value, row.work.unit)
-    ratio = row.over(other)
-    return figure if row.work.peer else "none", f"{ratio:.2f}x" if ratio else ""
+            peak = number(row.plain.peak, ".2f", " GB")
+            lines.append((WITH_DEFAULTS, "", *row.against(row.plain), "", "", "", peak))
+    head = "work | ours | peer | ratio | bound | of the bound | our peak | peer's peak"
+    return "\n".join([table(head, lines), "", *missing_lines(rows), *verdicts(rows, machine), describe(machine, rows)])
 
 
 def verdicts(rows: Sequence[Row], machine: dict[str, Any]) -> list[str]:
     """Which aims are met, where our time goes, and what may have spoilt the figures: a line each, then an empty one."""
     aims = [
-        f"{row.work.name} {row.ratio:.2f}x of {row.work.aim:g}x, {'met' if row.ratio >= row.work.aim else 'missed'}"
+        f"{row.work.name} {ratio:.2f}x of {row.work.aim:g}x, {'met' if ratio >= row.work.aim else 'missed'}"
         for row in rows
-        if row.work.aim and row.ratio
+        if row.work.aim and (ratio := row.over(row.peer))
     ]
     products = [f"{row.work.name} {row.ours.products:.0%}" for row in rows if row.ours.products is not None]
     threads = {figures.threads for row in rows for figures in row.sides().values() if figures.threads}
@@ -185,25 +187,25 @@ def verdicts(rows: Sequence[Row], machine: dict[str, Any]) -> list[str]:
 
 def hosts_markdown(reports: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """One column per host, from the files that --json wrote: its facts and our ratios, the defaults' in brackets."""
-    machines = [report["machine"] for _, report in reports]
-    bounds = [machine.get("bounds") or {} for machine in machines]
-    lines = [
-        _line("", *(Path(name).stem for name, _ in reports)),
-        "|" + "---|" * (1 + len(reports)),
-        _line("processor", *(f"{m.get('cpu', '')}, {m.get('cores', '')} cores" for m in machines)),
-        _line("bf16 matrices", *(_scaled(b.get("matrix_flops"), 1e12, "TFLOP/s") for b in bounds)),
-        _line("reads", *(_scaled(b.get("bandwidth"), 1e9, "GB/s") for b in bounds)),
-        _line("stolen time", *("" if m.get("stolen") is None else f"{m['stolen']:.1%}" for m in machines)),
-    ]
-    for work in WORKS:
-        if work.aim:
-            rows = [next((r for r in report["rows"] if r["work"] == work.name), {}) for _, report in reports]
-            cells = (
-                " ".join(words.format(row[key]) for key, words in _RATIOS.items() if row.get(key) is not None)
-                for row in rows
-            )
-            lines.append(_line(f"{work.title} (aim {work.aim:g}x)", *cells))
-    return "\n".join(lines)
+    columns, aimed = [], [work for work in WORKS if work.aim]
+    for name, report in reports:
+        machine, rows = report["machine"], {row["work"]: row for row in report["rows"]}
+        bounds = machine.get("bounds") or {}
+        column = [
+            Path(name).stem,
+            f"{machine.get('cpu', '')}, {machine.get('cores', '')} cores",
+            number(bounds["matrix_flops"] / 1e12, ".3g", " TFLOP/s") if bounds else "",
+            number(bounds["bandwidth"] / 1e9, ".3g", " GB/s") if bounds else "",
+            number(machine.get("stolen"), ".1%"),
+        ]
+        for work in aimed:
+            row = rows.get(work.name, {})
+            ratios = [words.format(row[key]) for key, words in _RATIOS.items() if row.get(key) is not None]
+            column.append(" ".join(ratios))
+        columns.append(column)
+    names = ["", "processor", "bf16 matrices", "reads", "stolen time"]
+    head, *lines = zip([*names, *(f"{work.title} (aim {work.aim:g}x)" for work in aimed)], *columns)
+    return table(" | ".join(head), lines)
 
 
 def missing_lines(rows: Sequence[Row]) -> list[str]:
@@ -220,34 +222,23 @@ def missing_lines(rows: Sequence[Row]) -> list[str]:
 
 def scaling_markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     """Cost against batch, response length and model size, the bound beside it."""
-    hardware = hardware_of(machine)
-    lines = [
-        "| work | batch | prompt + response | model | ours | bound | of the bound | peak |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
-        work, (limit, share) = row.work, row.bound_share(hardware)
-        ours = "failed" if row.ours.missing else shown(row.ours.value, work.unit)
-        cells = (work.kind, work.batch, f"{work.prompt} + {work.new}", work.preset, ours, shown(limit, work.unit))
-        lines.append(_line(*cells, percent(share), gigabytes(row.ours.peak)))
-    return "\n".join([*lines, "", *missing_lines(rows)])
+        work, ours = row.work, "failed" if row.ours.missing else row.shown(row.ours.value)
+        cells = (work.kind, work.batch, f"{work.prompt} + {work.new}", work.preset, ours)
+        lines.append((*cells, *row.bound_cells(hardware_of(machine))))
+    head = "work | batch | prompt + response | model | ours | bound | of the bound | peak"
+    return "\n".join([table(head, lines), "", *missing_lines(rows)])
 
 
 def gpu_markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     """Figure, share of the measured matrix rate and peak memory of every preset and stage."""
-    lines = ["| preset and stage | ours | MFU | peak |", "|---|---|---|---|"]
+    lines = []
     for row in rows:
-        ours = row.ours.missing or shown(row.ours.value, row.work.unit)
+        ours = row.ours.missing or row.shown(row.ours.value)
         ours = "out of memory" if "OutOfMemoryError" in ours else ours
-        lines.append(_line(row.work.title, ours, percent(utilisation(row)), gigabytes(row.ours.peak)))
-    return "\n".join([*lines, "", describe(machine, rows)])
-
-
-def utilisation(row: Row) -> float | None:
-    """Model FLOP over the measured matrix rate; None when that was not measured."""
-    if row.ours.value is None or not row.ours.matrix_flops:
-        return None
-    return flop_share(row.work, row.ours.value, row.ours.matrix_flops)
+        lines.append((row.work.title, ours, number(row.utilisation, ".0%"), number(row.ours.peak, ".2f", " GB")))
+    return "\n".join([table("preset and stage | ours | MFU | peak", lines), "", describe(machine, rows)])
 
 
 def describe(machine: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -259,46 +250,19 @@ def describe(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     told = "; ".join(
         f"{side}: " + ", ".join(f"{k} {v}" for k, v in sorted(v.items())) for side, v in versions.items() if v
     )
-    lines = [
+    text = (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']:.0f} GB, {machine['os']}, Python "
         f"{machine['python']}; medians of {machine['rounds']} rounds; load {machine['load']:.1f} at the start. {told}."
-    ]
+    )
     bounds = machine.get("bounds")
-    if bounds:
-        ways = (("products_tokens_s", "as F.linear takes them"), ("packed_tokens_s", "packed beforehand"))
-        passes = [
-            f"{words}: " + ", ".join(f"{v:,.0f} tokens/s at batch {b}" for b, v in bounds[key].items())
-            for key, words in ways
-        ]
-        lines.append(
-            f"Threads: {bounds['threads']}. Bounds: reads at {bounds['bandwidth'] / 1e9:.1f} GB/s; bf16 matrices "
-            f"at {bounds['matrix_flops'] / 1e12:.2f} TFLOP/s; the matrix products of a decoding step alone, "
-            f"{'; '.join(passes)}."
-        )
-    return "\n".join(lines)
-
-
-def shown(value: float | None, unit: str) -> str:
-    """A figure with its unit, three digits."""
-    if value is None:
-        return ""
-    number = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-    return f"{number} {'s' if unit.startswith('s/') else unit}"
-
-
-def percent(share: float | None) -> str:
-    """A share as a percentage."""
-    return "" if share is None else f"{share:.0%}"
-
-
-def gigabytes(value: float | None) -> str:
-    """A peak, or nothing."""
-    return "" if value is None else f"{value:.2f} GB"
-
-
-def _scaled(value: float | None, by: float, unit: str) -> str:
-    return "" if value is None else f"{value / by:.3g} {unit}"
-
-
-def _line(*cells: object) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+    if not bounds:
+        return text
+    passes = [
+        f"{words}: " + ", ".join(f"{v:,.0f} tokens/s at batch {b}" for b, v in bounds[key].items())
+        for key, words in (("products_tokens_s", "as F.linear takes them"), ("packed_tokens_s", "packed beforehand"))
+    ]
+    return text + (
+        f"\nThreads: {bounds['threads']}. Bounds: reads at {bounds['bandwidth'] / 1e9:.1f} GB/s; bf16 matrices at "
+        f"{bounds['matrix_flops'] / 1e12:.2f} TFLOP/s; the matrix products of a decoding step alone, "
+        f"{'; '.join(passes)}."
+    )

@@ -134,13 +134,7 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def answer(**result: Any) -> None:
-    """What a child process found, as its last line of output."""
-    print("\n" + json.dumps(result), flush=True)
-
-
 def run_child(measure: Callable[[Work], dict[str, Any]]) -> None:
-    """Body of a child process, `script.py WORK`: measure and answer."""
+    """Body of a child process, `script.py WORK`: measure, and answer in the last line of output."""
     result = measure(Work.from_json(sys.argv[1]))
-    result.setdefault("peak_gb", peak_gb())
-    answer(**result)
+    print("\n" + json.dumps({"peak_gb": peak_gb()} | result), flush=True)

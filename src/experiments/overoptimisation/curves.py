@@ -12,15 +12,14 @@ samples, its rewards and its KL at all checkpoints, and the curves are fitted an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from experiments.graded_answers import Graded
-from experiments.overoptimisation.fit import best_of_n_curve, best_of_n_peak, fit_best_of_n, fit_rl, rl_curve, rl_peak
+from experiments.overoptimisation.fit import BEST_OF_N, RL, Law
 from inference.best_of_n import best_of_n_estimate, best_of_n_kl
 from utils.metrics import correlation
 from utils.statistics import percentile_interval, resample_counts
@@ -28,18 +27,6 @@ from utils.statistics import percentile_interval, resample_counts
 REWARDS = ("proxy", "gold")
 _RESAMPLES, _DRAWN_POINTS = 1_000, 80
 _FEWEST_DISTANCES = 3  # two coefficients go through any two points, which says nothing about the law
-
-
-@dataclass(frozen=True)
-class Law:
-    """One of the two scaling laws: its fit, its curve, the d of its highest point."""
-
-    fit: Callable[[Sequence[float], Sequence[float]], tuple[float, float]]
-    curve: Callable[[np.ndarray, float, float], np.ndarray]
-    peak: Callable[[float, float], float]
-
-
-LAWS = {"ppo": Law(fit_rl, rl_curve, rl_peak), "best_of_n": Law(fit_best_of_n, best_of_n_curve, best_of_n_peak)}
 
 
 def overoptimisation_curves(checkpoints: dict[int, Graded], samples: Sequence[Graded], seed: int = 0) -> dict[str, Any]:
@@ -62,28 +49,21 @@ def overoptimisation_curves(checkpoints: dict[int, Graded], samples: Sequence[Gr
 
     steps = sorted(checkpoints)
     kl = np.stack([checkpoints[step].kl for step in steps])  # (K, N)
-    ppo = _Family(LAWS["ppo"], weights, kl)
+    ppo = _Family(RL, weights, kl)
     sizes = [2**i for i in range(S.bit_length())] + ([S] if S & (S - 1) else [])
-    best = _Family(LAWS["best_of_n"], weights, np.array([[best_of_n_kl(n)] * N for n in sizes]))
-    fits: dict[str, dict[str, Any]] = {"ppo": {}, "best_of_n": {}}
+    best = _Family(BEST_OF_N, weights, np.array([[best_of_n_kl(n)] * N for n in sizes]))
     for reward in REWARDS:
-        gained = np.stack([getattr(checkpoints[step], reward) for step in steps]) - base[reward]
-        fits["ppo"][reward] = ppo.add(reward, gained)
+        ppo.add(reward, np.stack([getattr(checkpoints[step], reward) for step in steps]) - base[reward])
         estimates = np.stack([best_of_n_estimate(sft["proxy"], sft[reward], n) for n in sizes])
-        fits["best_of_n"][reward] = best.add(reward, estimates - base[reward])
+        best.add(reward, estimates - base[reward])
+    spread = {r: {"mean": float(x.mean()), "standard_deviation": float(x.std())} for r, x in sft.items()}
     return {
         "prompts": N,
         "samples": S,
-        "sft": {
-            **{
-                reward: {"mean": float(values.mean()), "standard_deviation": float(values.std())}
-                for reward, values in sft.items()
-            },
-            **_figures_of(samples[0]),
-        },
+        "sft": spread | _figures_of(samples[0]),
         "ppo": [{"step": step, **row, **_figures_of(checkpoints[step])} for step, row in zip(steps, ppo.rows)],
         "best_of_n": [{"n": n, **row} for n, row in zip(sizes, best.rows)],
-        "fits": fits,
+        "fits": {"ppo": ppo.fits, "best_of_n": best.fits},
     }
 
 
@@ -99,11 +79,12 @@ def _figures_of(graded: Graded) -> dict[str, float | None]:
 
 
 class _Family:
-    """The points of one law, and their bootstrap copies."""
+    """The points of one law, and their bootstrap copies; `fits` by reward."""
 
     def __init__(self, law: Law, weights: np.ndarray, kl: np.ndarray) -> None:
         """weights: [R, N] shares of the prompts in each resample. kl: [K, N] nats."""
         self.law, self.weights = law, weights
+        self.fits: dict[str, dict[str, Any] | None] = {}
         mean, resampled = kl.mean(axis=1), weights @ kl.T  # (K,), (R, K)
         # A sample mean of log-ratios can fall below 0 where the KL is hardly above it.
         self.d, self.d_resampled = np.sqrt(mean.clip(0)), np.sqrt(resampled.clip(0))
@@ -117,14 +98,13 @@ class _Family:
             for k in range(len(kl))
         ]
 
-    def add(self, reward: str, gained: np.ndarray) -> dict[str, Any] | None:
+    def add(self, reward: str, gained: np.ndarray) -> None:
         """Enter rewards above the SFT model [K, N] into the rows, and fit them."""
         r, resampled = gained.mean(axis=1), self.weights @ gained.T  # (K,), (R, K)
         for k, row in enumerate(self.rows):
             row[reward], row[f"{reward}_ci"] = float(r[k]), percentile_interval(resampled[:, k])
-        if len(np.unique(self.d[self.d > 0])) < _FEWEST_DISTANCES:
-            return None
-        return self._describe(*self.law.fit(self.d, r), resampled)
+        enough = len(np.unique(self.d[self.d > 0])) >= _FEWEST_DISTANCES
+        self.fits[reward] = self._describe(*self.law.fit(self.d, r), resampled) if enough else None
 
     def _describe(self, a: float, b: float, resampled: np.ndarray) -> dict[str, Any]:
         """Coefficients, the peak with its interval, and the curve with its band over the distances that were seen."""

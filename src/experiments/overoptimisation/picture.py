@@ -6,12 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 _COLOURS = {"proxy": "#1f77b4", "gold": "#d99000"}
 _GREY = "#555555"
@@ -28,65 +25,64 @@ def draw_overoptimisation(figures: dict[str, Any], path: Path) -> None:
         figures: the content of overoptimisation.json.
         path: PNG to write.
     """
-    figure, axes = plt.subplots(figsize=(7.4, 5.3))
+    figure = Figure(figsize=(7.4, 5.3))
+    axes = figure.subplots()
     axes.axhline(0, color=_GREY, linewidth=0.8)
     for reward, colour in _COLOURS.items():
         for family, line in (("best_of_n", (0, (5, 2))), ("ppo", "-")):
-            _draw_fit(axes, figures["fits"][family][reward], line, colour)
+            if fit := figures["fits"][family][reward]:
+                d, band = fit["curve"]["d"], fit["band"]
+                axes.fill_between(d, band["low"], band["high"], color=colour, alpha=0.14, linewidth=0)
+                axes.plot(d, fit["curve"]["r"], linestyle=line, color=colour, linewidth=1.7)
             _draw_points(axes, figures[family], reward, colour, filled=family == "ppo")
     axes.plot(0, 0, "D", color="black", markersize=6, zorder=5)
     axes.annotate("SFT", (0, 0), (8, -13), textcoords="offset points", fontsize=9)
     _name_points(axes, figures)
     _scales(axes)
     _name_peaks(axes, figures["fits"])
-    axes.legend(handles=_legend(figures), fontsize=9, loc="best", handlelength=3.2, edgecolor="none")
-    figure.text(0.01, 0.01, _caption(figures), va="bottom", fontsize=7.5, color=_GREY, linespacing=1.4)
+    _legend(axes, "gold reward" if figures["judge"] == "gold" else "the judge")
+    judge = "" if figures["judge"] == "gold" else f"; judge {figures['judge'][-40:]}"
+    caption = (
+        f"{figures['run'][-60:]}{judge}\n"
+        f"{figures['prompts']} held-out prompts, with one sample of every checkpoint and {figures['samples']} of "
+        "the SFT model for each. Curves: $R(d)=d(a-b\\log d)$\nfor PPO, $d(a-bd)$ for best-of-n (Gao et al. 2022). "
+        "Bars and bands: 95 % bootstrap over prompts."
+    )
+    figure.text(0.01, 0.01, caption, va="bottom", fontsize=7.5, color=_GREY, linespacing=1.4)
     figure.tight_layout(rect=(0, 0.085, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
-    plt.close(figure)
-
-
-def _draw_fit(axes: Axes, fit: dict[str, Any] | None, line: Any, colour: str) -> None:
-    if fit is None:
-        return
-    d = fit["curve"]["d"]
-    axes.fill_between(d, fit["band"]["low"], fit["band"]["high"], color=colour, alpha=0.14, linewidth=0)
-    axes.plot(d, fit["curve"]["r"], linestyle=line, color=colour, linewidth=1.7)
 
 
 def _draw_points(axes: Axes, rows: list[dict[str, Any]], reward: str, colour: str, filled: bool) -> None:
     """Points with their intervals in both directions; n = 1 is the SFT model itself, which is drawn once."""
     rows = [row for row in rows if row.get("n") != 1]
-    x, y = [r["d"] for r in rows], [r[reward] for r in rows]
-    spread = {
-        "xerr": [[r["d"] - r["d_ci"][0] for r in rows], [r["d_ci"][1] - r["d"] for r in rows]],
-        "yerr": [[r[reward] - r[f"{reward}_ci"][0] for r in rows], [r[f"{reward}_ci"][1] - r[reward] for r in rows]],
-    }
-    spread = {key: [[max(0.0, v) for v in side] for side in sides] for key, sides in spread.items()}
-    axes.errorbar(x, y, **spread, fmt="none", ecolor=colour, elinewidth=0.9, alpha=0.55)
+
+    def spread(key: str) -> list[list[float]]:
+        below = [max(0.0, row[key] - row[f"{key}_ci"][0]) for row in rows]
+        return [below, [max(0.0, row[f"{key}_ci"][1] - row[key]) for row in rows]]
+
+    x, y = [row["d"] for row in rows], [row[reward] for row in rows]
+    bars = {"fmt": "none", "ecolor": colour, "elinewidth": 0.9, "alpha": 0.55}
+    axes.errorbar(x, y, xerr=spread("d"), yerr=spread(reward), **bars)
     face = colour if filled else "white"
     axes.plot(x, y, "o" if filled else "s", color=colour, markerfacecolor=face, markersize=5.5, zorder=4)
 
 
 def _name_points(axes: Axes, figures: dict[str, Any]) -> None:
     """n beside the upper curve of best-of-n; the first, best and last step beside the gold of PPO."""
+    small = {"textcoords": "offset points", "fontsize": 8}
     best = figures["best_of_n"][1:]
     upper = max(_COLOURS, key=lambda reward: best[-1][reward])
     for row in best:
-        axes.annotate(
-            f"n={row['n']}", (row["d"], row[upper]), (-7, 2), textcoords="offset points", fontsize=8,
-            color=_COLOURS[upper], ha="right",
-        )  # fmt: skip
+        axes.annotate(f"n={row['n']}", (row["d"], row[upper]), (-7, 2), color=_COLOURS[upper], ha="right", **small)
     ppo = figures["ppo"]
     highest = max(ppo, key=lambda row: row["gold"])
     for row in {row["step"]: row for row in (ppo[0], ppo[-1], highest)}.values():
         # No other gold point of the run is above the best one.
         text, place = (f"step {row['step']}, best", (9, 9)) if row is highest else (f"step {row['step']}", (9, -4))
-        axes.annotate(
-            text, (row["d"], row["gold"]), place, textcoords="offset points", fontsize=8, color=_COLOURS["gold"],
-            bbox=_BEHIND_TEXT, zorder=3,
-        )  # fmt: skip
+        looks = {"color": _COLOURS["gold"], "bbox": _BEHIND_TEXT, "zorder": 3}
+        axes.annotate(text, (row["d"], row["gold"]), place, **looks, **small)
 
 
 def _name_peaks(axes: Axes, fits: dict[str, dict[str, Any]]) -> None:
@@ -96,8 +92,8 @@ def _name_peaks(axes: Axes, fits: dict[str, dict[str, Any]]) -> None:
         if fit is None or not fit["peak_within_data"]:
             continue
         d, r = fit["peak_d"], fit["peak_reward"]
-        colour = _COLOURS["gold"]
-        axes.plot(d, r, "*", color=colour, markeredgecolor="black", markeredgewidth=0.6, markersize=13, zorder=6)
+        star = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 13, "zorder": 6}
+        axes.plot(d, r, "*", color=_COLOURS["gold"], **star)
         axes.plot([d, d], [axes.get_ylim()[0], r], ":", color=_GREY, linewidth=1, zorder=1)
         axes.annotate(
             f"{name}: fitted gold peak at {d**2:.1f} nats", (d, 0.02 + 0.055 * i), (5, 0), textcoords="offset points",
@@ -131,22 +127,12 @@ def _kl_ticks(last_d: float) -> list[float]:
     return [0.0, *reversed(ticks)]
 
 
-def _legend(figures: dict[str, Any]) -> list[Line2D]:
-    proxy, gold = _COLOURS.values()
-    judge = "gold reward" if figures["judge"] == "gold" else "the judge"
-    return [
-        Line2D([], [], color=proxy, marker="o", label="PPO: proxy, the reward it was trained on"),
-        Line2D([], [], color=gold, marker="o", label=f"PPO: {judge}, never trained on"),
-        Line2D([], [], color=proxy, marker="s", markerfacecolor="white", linestyle="--", label="best-of-n: proxy"),
-        Line2D([], [], color=gold, marker="s", markerfacecolor="white", linestyle="--", label=f"best-of-n: {judge}"),
+def _legend(axes: Axes, judge: str) -> None:
+    ppo, best = {"marker": "o"}, {"marker": "s", "markerfacecolor": "white", "linestyle": "--"}
+    handles = [
+        Line2D([], [], color=_COLOURS["proxy"], **ppo, label="PPO: proxy, the reward it was trained on"),
+        Line2D([], [], color=_COLOURS["gold"], **ppo, label=f"PPO: {judge}, never trained on"),
+        Line2D([], [], color=_COLOURS["proxy"], **best, label="best-of-n: proxy"),
+        Line2D([], [], color=_COLOURS["gold"], **best, label=f"best-of-n: {judge}"),
     ]
-
-
-def _caption(figures: dict[str, Any]) -> str:
-    judge = "" if figures["judge"] == "gold" else f"; judge {figures['judge'][-40:]}"
-    return (
-        f"{figures['run'][-60:]}{judge}\n"
-        f"{figures['prompts']} held-out prompts, with one sample of every checkpoint and {figures['samples']} of "
-        "the SFT model for each. Curves: $R(d)=d(a-b\\log d)$\nfor PPO, $d(a-bd)$ for best-of-n (Gao et al. 2022). "
-        "Bars and bands: 95 % bootstrap over prompts."
-    )
+    axes.legend(handles=handles, fontsize=9, loc="best", handlelength=3.2, edgecolor="none")

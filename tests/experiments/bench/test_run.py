@@ -88,6 +88,10 @@ def test_a_script_answers_in_its_last_line():
     assert set(result["products_tokens_s"]) == set(result["packed_tokens_s"]) == {"8", "32"} and result["threads"] >= 1
 
 
+def test_the_peers_are_looked_for_where_make_bench_puts_them():
+    assert flags().peers == str(ROOT / ".venv-bench/bin/python")
+
+
 def test_the_parent_loads_no_torch():
     """Linux hands a process's peak memory on to its children."""
     code = "import sys; sys.path.insert(0, 'src'); import experiments.bench.run; sys.exit('torch' in sys.modules)"

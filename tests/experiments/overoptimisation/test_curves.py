@@ -7,7 +7,7 @@ import pytest
 
 from experiments.graded_answers import Graded
 from experiments.overoptimisation.curves import overoptimisation_curves
-from experiments.overoptimisation.fit import rl_curve
+from experiments.overoptimisation.fit import RL
 from inference.best_of_n import best_of_n_estimate, best_of_n_kl
 
 N = 300
@@ -27,7 +27,7 @@ def policies(kls, rng, hard, a=1.0, b=0.5):
     """Checkpoints that obey the RL law: gold d (a - b log d) above the SFT mean, proxy twice as much."""
     found = {}
     for step, kl in enumerate(kls, start=1):
-        above = float(rl_curve(np.sqrt(kl), a, b))
+        above = float(RL.curve(np.sqrt(kl), a, b))
         found[step] = graded(
             hard + 2 * above + 0.1 * rng.normal(size=N), 2 * hard + above + 3 + 0.1 * rng.normal(size=N),
             kl + 0.3 * rng.normal(size=N) * np.sqrt(kl),
@@ -50,7 +50,7 @@ def test_a_known_law_comes_back(data):
     assert fit["peak_d_ci"][0] < np.e < fit["peak_d_ci"][1]
     assert fit["peak_reward"] == pytest.approx(0.5 * np.e, abs=0.1)
     low, high, r = (np.array(x) for x in (fit["band"]["low"], fit["band"]["high"], fit["curve"]["r"]))
-    truth = rl_curve(np.array(fit["curve"]["d"]), 1, 0.5)
+    truth = RL.curve(np.array(fit["curve"]["d"]), 1, 0.5)
     assert (low <= r).all() and (r <= high).all()
     assert (low - 0.01 <= truth).all() and (truth <= high + 0.01).all()
     assert found["fits"]["ppo"]["proxy"]["a"] == pytest.approx(2, abs=0.12)

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from experiments.overoptimisation.fit import best_of_n_curve, best_of_n_peak, fit_best_of_n, fit_rl, rl_curve, rl_peak
+from experiments.overoptimisation.fit import BEST_OF_N, RL
 
-CASES = [(fit_best_of_n, best_of_n_curve, best_of_n_peak), (fit_rl, rl_curve, rl_peak)]
+CASES = [(law.fit, law.curve, law.peak) for law in (BEST_OF_N, RL)]
 
 
 @pytest.mark.parametrize(("fit", "curve", "_"), CASES)
@@ -45,8 +45,8 @@ def test_whole_numbers_and_half_precision_are_taken_as_floats(fit, curve, _):
 
 
 def test_peaks():
-    assert best_of_n_peak(1, 0.3) == pytest.approx(1.6667, abs=1e-4)
-    assert rl_peak(1, 0.3) == pytest.approx(10.3123, abs=1e-4)
+    assert BEST_OF_N.peak(1, 0.3) == pytest.approx(1.6667, abs=1e-4)
+    assert RL.peak(1, 0.3) == pytest.approx(10.3123, abs=1e-4)
 
 
 @pytest.mark.parametrize(("_", "curve", "peak"), CASES)
@@ -57,12 +57,12 @@ def test_the_peak_is_the_highest_point(_, curve, peak):
 
 def test_curves_without_a_peak():
     for a, b in [(1, 0), (1, -0.1), (-1, -0.1)]:
-        assert best_of_n_peak(a, b) == rl_peak(a, b) == math.inf
-    assert best_of_n_peak(-1, 0.1) == best_of_n_peak(-1, 0) == rl_peak(-1, 0) == 0
-    assert rl_peak(1, 1e-6) == math.inf
+        assert BEST_OF_N.peak(a, b) == RL.peak(a, b) == math.inf
+    assert BEST_OF_N.peak(-1, 0.1) == BEST_OF_N.peak(-1, 0) == RL.peak(-1, 0) == 0
+    assert RL.peak(1, 1e-6) == math.inf
 
 
-@pytest.mark.parametrize("fit", [fit_best_of_n, fit_rl])
+@pytest.mark.parametrize("fit", [BEST_OF_N.fit, RL.fit])
 @pytest.mark.parametrize("d", [[0, 1], [1, 1], [-1, 1], [0, 0], [1, 2, 3], [[1, 2]]])
 def test_too_few_points(fit, d):
     told = "one reward per distance" if np.shape(d) != (2,) else "two different ones above 0"

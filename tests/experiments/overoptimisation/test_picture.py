@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from matplotlib import colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from experiments.overoptimisation import picture as overoptimisation_picture
-from experiments.overoptimisation.fit import best_of_n_curve, rl_curve
+from experiments.overoptimisation.fit import BEST_OF_N, RL
 from experiments.overoptimisation.picture import draw_overoptimisation
 
 
@@ -29,21 +30,21 @@ def points(curve, name, values, ds):
 
 
 def figures(last=6.0, fitted=True):
-    ppo = {r: fit(rl_curve, 1, 0.4, last, 4.48) if fitted else None for r in ("proxy", "gold")}
-    best = {r: fit(best_of_n_curve, 1, 0.4, 1.35, 1.25) if fitted else None for r in ("proxy", "gold")}
+    ppo = {r: fit(RL.curve, 1, 0.4, last, 4.48) if fitted else None for r in ("proxy", "gold")}
+    best = {r: fit(BEST_OF_N.curve, 1, 0.4, 1.35, 1.25) if fitted else None for r in ("proxy", "gold")}
     return {
         "run": "ppo_a_rather_long_name_of_a_run_20260101000000", "judge": "rm:runs/a_large_reward_model",
         "prompts": 4000, "samples": 16, "fits": {"ppo": ppo, "best_of_n": best},
-        "ppo": points(rl_curve, "step", [10, 20, 30], [last / 3, last / 2, last]),
-        "best_of_n": points(best_of_n_curve, "n", [1, 2, 4, 16], [0, 0.44, 0.8, 1.35]),
+        "ppo": points(RL.curve, "step", [10, 20, 30], [last / 3, last / 2, last]),
+        "best_of_n": points(BEST_OF_N.curve, "n", [1, 2, 4, 16], [0, 0.44, 0.8, 1.35]),
     }  # fmt: skip
 
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """`drawn(figures)`: the matplotlib figure behind the file."""
-    kept = []
-    monkeypatch.setattr(overoptimisation_picture.plt, "close", kept.append)
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **keys: kept.append(self) or save(self, *args, **keys))
 
     def draw(content):
         path = tmp_path / "new" / "picture.png"
@@ -51,17 +52,15 @@ def drawn(tmp_path, monkeypatch):
         assert path.read_bytes()[:4] == b"\x89PNG"
         return kept[-1]
 
-    yield draw
-    monkeypatch.undo()
-    for figure in kept:
-        overoptimisation_picture.plt.close(figure)
+    return draw
 
 
 @pytest.mark.parametrize(("last", "fitted"), [(0.8, True), (40.0, True), (6.0, False)])
 def test_every_text_is_inside_the_picture(drawn, last, fitted):
     figure = drawn(figures(last, fitted))
-    figure.canvas.draw()  # the file has another resolution than the figure
-    renderer, width, height = figure.canvas.get_renderer(), *figure.canvas.get_width_height()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # the file has another resolution than the figure
+    renderer, width, height = canvas.get_renderer(), *canvas.get_width_height()
     assert sum(len(line.get_xdata()) == 20 for line in figure.axes[0].lines) == 4 * fitted
     texts = [*figure.texts, *figure.axes[0].texts, *figure.axes[0].get_legend().get_texts()]
     assert len(texts) >= 10
