@@ -10,16 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from utils.loss import (
-    gae,
-    kl_k1,
-    masked_whiten,
-    per_token_rewards,
-    policy_loss,
-    preference_pairs,
-    ranking_loss,
-    value_loss,
-)
+from utils import loss
 
 SCORES = torch.tensor([[2.0, 1.0, 0.0]])
 """[1, K] of three answers to one prompt, ranked best first."""
@@ -38,78 +29,58 @@ VALUES_NEW = torch.tensor([[0.6, 0.7, 0.65, 1.2]])
 
 def loss_example() -> list[str]:
     """The worked example as lines of text."""
-    return [*_ranking(), "", *_advantages(), "", *_update()]
-
-
-def _ranking() -> list[str]:
-    lines = ["Reward model: three answers ranked best first, scores " + _numbers(SCORES[0])]
-    mask = torch.ones_like(SCORES, dtype=torch.bool)
-    for i, j in preference_pairs(mask)[0].nonzero().tolist():
-        margin = SCORES[:, [i, j]]
-        loss = float(ranking_loss(margin, torch.ones_like(margin, dtype=torch.bool)))
-        difference = float(margin[0, 0] - margin[0, 1])
-        lines.append(f"  {i + 1} over {j + 1}: -log sigmoid({difference:.2f}) = {loss:.4f}")
-    total = float(ranking_loss(SCORES, mask))
-    return [*lines, f"  ranking loss, the mean of the pairs: {total:.4f} (all scores equal: ln 2 = {math.log(2):.4f})"]
-
-
-def _rollout() -> dict[str, Tensor]:
-    """Everything between a scored rollout and the update, each [1, T]."""
     mask = torch.ones_like(LOGP, dtype=torch.bool)
-    kl = kl_k1(LOGP, LOGP_REF)
-    rewards = per_token_rewards(torch.tensor([SCORE]), LOGP, LOGP_REF, mask.sum(1), BETA)
-    advantages, returns = gae(rewards, VALUES, mask, GAMMA, LAMBDA)
+    kl = loss.kl_k1(LOGP, LOGP_REF)
+    rewards = loss.per_token_rewards(torch.tensor([SCORE]), LOGP, LOGP_REF, mask.sum(1), BETA)
+    advantages, returns = loss.gae(rewards, VALUES, mask, GAMMA, LAMBDA)
+    white = loss.masked_whiten(advantages, mask)
     following = torch.cat([VALUES[:, 1:], torch.zeros(1, 1)], dim=1)
-    return {
-        "log pi": LOGP,
-        "log ref": LOGP_REF,
-        "kl": kl,
-        "reward": rewards,
-        "V": VALUES,
-        "delta": rewards + GAMMA * following - VALUES,
-        "A": advantages,
-        "A white": masked_whiten(advantages, mask),
-        "R = A + V": returns,
-    }
-
-
-def _advantages() -> list[str]:
-    found = _rollout()
-    head = f"Rollout: four tokens, the last one EOS; score {SCORE}, beta {BETA}, gamma {GAMMA}, lambda {LAMBDA}"
-    sums = float(found["reward"].sum()), float(found["kl"].sum())
+    rollout = {
+        "log pi": LOGP, "log ref": LOGP_REF, "kl": kl, "reward": rewards, "V": VALUES,
+        "delta": rewards + GAMMA * following - VALUES, "A": advantages, "A white": white, "R = A + V": returns,
+    }  # fmt: skip
     return [
-        head,
+        *_ranking(),
+        "",
+        f"Rollout: four tokens, the last one EOS; score {SCORE}, beta {BETA}, gamma {GAMMA}, lambda {LAMBDA}",
         "  reward = -beta * kl, and the score on the EOS; delta = reward + V of the next state (0 after the EOS) - V",
         "  A = delta + gamma * lambda * A of the next token; white: mean 0 and variance 1 over the rollout batch",
-        *_table(found),
-        f"  the rewards sum to score - beta * KL = {SCORE} - {BETA} * {sums[1]:.2f} = {sums[0]:.4f}",
+        *_table(rollout),
+        f"  the rewards sum to score - beta * KL = {SCORE} - {BETA} * {kl.sum():.2f} = {rewards.sum():.4f}",
+        "",
+        *_update(white, returns),
     ]
 
 
-def _update() -> list[str]:
-    found = _rollout()
-    mask = torch.ones_like(LOGP, dtype=torch.bool)
-    white, returns = found["A white"], found["R = A + V"]
-    policy = policy_loss(LOGP_NEW, LOGP, white, mask, EPS, mask.sum())
-    value = value_loss(VALUES_NEW, VALUES, returns, mask, EPS, mask.sum())
-    each_policy, each_value, clipped = [], [], []
-    for t in range(LOGP.shape[1]):
-        one, at = torch.ones(1, 1, dtype=torch.bool), (slice(None), slice(t, t + 1))
-        term = policy_loss(LOGP_NEW[at], LOGP[at], white[at], one, EPS, 1)
-        each_policy.append(term.loss)
-        clipped.append(float(term.stats.means()["clipfrac"]))
-        each_value.append(value_loss(VALUES_NEW[at], VALUES[at], returns[at], one, EPS, 1).loss)
-    columns = {
-        "new log pi": LOGP_NEW,
-        "ratio": policy.ratio,
-        "A white": white,
-        "policy": torch.stack(each_policy)[None],
-        "clipped": torch.tensor([clipped]),
-        "new V": VALUES_NEW,
-        "R": returns,
-        "value": torch.stack(each_value)[None],
-    }
+def _ranking() -> list[str]:
+    scores = ", ".join(f"{score:.2f}" for score in SCORES[0].tolist())
+    lines = [f"Reward model: three answers ranked best first, scores {scores}"]
+    mask = torch.ones_like(SCORES, dtype=torch.bool)
+    for i, j in loss.preference_pairs(mask)[0].nonzero().tolist():
+        pair = SCORES[:, [i, j]]
+        of_pair = float(loss.ranking_loss(pair, torch.ones_like(pair, dtype=torch.bool)))
+        lines.append(f"  {i + 1} over {j + 1}: -log sigmoid({float(pair[0, 0] - pair[0, 1]):.2f}) = {of_pair:.4f}")
+    total = float(loss.ranking_loss(SCORES, mask))
+    return [*lines, f"  ranking loss, the mean of the pairs: {total:.4f} (all scores equal: ln 2 = {math.log(2):.4f})"]
+
+
+def _update(white: Tensor, returns: Tensor) -> list[str]:
+    """The losses of the update, token by token and over all; white: whitened advantages, [1, T] like returns."""
+
+    def losses(at: slice) -> tuple[loss.PolicyLoss, loss.ValueLoss]:
+        mask = torch.ones_like(LOGP[:, at], dtype=torch.bool)
+        policy = loss.policy_loss(LOGP_NEW[:, at], LOGP[:, at], white[:, at], mask, EPS, mask.sum())
+        return policy, loss.value_loss(VALUES_NEW[:, at], VALUES[:, at], returns[:, at], mask, EPS, mask.sum())
+
+    policy, value = losses(slice(None))
     means = policy.stats.means()
+    policies, values = zip(*(losses(slice(t, t + 1)) for t in range(LOGP.shape[1])))
+    columns = {
+        "new log pi": LOGP_NEW, "ratio": policy.ratio, "A white": white,
+        "policy": torch.stack([token.loss for token in policies])[None],
+        "clipped": torch.tensor([[float(token.stats.means()["clipfrac"]) for token in policies]]),
+        "new V": VALUES_NEW, "R": returns, "value": torch.stack([token.loss for token in values])[None],
+    }  # fmt: skip
     return [
         f"Update: the same tokens some steps later, clip {EPS}",
         "  policy = max(-A * ratio, -A * clip(ratio)); value = 1/2 max((V - R)^2, (clip(V, old V) - R)^2)",
@@ -122,12 +93,6 @@ def _update() -> list[str]:
 def _table(columns: dict[str, Tensor]) -> list[str]:
     widths = [max(9, len(name)) for name in columns]
     lines = ["  token" + "".join(f"  {name:>{width}}" for name, width in zip(columns, widths))]
-    rows = torch.cat(list(columns.values())).T.tolist()
-    return lines + [
-        f"  {t:>5}" + "".join(f"  {value:>{width}.4f}" for value, width in zip(row, widths))
-        for t, row in enumerate(rows)
-    ]
-
-
-def _numbers(values: Tensor) -> str:
-    return ", ".join(f"{value:.2f}" for value in values.tolist())
+    for t, row in enumerate(torch.cat(list(columns.values())).T.tolist()):
+        lines.append(f"  {t:>5}" + "".join(f"  {value:>{width}.4f}" for value, width in zip(row, widths)))
+    return lines

@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config.devices import choose_device
 from config.scrub import printable
 from config.user_error import UserError
 from experiments.loss_example import loss_example
+from inference.answers import TextModel
+from inference.systems import System
 from models.generation import generate
 from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import describe
@@ -41,20 +44,11 @@ _DIM, _GREEN, _REVERSED, _GREY = "2", "32", "7", "90"
 
 
 def run(task: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
-    """Parse the flags `rest` of a task with `parser` and run it.
-
-    Raises:
-        UserError: a flag, a checkpoint or a data set is wrong.
-    """
+    """Parse the flags `rest` of a task with `parser` and run it; UserError where one of them is wrong."""
     add_flags, look = _TASKS[task]
     add_flags(parser)
     look(parser.parse_args(rest))
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# gpt
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def gpt_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +72,11 @@ def look_at_gpt(flags: argparse.Namespace) -> None:
     """Print prompts and what a language model makes of them."""
     from training.loop import row_seeds  # PPO's iterations count from 1, so purpose 0 is free
 
-    model, tokenizer, template = load_language_model(flags.model, flags.runs_dir)
-    texts = [_prompt_text(text, template, flags.raw) for text in flags.prompt or [_PROMPT]]
+    source = load_language_model(flags.model, flags.runs_dir)
+    tokenizer, context = source.tokenizer, source.context
+    texts = [_prompt_text(text, source.template, flags.raw) for text in flags.prompt or [_PROMPT]]
     prompts = tokenizer.encode_batch(texts)
-    context, longest = model.config.block_size, max(map(len, prompts))
+    longest = max(map(len, prompts))
     room = max(0, context - longest)
     if not room:
         raise UserError(f"--prompt: its {longest} tokens leave no room in the context of {context}; give a shorter one")
@@ -92,7 +87,7 @@ def look_at_gpt(flags: argparse.Namespace) -> None:
         )
     rows = [prompt for prompt in prompts for _ in range(flags.count)]
     generation = generate(
-        model.to(_device(flags.device)), rows, max_new_tokens=limit, eos_id=tokenizer.eos_id,
+        source.model.to(choose_device(flags.device)), rows, max_new_tokens=limit, eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
         seeds=row_seeds(flags.seed, 0, len(rows)),
     )  # fmt: skip
@@ -105,11 +100,10 @@ def look_at_gpt(flags: argparse.Namespace) -> None:
             print(_paint(tokenizer.decode(generation.row(b)).strip(), _GREEN))
 
 
-def load_language_model(argument: str, runs_dir: str) -> tuple[nn.Module, Tokenizer, PromptTemplate]:
+def load_language_model(argument: str, runs_dir: str) -> TextModel:
     """A language model of ours, or one in Hugging Face's form, with its tokenizer and template.
 
-    Raises:
-        UserError: there is no such model, or it is a critic or a reward model.
+    UserError where there is no such model, or it is a critic or a reward model.
     """
     folder = Path(argument).expanduser()
     if not (folder / "config.json").is_file():
@@ -122,14 +116,8 @@ def load_language_model(argument: str, runs_dir: str) -> tuple[nn.Module, Tokeni
                 raise
         else:
             model = GPT.from_checkpoint(checkpoint).eval()
-            return model, load_tokenizer(checkpoint), _template_of(checkpoint)
-    has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    tokenizer = get_tokenizer(folder if has_tokenizer else "gpt2")
-    try:
-        model = GPT.from_pretrained(argument, vocab_size=tokenizer.vocab_size)
-    except UserError as error:  # it speaks of the training scripts' -p
-        raise UserError("-m" + str(error).removeprefix("-p")) from None
-    return model.eval(), tokenizer, PromptTemplate()
+            return TextModel(model, load_tokenizer(checkpoint), _template_of(checkpoint))
+    return System("model", "huggingface", argument, f"-m {argument}").load()
 
 
 def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
@@ -142,14 +130,9 @@ def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
 
 
 def _template_of(checkpoint: Path) -> PromptTemplate:
-    from training.start import template_of  # seconds to import
+    from training.start import template_of  # Accelerate takes seconds to import; most tasks do without
 
     return template_of(checkpoint)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# reward
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def reward_flags(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +168,7 @@ def look_at_reward(flags: argparse.Namespace) -> None:
         rows.append(torch.tensor(prompt + response))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
     att = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    device = _device(flags.device)
+    device = choose_device(flags.device)
     scores = model.to(device)(ids.to(device), att.to(device), right_padded=True).tolist()
     is_normalised = (description.get("normalised") or {}).get("step") == description.get("step")
     scale = "SFT samples had mean 0 and deviation 1" if is_normalised else "not normalised after its last step"
@@ -196,11 +179,6 @@ def look_at_reward(flags: argparse.Namespace) -> None:
         token = "EOS" if last == tokenizer.eos_id else repr(tokenizer.decode([last]))
         where = f"{len(row) - len(prompt)} tokens, read at column {len(row) - 1} ({token})"
         print(f"{score:+8.3f}  {_paint(text.strip(), _GREEN)}  [{where}]")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# dataset
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def dataset_flags(parser: argparse.ArgumentParser) -> None:
@@ -227,17 +205,16 @@ def look_at_dataset(flags: argparse.Namespace) -> None:
     data = load_dataset(flags.dataset, stage, flags.split, tokenizer, limit, skip_bad_rows=flags.skip_bad_rows)
     print(data.report.summary())
     examples = [data[i] for i in range(min(flags.rows, len(data)))]
+    names = [f"{'prompt' if stage == 'ppo' else 'row'} {i}" for i in range(len(examples))]
     if stage == "ppo":
         ids, att = left_pad(examples, tokenizer.pad_id)
-        names = [f"prompt {i}" for i in range(len(examples))]
         starts = [ids.shape[1]] * len(examples)  # the response would start behind the last column
     else:
         ranked = stage == "rm"
         batch = collate_ranked(examples, tokenizer.pad_id).rows if ranked else collate_sft(examples, tokenizer.pad_id)
         ids, att, starts = batch.ids, batch.att, batch.prompt_len.tolist()
-        names = [f"row {i}" for i in range(len(examples))]
-        if ranked:
-            names = [f"row {i} rank {k + 1}" for i, e in enumerate(examples) for k in range(len(e.response_ids))]
+    if stage == "rm":
+        names = [f"row {i} rank {k + 1}" for i, e in enumerate(examples) for k in range(len(e.response_ids))]
     B, L = ids.shape
     print(f"batch [{B}, {L}], {1 - float(att.float().mean()):.0%} of it padding; {_LEGEND}")
     for name, row, real, start in zip(names, ids, att, starts):
@@ -260,24 +237,18 @@ def render_row(ids: Tensor, att: Tensor, start: int, tokenizer: Tokenizer) -> st
         ids: [L] int64. att: [L] bool, real tokens; the padding is on one side.
         start: column in which the response starts. tokenizer: of the ids.
     """
-    columns = torch.arange(len(ids))
+    is_response = torch.arange(len(ids)) >= start
     is_eos = (ids == tokenizer.eos_id) & att
 
-    def text(wanted: Tensor) -> str:
-        return tokenizer.decode(ids[wanted & att & ~is_eos]).replace("\n", "\\n")
+    def text(wanted: Tensor, style: str) -> str:
+        return _paint(tokenizer.decode(ids[wanted & att & ~is_eos]).replace("\n", "\\n"), style)
 
     padding = int((~att).sum())
     pad = _paint(f"[PAD x {padding}]", _GREY) if padding else ""
-    prompt = _paint(text(columns < start), _DIM)
-    eos = "".join(_paint("[EOS]", _REVERSED) for _ in range(int(is_eos.sum())))
-    response = _paint(text(columns >= start), _GREEN) if start < len(ids) else ""
-    line = f"{prompt}|{response}{eos}"
+    eos = _paint("[EOS]", _REVERSED) * int(is_eos.sum())
+    response = text(is_response, _GREEN) if start < len(ids) else ""
+    line = f"{text(~is_response, _DIM)}|{response}{eos}"
     return pad + line if padding and not att[0] else line + pad
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizer
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_flags(parser: argparse.ArgumentParser) -> None:
@@ -306,11 +277,7 @@ def look_at_tokenizer(flags: argparse.Namespace) -> None:
 
 
 def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
-    """A tokenizer by name or folder, or that of a run or checkpoint.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """A tokenizer by name or folder, or that of a run or checkpoint; UserError where there is none of that name."""
     if argument in ("gpt2", "demo"):
         return get_tokenizer(argument)
     folder = Path(argument).expanduser()
@@ -325,13 +292,8 @@ def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
         raise UserError(f"{error}; gpt2 and demo are known by name") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# loss, and what the tasks share
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def look_at_loss(flags: argparse.Namespace) -> None:
-    """Print the worked example."""
+    """Print the worked example of the losses."""
     print("\n".join(loss_example()))
 
 
@@ -371,12 +333,6 @@ _share.__name__ = "float"
 def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
-
-
-def _device(wanted: str) -> str:
-    from config.devices import choose_device  # Accelerate takes seconds to import; two tasks do without
-
-    return choose_device(wanted)
 
 
 def _paint(text: str, style: str) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.user_error import UserError
@@ -24,73 +23,27 @@ from utils.runs.folder import REPO, newest_run, runs_root
 _GROWTH = 0.02  # of the memory after the warm-up: what an allocator's rounding may add
 
 
-@dataclass
-class Soak:
-    """One soak and what it measures.
+def one_life(name: str, command: list[str], runs_dir: str, seconds: float = math.inf) -> tuple[bool, list[int]]:
+    """Start train_ppo.py, its output in a file beside the runs, and kill it after `seconds`.
 
-    Attributes:
-        command: the PPO command without its name.
-        runs_dir: where the runs are.
-        kill_every: mean seconds between kills.
-        chance: when they come.
-        memory: (seconds, bytes) of the undisturbed run.
-        peaks: highest memory of each life of the disturbed run, bytes.
+    Returns whether it came to its end before, and its memory all the while, bytes; UserError where it failed.
     """
-
-    command: list[str]
-    runs_dir: str
-    kill_every: float
-    chance: random.Random
-    memory: list[tuple[float, int]] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
-
-    def start(self, name: str) -> subprocess.Popen:
-        """The script, writing its output to a file beside the runs."""
-        log = runs_root(self.runs_dir) / f"ppo_{name}.log"
-        script = str(REPO / "src/training/train_ppo.py")
-        with log.open("a") as file:
-            words = [sys.executable, script, "-n", name, *self.command]
-            return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-
-    def undisturbed(self, name: str) -> float:
-        """The run to compare with; seconds it took."""
-        started = time.monotonic()
-        child = self.start(name)
-        while child.poll() is None:
-            used = resident_bytes(child.pid)
-            if used:
-                self.memory.append((time.monotonic() - started, used))
-            time.sleep(0.5)
-        self._check(child, name)
-        return time.monotonic() - started
-
-    def disturbed(self, name: str) -> int:
-        """The run that is killed; how often it was."""
-        kills = 0
-        while True:
-            child = self.start(name)
-            until, peak = time.monotonic() + self.chance.expovariate(1 / self.kill_every), 0
-            while child.poll() is None and time.monotonic() < until:
-                peak = max(peak, resident_bytes(child.pid))
-                time.sleep(0.1)
-            if child.poll() is not None:
-                break
-            child.send_signal(signal.SIGKILL)
+    log = runs_root(runs_dir) / f"ppo_{name}.log"
+    words = [sys.executable, str(REPO / "src/training/train_ppo.py"), "-n", name, *command]
+    with log.open("a") as file:
+        child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+    until, memory = time.monotonic() + seconds, []
+    while child.poll() is None:
+        if time.monotonic() >= until:
+            child.kill()
             child.wait()
-            self.peaks.append(peak)
-            kills += 1
-            print(f"kill {kills}: {self._reached(name)} iterations logged", flush=True)
-        self._check(child, name)
-        return kills
-
-    def _reached(self, name: str) -> int:
-        run = newest_run(f"ppo_{name}", self.runs_dir)
-        return len(figures(run)) if run else 0
-
-    def _check(self, child: subprocess.Popen, name: str) -> None:
-        if child.returncode:
-            log = runs_root(self.runs_dir) / f"ppo_{name}.log"
-            raise UserError(f"-t soak: train_ppo.py -n {name} ended with exit code {child.returncode}; see {log}")
+            return False, memory
+        if used := resident_bytes(child.pid):
+            memory.append(used)
+        time.sleep(0.1)
+    if child.returncode:
+        raise UserError(f"-t soak: train_ppo.py -n {name} ended with exit code {child.returncode}; see {log}")
+    return True, memory
 
 
 def figures(run: Path) -> list[dict]:
@@ -112,19 +65,14 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def growth(memory: list[tuple[float, int]]) -> tuple[float, float]:
+def growth(memory: list[int]) -> tuple[float, float]:
     """Median memory in the second and in the last quarter of a run, bytes; the first quarter is warm-up."""
-    used = [count for _, count in memory]
-    quarter = max(1, len(used) // 4)
-    return statistics.median(used[quarter : 2 * quarter] or used), statistics.median(used[-quarter:])
+    quarter = max(1, len(memory) // 4)
+    return statistics.median(memory[quarter : 2 * quarter] or memory), statistics.median(memory[-quarter:])
 
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
-    """Flags of `-t soak`; what it does not know goes to train_ppo.py.
-
-    Raises:
-        UserError: a figure that is not above 0.
-    """
+    """Flags of `-t soak`; what it does not know goes to train_ppo.py. UserError for a figure that is not above 0."""
     parser.add_argument("-a", "--actor", default="sft_demo_s0", help="SFT run")
     parser.add_argument("-c", "--critic", default="rm_demo_s0", help="reward-model run")
     parser.add_argument("--iterations", type=int, default=200, help="of PPO")
@@ -145,16 +93,23 @@ def run_soak(
     """Both runs and their comparison; 1 when they differ or memory grows."""
     command = ["-a", sft, "-c", rm, "--iterations", str(iterations), "--save-every", str(save_every)]
     command += ["--deterministic", "--resume", "auto", "--runs-dir", runs_dir, *more]
-    soak = Soak(command, runs_dir, kill_every, random.Random(seed))
-    names = [f"soak_{kind}_{time.strftime('%Y%m%d%H%M%S')}" for kind in ("left", "hit")]
-    seconds = soak.undisturbed(names[0])
-    print(f"undisturbed: {iterations} iterations in {seconds:.0f} s", flush=True)
-    kills = soak.disturbed(names[1])
-    found = differences(*(newest_run(f"ppo_{name}", runs_dir) for name in names))
-    early, late = growth(soak.memory)
-    peaks = f"; peaks of the killed processes {_megabytes(soak.peaks)}" if soak.peaks else ""
-    print(f"{kills} kills in {iterations} iterations, a checkpoint every {save_every}")
-    print(f"memory: {early / 1e6:.0f} MB in the second quarter, {late / 1e6:.0f} MB in the last{peaks}")
+    left, hit = (f"soak_{kind}_{time.strftime('%Y%m%d%H%M%S')}" for kind in ("left", "hit"))
+    started = time.monotonic()
+    _, memory = one_life(left, command, runs_dir)
+    print(f"undisturbed: {iterations} iterations in {time.monotonic() - started:.0f} s", flush=True)
+    chance, peaks = random.Random(seed), []
+    while True:
+        finished, used = one_life(hit, command, runs_dir, chance.expovariate(1 / kill_every))
+        if finished:
+            break
+        peaks.append(max(used, default=0) / 1e6)
+        so_far = newest_run(f"ppo_{hit}", runs_dir)
+        print(f"kill {len(peaks)}: {len(figures(so_far)) if so_far else 0} iterations logged", flush=True)
+    found = differences(*(newest_run(f"ppo_{name}", runs_dir) for name in (left, hit)))
+    early, late = growth(memory)
+    killed = f"; peaks of the killed processes {min(peaks):.0f} to {max(peaks):.0f} MB" if peaks else ""
+    print(f"{len(peaks)} kills in {iterations} iterations, a checkpoint every {save_every}")
+    print(f"memory: {early / 1e6:.0f} MB in the second quarter, {late / 1e6:.0f} MB in the last{killed}")
     if late > early * (1 + _GROWTH):
         found.append(f"memory grows by {late / early - 1:.1%}")
     for line in found:
@@ -162,7 +117,3 @@ def run_soak(
     if not found:
         print("the killed run ended with the bits and the figures of the one that was left alone; memory does not grow")
     return 1 if found else 0
-
-
-def _megabytes(counts: list[int]) -> str:
-    return f"{min(counts) / 1e6:.0f} to {max(counts) / 1e6:.0f} MB"

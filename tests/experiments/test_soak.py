@@ -64,9 +64,9 @@ def test_weights_are_compared_to_the_bit(tmp_path) -> None:
 
 
 def test_memory_is_compared_after_the_warm_up() -> None:
-    steady = [(float(i), 50 if i < 10 else 100) for i in range(40)]
+    steady = [50 if i < 10 else 100 for i in range(40)]
     assert soak.growth(steady) == (100, 100)
-    growing = [(float(i), 100 + i) for i in range(40)]
+    growing = [100 + i for i in range(40)]
     early, late = soak.growth(growing)
     assert late > early * 1.1
 

@@ -16,7 +16,6 @@ import numpy as np
 from experiments.graded_answers import Graded, Grader, best_of
 from experiments.overoptimisation.run import (
     PPORun,
-    describe_measurement,
     held_out_prompts,
     measure,
     proxy_of,
@@ -41,9 +40,8 @@ def judge_demo(runs: dict[str, Path], count: int, seed: int, split: str = "valid
 
     Args:
         runs: run folders of "vanilla", "sft", "rm", "ppo" and, if there, "ppo_kl0", "ppo_lora".
-        count: held-out prompts to judge on.
+        count: held-out prompts of `split` ("validation" or "test") to judge on.
         seed: of the samples.
-        split: "validation" or "test".
 
     Returns the figures as JSON values; "per_prompt" has the gold reward of each system on each prompt, in the order of
     the split.
@@ -63,8 +61,7 @@ def judge_demo(runs: dict[str, Path], count: int, seed: int, split: str = "valid
     graded["best_of_4"], graded["best_of_16"] = best_of(samples[:4]), best_of(samples)
     order = ["vanilla", "sft", "sft_greedy", "best_of_4", "best_of_16", *(n for n in graded if n.startswith("ppo"))]
     checkpoints = measure(ppo, grader, known={max(ppo.checkpoints()): graded["ppo"]})
-    about = describe_measurement(ppo, "gold", sampling)
-    _, picture = write_overoptimisation(checkpoints, samples, about, ppo.folder)
+    _, picture = write_overoptimisation(ppo, checkpoints, samples, "gold", sampling, ppo.folder)
     return {
         "split": split,
         "prompts": len(prompts),

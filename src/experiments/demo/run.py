@@ -12,23 +12,21 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from config.user_error import UserError
 from experiments.bench.host import Stolen
 from experiments.demo.judge import judge_demo
+from experiments.demo.picture import draw_kl_ablation
 from experiments.demo.table import judged_table, results_table, seed_table
 from utils.runs.folder import REPO, newest_run, runs_root
 
-PRETRAINING = ("--epochs", "4", "--max-steps", "300")
 GOLD = str(REPO / "src/utils/demo/gold.py") + ":gold_reward"
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One script of the demo: what it is called in the table, the script, and its flags."""
 
     name: str
@@ -39,61 +37,48 @@ class Stage:
 def stages(stem: str, variants: tuple[str, ...], flags: tuple[str, ...] = ()) -> list[Stage]:
     """The commands of one seed; `stem` tells its runs apart from other seeds', `flags` go to every script."""
     ppo = ("-a", f"sft_{stem}", "-c", f"rm_{stem}", "--eval-reward-fn", GOLD)
+    # 300 steps on the world's plain text stand for GPT-2's pre-training.
+    pretraining = ("-p", "scratch", "--dataset", "demo-text", "--epochs", "4", "--max-steps", "300")
     plan = [
-        # 300 steps on the world's plain text stand for GPT-2's pre-training.
-        Stage(
-            "vanilla",
-            "train_sft.py",
-            ("-n", f"vanilla_{stem}", "-p", "scratch", "--dataset", "demo-text", *PRETRAINING),
-        ),
-        Stage("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
-        Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
+        ("vanilla", "train_sft.py", ("-n", f"vanilla_{stem}", *pretraining)),
+        ("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
+        ("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
         # Ten checkpoints are the ten points of the over-optimisation picture.
-        Stage("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "4", "--keep", "10")),
+        ("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "4", "--keep", "10")),
     ]
     extra = {
-        "kl0": Stage("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
-        "lora": Stage("PPO, LoRA", "train_ppo.py", ("-n", f"{stem}_lora", *ppo, "--config", "gpt2-nano/lora")),
+        "kl0": ("PPO, KL coefficient 0", "train_ppo.py", ("-n", f"{stem}_kl0", *ppo, "--kl-coef", "0")),
+        "lora": ("PPO, LoRA", "train_ppo.py", ("-n", f"{stem}_lora", *ppo, "--config", "gpt2-nano/lora")),
     }
-    plan += [extra[variant] for variant in variants]
-    return [replace(stage, flags=stage.flags + flags) for stage in plan]
+    return [Stage(name, script, own + flags) for name, script, own in [*plan, *(extra[v] for v in variants)]]
 
 
-def run_stage(stage: Stage, seed: int, runs_dir: str, threads: int = 0, quiet: bool = False) -> float:
-    """Run one script to its end; returns the seconds it took.
+def run_stage(stage: Stage, seed: int, runs_dir: str, side_by_side: bool) -> float:
+    """Run one script to its end; returns the seconds it took. Side by side with others it has one thread and a log.
 
-    Raises:
-        UserError: the script failed; its own message is on the terminal, or in the log file when it ran quietly.
+    UserError where the script fails; its own message is on the terminal, or in the log file.
     """
-    command = [
-        sys.executable,
-        str(REPO / "src/training" / stage.script),
-        *stage.flags,
-        "--seed",
-        str(seed),
-        "--runs-dir",
-        runs_dir,
-    ]
-    shown = " ".join(["python", f"src/training/{stage.script}", *stage.flags, "--seed", str(seed)])
+    script, flags = f"src/training/{stage.script}", [*stage.flags, "--seed", str(seed)]
+    shown = " ".join(["python", script, *flags])
     print(f"\n== {stage.name}\n$ {shown}", flush=True)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     started = time.perf_counter()
     root = runs_root(runs_dir)
     root.mkdir(parents=True, exist_ok=True)
-    if quiet:
-        log = root / f"{stage.flags[1]}_{stage.script[6:-3]}.log"
+    command = [sys.executable, str(REPO / script), *flags, "--runs-dir", runs_dir]
+    if side_by_side:
+        log, environment = root / f"{stage.flags[1]}_{stage.script[6:-3]}.log", os.environ | {"OMP_NUM_THREADS": "1"}
         with log.open("w") as file:
             code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
     else:
-        log, code = None, subprocess.run(command, env=environment).returncode
+        log, code = None, subprocess.run(command).returncode
     if code:
         raise UserError(f"{stage.name}: {shown} ended with exit code {code}" + (f"; see {log}" if log else ""))
     return time.perf_counter() - started
 
 
 def run_seed(
-    seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, threads: int = 0, quiet: bool = False,
-    flags: tuple[str, ...] = (), split: str = "validation", train: bool = True,
+    seed: int, runs_dir: str, variants: tuple[str, ...], prompts: int, flags: tuple[str, ...] = (),
+    split: str = "validation", side_by_side: bool = False, train: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """All stages of one seed and their judgement on a held-out split; `flags` go to every script.
 
@@ -101,13 +86,11 @@ def run_seed(
     """
     stem = f"demo_s{seed}"
     plan = stages(stem, variants, flags) if train else []
-    seconds = {stage.name: run_stage(stage, seed, runs_dir, threads, quiet) for stage in plan}
+    seconds = {stage.name: run_stage(stage, seed, runs_dir, side_by_side) for stage in plan}
     print("\n== judging by the gold reward", flush=True)
     started = time.perf_counter()
-    runs = {
-        "vanilla": f"sft_vanilla_{stem}", "sft": f"sft_{stem}", "rm": f"rm_{stem}", "ppo": f"ppo_{stem}",
-        **{f"ppo_{v}": f"ppo_{stem}_{v}" for v in variants},
-    }  # fmt: skip
+    runs = {"vanilla": f"sft_vanilla_{stem}", **{stage: f"{stage}_{stem}" for stage in ("sft", "rm", "ppo")}}
+    runs |= {f"ppo_{v}": f"ppo_{stem}_{v}" for v in variants}
     result = judge_demo({name: newest_run(run, runs_dir) for name, run in runs.items()}, prompts, seed, split)
     seconds["judging"] = time.perf_counter() - started
     return {"seed": seed, "seconds": seconds, **result}
@@ -138,24 +121,14 @@ def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()
 
 def failures(result: dict[str, Any]) -> list[str]:
     """What a run of the demo must reach, on any machine; wide of the figures that docs/results.md gives."""
-    ppo, sft, best, rm = (*(result["systems"][name] for name in ("ppo", "sft", "best_of_16")), result["reward_model"])
+    ppo = result["systems"]["ppo"]
+    gold, sft, best = (result["systems"][name]["gold"] for name in ("ppo", "sft", "best_of_16"))
+    right, low = result["reward_model"]["noise_free_accuracy"], ppo["win_rate_ci"][0]
     checks = [
-        (
-            rm["noise_free_accuracy"] > 0.85,
-            f"reward model orders {rm['noise_free_accuracy']:.2f} of the noise-free pairs, expected over 0.85",
-        ),
-        (
-            ppo["win_rate_ci"][0] > 0.8,
-            f"PPO's win rate over SFT has its lower bound at {ppo['win_rate_ci'][0]:.2f}, expected over 0.80",
-        ),
-        (
-            ppo["gold"] > sft["gold"] + 1.5,
-            f"PPO's gold reward {ppo['gold']:.2f} is not 1.5 above SFT's {sft['gold']:.2f}",
-        ),
-        (
-            ppo["gold"] > best["gold"],
-            f"PPO's gold reward {ppo['gold']:.2f} is not above best-of-16's {best['gold']:.2f}",
-        ),
+        (right > 0.85, f"reward model orders {right:.2f} of the noise-free pairs, expected over 0.85"),
+        (low > 0.8, f"PPO's win rate over SFT has its lower bound at {low:.2f}, expected over 0.80"),
+        (gold > sft + 1.5, f"PPO's gold reward {gold:.2f} is not 1.5 above SFT's {sft:.2f}"),
+        (gold > best, f"PPO's gold reward {gold:.2f} is not above best-of-16's {best:.2f}"),
         (ppo["kl"] < 10, f"PPO went {ppo['kl']:.1f} nats away from SFT, expected under 10"),
         (ppo["eos_rate"] > 0.95, f"only {ppo['eos_rate']:.2f} of PPO's responses end, expected over 0.95"),
     ]
@@ -167,24 +140,18 @@ def run_results(
     train: bool,
 ) -> int:  # fmt: skip
     """Several seeds and variants, `parallel` at a time with one thread each; prints the tables of docs/results.md."""
-    threads = 1 if parallel > 1 else 0
+    settings = {"split": split, "side_by_side": parallel > 1, "train": train}
     with ThreadPoolExecutor(parallel) as pool:
-        one_seed = partial(
-            run_seed, runs_dir=runs_dir, variants=variants, prompts=prompts, threads=threads, quiet=parallel > 1,
-            split=split, train=train,
-        )  # fmt: skip
+        one_seed = partial(run_seed, runs_dir=runs_dir, variants=variants, prompts=prompts, **settings)
         results = list(pool.map(one_seed, seeds))
     path = runs_root(runs_dir) / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(results_table(results))
     print(f"figures in {path}")
     if "kl0" in variants:
-        from experiments.demo.picture import draw_kl_ablation
-
-        stems = [f"demo_s{s}" for s in seeds]
-        draw_kl_ablation(
-            [(newest_run(f"ppo_{s}", runs_dir), newest_run(f"ppo_{s}_kl0", runs_dir)) for s in stems], Path(picture)
-        )
+        names = [(f"ppo_demo_s{seed}", f"ppo_demo_s{seed}_kl0") for seed in seeds]
+        runs = [(newest_run(with_penalty, runs_dir), newest_run(without, runs_dir)) for with_penalty, without in names]
+        draw_kl_ablation(runs, Path(picture))
         print(f"picture in {picture}")
     failed = [f"seed {r['seed']}: {line}" for r in results for line in failures(r)]
     print("\n".join(f"FAILED: {line}" for line in failed))

@@ -19,8 +19,8 @@ import json
 import os
 import shlex
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from config.scrub import scrubbed
 from config.user_error import UserError
 from experiments.doctor.record import find_run
 from experiments.graded_answers import Graded, Grader, Proxy
+from experiments.markdown import interval, number, table
 from experiments.overoptimisation.curves import REWARDS, overoptimisation_curves
 from experiments.overoptimisation.picture import draw_overoptimisation
 from inference.answers import Answer, Machine, Sampling, TextModel, score_answers, score_texts
@@ -74,8 +75,7 @@ class PPORun:
     def read(cls, folder: Path, runs_dir: str = "runs") -> PPORun:
         """From hyperparams.json; `runs_dir` is where else the models are looked for that it started from.
 
-        Raises:
-            UserError: it is no PPO run, or the models it started from are gone.
+        UserError where it is no PPO run, or the models it started from are gone.
         """
         try:
             hyperparams = json.loads((folder / "hyperparams.json").read_text())
@@ -91,11 +91,7 @@ class PPORun:
         return cls(folder, config, sft, rm)
 
     def checkpoints(self) -> dict[int, Path]:
-        """The policies that the run has kept, by step, without the one at step 0.
-
-        Raises:
-            UserError: there is none yet.
-        """
+        """The policies that the run has kept, by step, without the one at step 0; UserError while there is none."""
         folders = [*step_checkpoints(self.folder), self.folder / "final"]
         found = {describe(f)["step"]: f for f in folders if (f / "model.json").is_file()}
         found.pop(0, None)
@@ -138,8 +134,8 @@ def reward_function_of(run: PPORun, given: str = "") -> RewardFunction | None:
 def proxy_of(run: PPORun, machine: Machine, function: RewardFunction | None) -> Proxy:
     """What the run maximised, without the KL penalty and the penalty for a missing EOS: the reward model on the sampled
     ids, and the run's own reward function (`reward_function_of`) with its weight."""
-    rm = load_reward_model(run.rm, f"RUN {run.folder}") if run.rm is not None else None
-    weight = run.config["reward_fn_weight"] if rm is not None else 1.0  # in place of the reward model it counts in full
+    rm = load_reward_model(run.rm, f"RUN {run.folder}") if run.rm else None
+    weight = run.config["reward_fn_weight"] if rm else 1.0  # in place of the reward model it counts in full
 
     def proxy(answers: Sequence[Answer], name: str) -> np.ndarray:
         scores = np.zeros(len(answers)) if rm is None else score_answers(rm, answers, machine, name, own_ids=True)
@@ -153,8 +149,7 @@ def proxy_of(run: PPORun, machine: Machine, function: RewardFunction | None) -> 
 def gold_of(spec: str, run: PPORun, runs_dir: str, machine: Machine) -> Score:
     """The judge that --judge names, as a function of (prompts, answers); "" is `gold` on the demo's data.
 
-    Raises:
-        UserError: there is no such judge, or none was named for data that have no gold reward.
+    UserError where there is no such judge, or none was named for data that have no gold reward.
     """
     dataset, recorded = run.config["dataset"], run.config.get("eval_reward_fn")
     if not spec and dataset != "demo":
@@ -187,10 +182,11 @@ def measure(run: PPORun, grader: Grader, known: dict[int, Graded] | None = None)
 
 
 def write_overoptimisation(
-    checkpoints: dict[int, Graded], samples: Sequence[Graded], about: dict[str, Any], out: Path
+    run: PPORun, checkpoints: dict[int, Graded], samples: Sequence[Graded], judge: str, sampling: Sampling, out: Path
 ) -> tuple[dict[str, Any], Path]:
     """Write overoptimisation.json and .png into `out`; returns the figures and the picture's path."""
-    figures = {**about, **overoptimisation_curves(checkpoints, samples, about["seed"])}
+    about = {"run": run.folder.name, "judge": judge, **asdict(sampling)}
+    figures = about | overoptimisation_curves(checkpoints, samples, sampling.seed)
     write_file(out / "overoptimisation.json", (json.dumps(scrubbed(figures), indent=2) + "\n").encode())
     picture = out / "overoptimisation.png"
     picture.unlink(missing_ok=True)  # in a run from elsewhere it could be a link
@@ -200,39 +196,31 @@ def write_overoptimisation(
 
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
-    """Parse the flags `rest` of `-t overoptimisation` with `parser`, and do it; see `run_overoptimisation`."""
-    add_flags(parser)
-    return run_overoptimisation(parser.parse_args(rest))
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `-t overoptimisation`."""
+    """Grade, fit, write, draw, tell: `-t overoptimisation` with the flags `rest`; UserError where one is wrong."""
     parser.add_argument("run", metavar="RUN", help="a PPO run: its folder, or its stem such as ppo_demo")
-    parser.add_argument(
-        "--judge", default="", help="gold (the demo's, the default there), rm:CHECKPOINT, FILE.py:FUNCTION"
-    )
-    parser.add_argument(
-        "--reward-fn", default="", help="FILE.py:FUNCTION that the run was trained on; what it recorded is not imported"
-    )
-    parser.add_argument("--prompts", type=_at_least(2), default=400, help="held-out prompts, of the test split")
-    parser.add_argument("--best-of", type=_at_least(2), default=16, help="samples of the SFT model per prompt")
+    text = "gold (the demo's, the default there), rm:CHECKPOINT, FILE.py:FUNCTION"
+    parser.add_argument("--judge", default="", help=text)
+    text = "FILE.py:FUNCTION that the run was trained on; what it recorded is not imported"
+    parser.add_argument("--reward-fn", default="", help=text)
+    parser.add_argument("--prompts", type=int, default=400, help="held-out prompts, of the test split")
+    parser.add_argument("--best-of", type=int, default=16, help="samples of the SFT model per prompt")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
     parser.add_argument("--out", default="", help="folder to write to; the run's own by default")
     parser.add_argument("--runs-dir", default="runs", help="where run folders are looked for")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16")
-
-
-def run_overoptimisation(flags: argparse.Namespace) -> int:
-    """Grade, fit, write, draw, tell.
-
-    Raises:
-        UserError: a flag or the run is wrong.
-    """
+    flags = parser.parse_args(rest)
+    for flag, count in (("--prompts", flags.prompts), ("--best-of", flags.best_of)):
+        if count < 2:
+            parser.error(f"argument {flag}: must be at least 2")
     ppo = PPORun.read(find_run(flags.run, flags.runs_dir), flags.runs_dir)
     ppo.checkpoints()  # before anything slow, like the next lines
     function = reward_function_of(ppo, flags.reward_fn)
-    out = _writable(Path(flags.out).expanduser() if flags.out else ppo.folder)
+    out = Path(flags.out).expanduser() if flags.out else ppo.folder
+    with contextlib.suppress(OSError):
+        out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: cannot write there; give another folder")
     runtime = Runtime(flags.device, flags.dtype, flags.seed)
     machine = Machine(runtime.device, _ROWS_PER_TRAINED * ppo.config["batch_size"], runtime.autocast)
     dataset = ppo.config["dataset"]
@@ -245,46 +233,22 @@ def run_overoptimisation(flags: argparse.Namespace) -> int:
     sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], flags.seed)
     grader = Grader(sft, proxy_of(ppo, machine, function), gold, prompts, sampling, machine)
     samples = grader.draws(flags.best_of)
-    about = describe_measurement(ppo, flags.judge or "gold", sampling)
-    figures, picture = write_overoptimisation(measure(ppo, grader), samples, about, out)
-    print(report(figures))
-    print(f"over-optimisation picture: {picture}")
+    judge = flags.judge or "gold"
+    figures, picture = write_overoptimisation(ppo, measure(ppo, grader), samples, judge, sampling, out)
+    print(f"{report(figures)}\nover-optimisation picture: {picture}")
     return 0
-
-
-def _writable(folder: Path) -> Path:
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder}: cannot write there; give another folder")
-    return folder
-
-
-def describe_measurement(run: PPORun, judge: str, sampling: Sampling) -> dict[str, Any]:
-    """The first entries of overoptimisation.json: of what, by whom, how."""
-    return {
-        "run": run.folder.name,
-        "judge": judge,
-        "temperature": sampling.temperature,
-        "max_new_tokens": sampling.max_new_tokens,
-        "seed": sampling.seed,
-    }
 
 
 def report(figures: dict[str, Any]) -> str:
     """The figures as a table, and a line per peak."""
-    lines = [
-        "",
-        "| policy | KL to SFT | proxy above SFT (95 % interval) | gold above SFT | correlation of the two |",
-        "|---|---|---|---|---|",
-    ]
-    rows = [(f"PPO, step {p['step']}", p) for p in figures["ppo"]]
-    rows += [(f"best of {p['n']}", p) for p in figures["best_of_n"][1:]]
-    for name, p in rows:
-        cells = (f"{p[r]:+.2f} ({p[f'{r}_ci'][0]:+.2f} to {p[f'{r}_ci'][1]:+.2f})" for r in REWARDS)
-        correlation = "" if p.get("correlation") is None else f"{p['correlation']:.2f}"
-        lines.append(" | ".join([f"| {name}", f"{p['kl']:.2f}", *cells, correlation]) + " |")
-    lines.append("")
+    points = [(f"PPO, step {p['step']}", p) for p in figures["ppo"]]
+    points += [(f"best of {p['n']}", p) for p in figures["best_of_n"][1:]]
+    rows = []
+    for name, p in points:
+        rewards = (f"{p[r]:+.2f} {interval(p[f'{r}_ci'], '+.2f')}" for r in REWARDS)
+        rows.append((name, f"{p['kl']:.2f}", *rewards, number(p.get("correlation"), ".2f")))
+    head = "policy | KL to SFT | proxy above SFT (95 % interval) | gold above SFT | correlation of the two"
+    lines = ["", table(head, rows), ""]
     families = (
         ("ppo", "PPO", "keep more checkpoints (--save-every, --keep)"),
         ("best_of_n", "best-of-n", "--best-of 8"),
@@ -306,14 +270,3 @@ def peak_in_words(fit: dict[str, Any]) -> str:
         return f"{text}; no peak within what was measured"
     low, high = (f"{end**2:.1f}" if end is not None else "never" for end in fit["peak_d_ci"])
     return f"{text}; peak at a KL of {fit['peak_d'] ** 2:.1f} nats ({low} to {high}), {fit['peak_reward']:+.2f}"
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}")
-        return value
-
-    parse.__name__ = "int"  # argparse names it when the text is no number
-    return parse

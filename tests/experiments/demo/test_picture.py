@@ -4,8 +4,8 @@ import json
 
 import pytest
 from matplotlib import colors
+from matplotlib.figure import Figure
 
-from experiments.demo import picture as demo_picture
 from experiments.demo.picture import draw_kl_ablation, evaluations
 
 
@@ -30,15 +30,13 @@ def test_evaluations_of_a_run(tmp_path):
 @pytest.fixture
 def panels(tmp_path, monkeypatch):
     """The three panels of two seeds, with their runs [(with the penalty, without)]."""
-    kept = []
-    monkeypatch.setattr(demo_picture.plt, "close", kept.append)
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **keys: kept.append(self) or save(self, *args, **keys))
     starts = [(1000, 2000), (3000, 4000)]
     pairs = [tuple(new_run(tmp_path, str(start), start) for start in pair) for pair in starts]
     draw_kl_ablation(pairs, tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").read_bytes()[:4] == b"\x89PNG"
-    yield kept[0].axes, pairs
-    monkeypatch.undo()
-    demo_picture.plt.close(kept[0])
+    return kept[0].axes, pairs
 
 
 def shown(axis):

@@ -17,7 +17,6 @@ from experiments.overoptimisation.run import (
     proxy_of,
     report,
     reward_function_of,
-    run_overoptimisation,
     text_model,
 )
 from inference.answers import Machine, Sampling
@@ -27,9 +26,7 @@ SMALL = ["--prompts", "12", "--best-of", "4", "--device", "cpu"]
 
 
 def flags(run, *words):
-    parser = main.Parser()
-    overoptimisation.add_flags(parser)
-    return parser.parse_args([str(run), *SMALL, "--runs-dir", str(run.parent), *words])
+    return main.Parser(), [str(run), *SMALL, "--runs-dir", str(run.parent), *words]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +67,7 @@ def test_other_judges(run, tmp_path):
     found = {}
     for name, judge in (("file", f"{tmp_path}/words.py:count"), ("rm", "rm:rm_t")):
         out = tmp_path / name
-        assert run_overoptimisation(flags(run, "--judge", judge, "--out", str(out))) == 0
+        assert overoptimisation.run(*flags(run, "--judge", judge, "--out", str(out))) == 0
         found[name] = json.loads((out / "overoptimisation.json").read_text())
         assert found[name]["judge"] == judge
     assert found["file"]["sft"]["proxy"] == found["rm"]["sft"]["proxy"]
@@ -141,22 +138,22 @@ def test_the_proxy_is_what_ppo_maximised(run, grader, tmp_path, weight, with_rm)
 )
 def test_wrong_flags(run, words, complaint):
     with pytest.raises(UserError, match=complaint):
-        run_overoptimisation(flags(run, *words))
+        overoptimisation.run(*flags(run, *words))
 
 
 def test_wrong_runs(run, tmp_path):
     empty = make_runs(tmp_path / "empty", steps=())
     with pytest.raises(UserError, match="saved no checkpoint yet"):
-        run_overoptimisation(flags(empty))
+        overoptimisation.run(*flags(empty))
     other = make_runs(tmp_path / "other", steps=(2,), dataset="hh")
     with pytest.raises(UserError, match="hh has no gold reward"):
-        run_overoptimisation(flags(other))
+        overoptimisation.run(*flags(other))
     (other / "hyperparams.json").write_text('{"stage": "sft"}')
     with pytest.raises(UserError, match="run of stage sft; give a run of train_ppo.py"):
-        run_overoptimisation(flags(other))
+        overoptimisation.run(*flags(other))
     (other / "hyperparams.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        run_overoptimisation(flags(other))
+        overoptimisation.run(*flags(other))
 
 
 def test_a_reward_function_is_the_one_that_the_user_names(run, tmp_path):
@@ -170,22 +167,22 @@ def test_a_reward_function_is_the_one_that_the_user_names(run, tmp_path):
         tmp_path / "theirs", steps=(2,), reward_fn=recorded, reward_fn_weight=0.5, eval_reward_fn=recorded
     )
     with pytest.raises(UserError) as error:
-        run_overoptimisation(flags(theirs))
+        overoptimisation.run(*flags(theirs))
     told = str(error.value)
     assert told.startswith("--reward-fn: ") and repr(recorded) in told and "\x1b" not in told and not marker.exists()
     assert told.endswith(f"main.py -t overoptimisation {theirs} --reward-fn FILE.py:FUNCTION")
     with pytest.raises(UserError, match="trained without one; leave it out"):
-        run_overoptimisation(flags(run, "--reward-fn", f"{tmp_path}/evil.py:f"))
+        overoptimisation.run(*flags(run, "--reward-fn", f"{tmp_path}/evil.py:f"))
     assert not marker.exists()
     hub = make_runs(tmp_path / "hub", steps=(2,), dataset="hh", eval_reward_fn=recorded)
     with pytest.raises(
         UserError, match=r"--judge: hh has no gold reward \(the run recorded --eval-reward-fn '.*evil.py:f"
     ):
-        run_overoptimisation(flags(hub))
+        overoptimisation.run(*flags(hub))
     assert not marker.exists()
     (tmp_path / "mine.py").write_text("def f(prompts, texts):\n    return [1.0] * len(texts)\n")
     words = ["--reward-fn", f"{tmp_path}/mine.py:f", "--out", str(tmp_path / "out")]
-    assert run_overoptimisation(flags(theirs, *words)) == 0 and not marker.exists()
+    assert overoptimisation.run(*flags(theirs, *words)) == 0 and not marker.exists()
 
 
 def test_held_out_prompts_are_different_and_of_the_test_split(grader):
