@@ -1,4 +1,4 @@
-"""The quick looks of experiments/main.py: one function per task that adds its flags and one that prints.
+"""The quick looks of experiments/main.py: one function per task, with the parser that its flags are added to.
 
 A checkpoint is a run folder, a checkpoint folder or the stem of a run, from any stage. Colours (prompt dim, response
 green, EOS reversed, PAD grey) appear on a terminal only, and not when NO_COLOR is set; what they tell is also written.
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from config.devices import choose_device
 from config.scrub import printable
 from config.user_error import UserError
+from experiments.graded_answers import text_model
 from experiments.loss_example import loss_example
 from inference.answers import TextModel
 from inference.systems import System
 from models.generation import generate
-from models.gpt import GPT, GPTRewardModel
+from models.gpt import GPTRewardModel
 from models.weights.checkpoint import describe
 from utils.data.batching import collate_ranked, collate_sft, left_pad
 from utils.data.rows import STAGES
@@ -43,16 +44,8 @@ _TEXT = f"It's 10 o'clock, Zo\u00eb!\n\nHuman: does {EOS_TEXT} end this text?"
 _DIM, _GREEN, _REVERSED, _GREY = "2", "32", "7", "90"
 
 
-def run(task: str, parser: argparse.ArgumentParser, rest: list[str]) -> int:
-    """Parse the flags `rest` of a task with `parser` and run it; UserError where one of them is wrong."""
-    add_flags, look = _TASKS[task]
-    add_flags(parser)
-    look(parser.parse_args(rest))
-    return 0
-
-
-def gpt_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `-t gpt`."""
+def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Print prompts and what a language model makes of them."""
     text = "run, checkpoint or stem of a language model (SFT or PPO); or a Hugging Face folder or hub name"
     parser.add_argument("-m", "--model", required=True, help=text)
     text = f"a question, or a dialogue that has 'Human:' in it; may be repeated (default: {_PROMPT!r})"
@@ -66,10 +59,8 @@ def gpt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_at_least(0), default=0)
     parser.add_argument("--count", type=_at_least(1), default=1, help="samples per prompt")
     _add_machine_flags(parser)
+    flags = parser.parse_args(rest)
 
-
-def look_at_gpt(flags: argparse.Namespace) -> None:
-    """Print prompts and what a language model makes of them."""
     from training.loop import row_seeds  # PPO's iterations count from 1, so purpose 0 is free
 
     source = load_language_model(flags.model, flags.runs_dir)
@@ -98,6 +89,7 @@ def look_at_gpt(flags: argparse.Namespace) -> None:
             ended = "ended" if generation.ended[b] else f"cut at {limit}"
             print(f"-- sample {k + 1}: {int(generation.n[b])} tokens, {ended}")
             print(_paint(tokenizer.decode(generation.row(b)).strip(), _GREEN))
+    return 0
 
 
 def load_language_model(argument: str, runs_dir: str) -> TextModel:
@@ -115,8 +107,7 @@ def load_language_model(argument: str, runs_dir: str) -> TextModel:
             if hub_name is None or folder.exists():
                 raise
         else:
-            model = GPT.from_checkpoint(checkpoint).eval()
-            return TextModel(model, load_tokenizer(checkpoint), _template_of(checkpoint))
+            return text_model(checkpoint)
     return System("model", "huggingface", argument, f"-m {argument}").load()
 
 
@@ -129,47 +120,36 @@ def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
         raise UserError(f"--prompt: {error}") from None
 
 
-def _template_of(checkpoint: Path) -> PromptTemplate:
-    from training.start import template_of  # Accelerate takes seconds to import; most tasks do without
-
-    return template_of(checkpoint)
-
-
-def reward_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `-t reward`."""
+@torch.no_grad()
+def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Print the scores of responses to a prompt, best first, and the token each is read at."""
     parser.add_argument("-m", "--model", required=True, help="run, checkpoint or stem of a reward model")
     parser.add_argument("--prompt", required=True, type=_utf8, help="a question, or a dialogue that has 'Human:' in it")
     parser.add_argument("--response", action="append", required=True, type=_utf8, help="an answer; may be repeated")
     parser.add_argument("--no-eos", action="store_true", help="score the answers as if they had been cut short")
     _add_machine_flags(parser)
-
-
-@torch.no_grad()
-def look_at_reward(flags: argparse.Namespace) -> None:
-    """Print the scores of responses to a prompt, best first, and the token each is read at."""
+    flags = parser.parse_args(rest)
     folder = find_checkpoint(flags.model, flags.runs_dir, "-m")
     description = describe(folder)
     if description["role"] != "reward":
         raise UserError(f"-m {flags.model}: {folder} holds no reward model; give a run of train_rm.py")
-    model = GPTRewardModel.from_checkpoint(folder).eval()
-    tokenizer, template = load_tokenizer(folder), _template_of(folder)
-    prompt = tokenizer.encode(_prompt_text(flags.prompt, template))
+    source = text_model(folder, GPTRewardModel)
+    tokenizer, context = source.tokenizer, source.context
+    prompt = tokenizer.encode(_prompt_text(flags.prompt, source.template))
     rows = []
     for text in flags.response:
-        response = tokenizer.encode(template.response(text)) + [tokenizer.eos_id] * (not flags.no_eos)
+        response = tokenizer.encode(source.template.response(text)) + [tokenizer.eos_id] * (not flags.no_eos)
         length = len(prompt) + len(response)
         if not response:
             raise UserError("--response: is empty, and with --no-eos there is nothing to score")
-        if length > model.config.block_size:
-            raise UserError(
-                f"--response: with the prompt it has {length} tokens, the context is {model.config.block_size}; "
-                "shorten one of them"
-            )
+        if length > context:
+            told = f"with the prompt it has {length} tokens, the context is {context}"
+            raise UserError(f"--response: {told}; shorten one of them")
         rows.append(torch.tensor(prompt + response))
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
     att = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     device = choose_device(flags.device)
-    scores = model.to(device)(ids.to(device), att.to(device), right_padded=True).tolist()
+    scores = source.model.to(device)(ids.to(device), att.to(device), right_padded=True).tolist()
     is_normalised = (description.get("normalised") or {}).get("step") == description.get("step")
     scale = "SFT samples had mean 0 and deviation 1" if is_normalised else "not normalised after its last step"
     print(f"{folder}: {scale}")
@@ -179,10 +159,11 @@ def look_at_reward(flags: argparse.Namespace) -> None:
         token = "EOS" if last == tokenizer.eos_id else repr(tokenizer.decode([last]))
         where = f"{len(row) - len(prompt)} tokens, read at column {len(row) - 1} ({token})"
         print(f"{score:+8.3f}  {_paint(text.strip(), _GREEN)}  [{where}]")
+    return 0
 
 
-def dataset_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `-t dataset`."""
+def look_at_dataset(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Print the first rows of a data set as the batch that a training script would make of them."""
     parser.add_argument("--dataset", default="demo", help="a name, or the path of a .jsonl or .jsonl.gz file")
     parser.add_argument("--stage", default="sft", choices=STAGES, help="what the rows are read for")
     parser.add_argument("--split", default="train", choices=SPLITS)
@@ -193,10 +174,7 @@ def dataset_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=_at_least(0), default=0, help=text)
     parser.add_argument("--skip-bad-rows", action="store_true", help="count malformed rows instead of stopping")
     parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
-
-
-def look_at_dataset(flags: argparse.Namespace) -> None:
-    """Print the first rows of a data set as the batch that a training script would make of them."""
+    flags = parser.parse_args(rest)
     stage = "text" if flags.dataset == "demo-text" else flags.stage
     open_source(flags.dataset, stage)  # a name that is wrong is told before a tokenizer is looked for
     own = "demo" if flags.dataset in ("demo", "demo-text") else "gpt2"
@@ -225,6 +203,7 @@ def look_at_dataset(flags: argparse.Namespace) -> None:
         )  # fmt: skip
         print(f"\n{name}: {total} tokens ({inside}), {L - total} padding; {use}")
         print(render_row(row, real, start, tokenizer))
+    return 0
 
 
 _LEGEND = "shown as prompt|response[EOS][PAD x count]"
@@ -251,16 +230,13 @@ def render_row(ids: Tensor, att: Tensor, start: int, tokenizer: Tokenizer) -> st
     return pad + line if padding and not att[0] else line + pad
 
 
-def tokenizer_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of `-t tokenizer`."""
+def look_at_tokenizer(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Print the tokens of a text with their ids, whether it comes back unchanged, and where EOS and PAD are."""
     text = "gpt2, demo (default), a run or checkpoint, or a Hugging Face folder"
     parser.add_argument("--tokenizer", default="demo", help=text)
     parser.add_argument("--text", default=_TEXT, type=_utf8, help="what to cut")
     parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
-
-
-def look_at_tokenizer(flags: argparse.Namespace) -> None:
-    """Print the tokens of a text with their ids, whether it comes back unchanged, and where EOS and PAD are."""
+    flags = parser.parse_args(rest)
     tokenizer = find_tokenizer(flags.tokenizer, flags.runs_dir)
     identity = tokenizer.identity()
     print(f"{identity['name']} ({identity['kind']}), sha256 {identity['sha256'][:12]}")
@@ -274,6 +250,7 @@ def look_at_tokenizer(flags: argparse.Namespace) -> None:
     print("round trip: " + ("the same text" if back == flags.text else f"DIFFERENT: {ascii(back)}"))
     if EOS_TEXT in flags.text:
         print(f"{EOS_TEXT} in the text is plain text: EOS is {'' if tokenizer.eos_id in ids else 'not '}among the ids")
+    return 0
 
 
 def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
@@ -292,9 +269,11 @@ def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
         raise UserError(f"{error}; gpt2 and demo are known by name") from None
 
 
-def look_at_loss(flags: argparse.Namespace) -> None:
+def look_at_loss(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Print the worked example of the losses."""
+    parser.parse_args(rest)
     print("\n".join(loss_example()))
+    return 0
 
 
 def _at_least(low: int | float) -> Callable[[str], int | float]:
@@ -341,12 +320,3 @@ def _paint(text: str, style: str) -> str:
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return text
     return f"\033[{style}m{text}\033[0m"
-
-
-_TASKS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
-    "gpt": (gpt_flags, look_at_gpt),
-    "reward": (reward_flags, look_at_reward),
-    "dataset": (dataset_flags, look_at_dataset),
-    "tokenizer": (tokenizer_flags, look_at_tokenizer),
-    "loss": (lambda parser: None, look_at_loss),
-}

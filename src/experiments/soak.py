@@ -72,7 +72,10 @@ def growth(memory: list[int]) -> tuple[float, float]:
 
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
-    """Flags of `-t soak`; what it does not know goes to train_ppo.py. UserError for a figure that is not above 0."""
+    """`-t soak`: both runs and their comparison; 1 when they differ or memory grows.
+
+    Flags that it does not know go to train_ppo.py. UserError for a figure that is not above 0.
+    """
     parser.add_argument("-a", "--actor", default="sft_demo_s0", help="SFT run")
     parser.add_argument("-c", "--critic", default="rm_demo_s0", help="reward-model run")
     parser.add_argument("--iterations", type=int, default=200, help="of PPO")
@@ -83,23 +86,16 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     flags, more = parser.parse_known_args(rest)
     if min(flags.iterations, flags.save_every, flags.kill_every) <= 0:
         raise UserError("-t soak: --iterations, --save-every and --kill-every must be above 0")
-    settings = (flags.iterations, flags.save_every, flags.kill_every, flags.seed, flags.runs_dir)
-    return run_soak(flags.actor, flags.critic, *settings, more)
-
-
-def run_soak(
-    sft: str, rm: str, iterations: int, save_every: int, kill_every: float, seed: int, runs_dir: str, more: list[str]
-) -> int:
-    """Both runs and their comparison; 1 when they differ or memory grows."""
-    command = ["-a", sft, "-c", rm, "--iterations", str(iterations), "--save-every", str(save_every)]
+    iterations, save_every, runs_dir = flags.iterations, flags.save_every, flags.runs_dir
+    command = ["-a", flags.actor, "-c", flags.critic, "--iterations", str(iterations), "--save-every", str(save_every)]
     command += ["--deterministic", "--resume", "auto", "--runs-dir", runs_dir, *more]
     left, hit = (f"soak_{kind}_{time.strftime('%Y%m%d%H%M%S')}" for kind in ("left", "hit"))
     started = time.monotonic()
     _, memory = one_life(left, command, runs_dir)
     print(f"undisturbed: {iterations} iterations in {time.monotonic() - started:.0f} s", flush=True)
-    chance, peaks = random.Random(seed), []
+    chance, peaks = random.Random(flags.seed), []
     while True:
-        finished, used = one_life(hit, command, runs_dir, chance.expovariate(1 / kill_every))
+        finished, used = one_life(hit, command, runs_dir, chance.expovariate(1 / flags.kill_every))
         if finished:
             break
         peaks.append(max(used, default=0) / 1e6)

@@ -9,6 +9,7 @@ import pytest
 
 from config.user_error import UserError, run_main
 from experiments import main as script
+from experiments.demo import run as demo
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,33 +55,44 @@ def test_help_lists_every_task(monkeypatch, capsys):
 
 def test_tasks_go_where_they_belong(monkeypatch):
     calls = []
-    monkeypatch.setattr("experiments.quick_looks.run", lambda task, parser, rest: calls.append((task, rest)) or 0)
-    monkeypatch.setattr("experiments.main.demo_task", lambda task, parser, rest: calls.append((task, rest)) or 7)
-    own = {**{task: f"experiments.{task}.run" for task in script.ROOMS}, "soak": "experiments.soak"}
-    for task, module in own.items():
-        monkeypatch.setattr(f"{module}.run", lambda parser, rest, task=task: calls.append((task, rest)) or 5)
+    places = {task: f"experiments.quick_looks.look_at_{task}" for task in script.QUICK_LOOKS}
+    places |= {task: f"experiments.demo.run.run_{task}" for task in ("demo", "results")}
+    places |= {task: f"experiments.{task}.run.run" for task in script.ROOMS} | {"soak": "experiments.soak.run"}
+    assert list(places) == list(script.TASKS)
+    for code, (task, place) in enumerate(places.items()):
+        told = (task, code)
+        monkeypatch.setattr(place, lambda parser, rest, told=told: calls.append((told[0], rest)) or told[1])
     codes = []
     for task in script.TASKS:
         monkeypatch.setattr(sys, "argv", ["main.py", "--flag", "1", "-t", task])
         codes.append(script.main())
     assert calls == [(task, ["--flag", "1"]) for task in script.TASKS]
-    expected = {"demo": 7, "results": 7} | dict.fromkeys(own, 5)
-    assert codes == [expected.get(task, 0) for task in script.TASKS]
+    assert codes == list(range(len(places)))
 
 
-def test_demo_flags_reach_the_demo(monkeypatch):
-    calls = []
-    monkeypatch.setattr("experiments.demo.run.run_demo", lambda *flags: calls.append(flags) or 0)
-    monkeypatch.setattr("experiments.demo.run.run_results", lambda *flags: calls.append(flags) or 1)
-    assert script.demo_task("demo", script.Parser(), ["--seed", "3", "--prompts", "10"]) == 0
-    assert calls.pop() == (3, "runs", 10, ())
-    assert script.demo_task("demo", script.Parser(), ["--dtype", "bf16"]) == 0
-    assert calls.pop() == (0, "runs", 400, ("--dtype", "bf16"))
-    assert script.demo_task("results", script.Parser(), ["--seeds", "4", "5", "--variants", "kl0"]) == 1
-    first = ([4, 5], "runs", ("kl0",), 400, 1)
-    assert calls.pop() == (*first, "assets/overoptimisation.png", "validation", True)
-    flags = ["--seeds", "4", "5", "--variants", "kl0", "--split", "test", "--judge-only", "--picture", "p.png"]
-    script.demo_task("results", script.Parser(), flags)
-    assert calls.pop() == (*first, "p.png", "test", False)
+def test_demo_flags_reach_the_demo(monkeypatch, tmp_path):
+    calls, result = [], {"seconds": {}, "overoptimisation": "picture"}
+    for name in ("seed_table", "judged_table", "results_table"):
+        monkeypatch.setattr(demo, name, lambda _: "a table")
+    monkeypatch.setattr(demo, "failures", lambda _: [])
+    monkeypatch.setattr(demo, "runs_root", lambda _: tmp_path)
+    monkeypatch.setattr(demo, "newest_run", lambda run, _: run)
+    monkeypatch.setattr(demo, "draw_kl_ablation", lambda runs, path: calls.append((runs, str(path))))
+    monkeypatch.setattr(demo, "run_seed", lambda *flags, **settings: calls.append((flags, settings)) or result)
+    assert demo.run_demo(script.Parser(), ["--seed", "3", "--prompts", "10"]) == 0
+    assert calls.pop() == ((3, "runs", (), 10, ()), {})
+    assert demo.run_demo(script.Parser(), ["--dtype", "bf16", "--device", "cpu"]) == 0
+    assert calls.pop() == ((0, "runs", (), 400, ("--dtype", "bf16", "--device", "cpu")), {})
+    first = ["--seeds", "4", "5", "--variants", "kl0"]
+    settings = {"runs_dir": "runs", "variants": ("kl0",), "prompts": 400}
+    settings |= {"split": "validation", "side_by_side": False, "train": True}
+    pairs = [("ppo_demo_s4", "ppo_demo_s4_kl0"), ("ppo_demo_s5", "ppo_demo_s5_kl0")]
+    assert demo.run_results(script.Parser(), first) == 0
+    assert calls == [((4,), settings), ((5,), settings), (pairs, "assets/overoptimisation.png")]
+    calls.clear()
+    flags = ["--split", "test", "--judge-only", "--picture", "p.png", "--parallel", "2"]
+    assert demo.run_results(script.Parser(), [*first, *flags]) == 0
+    settings |= {"split": "test", "side_by_side": True, "train": False}
+    assert sorted(calls[:2]) == [((4,), settings), ((5,), settings)] and calls[2] == (pairs, "p.png")
     with pytest.raises(UserError, match="invalid choice: 'kl1'"):
-        script.demo_task("results", script.Parser(), ["--variants", "kl1"])
+        demo.run_results(script.Parser(), ["--variants", "kl1"])

@@ -12,7 +12,7 @@ import torch
 from config.configs import GPTConfig
 from config.user_error import UserError
 from experiments import loss_example, quick_looks
-from experiments.main import Parser
+from experiments.main import QUICK_LOOKS, Parser
 from models.gpt import GPT, GPTCritic, GPTRewardModel
 from models.weights.checkpoint import save_model
 from utils.template import PromptTemplate
@@ -48,7 +48,7 @@ def runs(tmp_path_factory, tokenizer):
 
 def look(task, *words):
     """Run a task in this process."""
-    return quick_looks.run(task, Parser(prog=task), [str(word) for word in words])
+    return getattr(quick_looks, f"look_at_{task}")(Parser(prog=task), [str(word) for word in words])
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_loss_example_matches_independent_arithmetic():
 
 
 def test_every_task_prints_its_help(capsys):
-    for task in quick_looks._TASKS:
+    for task in QUICK_LOOKS:
         with pytest.raises(SystemExit) as stop:
             look(task, "--help")
         assert stop.value.code == 0

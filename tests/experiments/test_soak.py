@@ -1,6 +1,7 @@
 """The soak: what it compares, what it measures, and what it starts."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -34,7 +35,8 @@ def run(tmp_path, monkeypatch, expression: str = "step / 10", code: int = 0) -> 
     runs = tmp_path / "runs"
     runs.mkdir()
     monkeypatch.setattr(soak, "REPO", tmp_path)
-    return soak.run_soak("sft", "rm", 10, 1, 0.8, 3, str(runs), ["--lr", "1"])
+    flags = ["-a", "sft", "-c", "rm", "--iterations", "10", "--save-every", "1", "--kill-every", "0.8", "--seed", "3"]
+    return soak.run(script.Parser(), [*flags, "--runs-dir", str(runs), "--lr", "1"])
 
 
 def test_a_run_that_goes_on_rightly_passes(tmp_path, monkeypatch, capsys) -> None:
@@ -73,10 +75,20 @@ def test_memory_is_compared_after_the_warm_up() -> None:
 
 def test_flags_reach_it_and_others_go_to_the_script(monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr(soak, "run_soak", lambda *settings: calls.append(settings) or 0)
+
+    def one_life(name, command, runs_dir, seconds=None):
+        calls.append((command, runs_dir, seconds))
+        return True, [1]
+
+    monkeypatch.setattr(soak, "one_life", one_life)
+    monkeypatch.setattr(soak, "newest_run", lambda name, runs_dir: None)
+    monkeypatch.setattr(soak, "differences", lambda one, other: [])
     monkeypatch.setattr(sys, "argv", ["main.py", "-t", "soak", "--iterations", "7", "--kill-every", "2", "-b", "8"])
     assert script.main() == 0
-    assert calls == [("sft_demo_s0", "rm_demo_s0", 7, 5, 2.0, 0, "runs", ["-b", "8"])]
+    command = "-a sft_demo_s0 -c rm_demo_s0 --iterations 7 --save-every 5 --deterministic --resume auto --runs-dir runs"
+    undisturbed, disturbed = calls
+    assert undisturbed == ([*command.split(), "-b", "8"], "runs", None)
+    assert disturbed == (*undisturbed[:2], random.Random(0).expovariate(1 / 2))
     monkeypatch.setattr(sys, "argv", ["main.py", "-t", "soak", "--save-every", "0"])
     with pytest.raises(UserError, match="must be above 0"):
         script.main()

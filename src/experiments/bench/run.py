@@ -59,11 +59,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 
 def measure_all(flags: argparse.Namespace) -> int:
-    """Measure, print the tables, write the JSON; 1 when a work of ours failed.
-
-    Raises:
-        UserError: an unknown row, no round, a JSON file that cannot be written or read, or no GPU for --device cuda.
-    """
+    """Measure, print the tables, write the JSON; 1 when a work of ours failed, UserError for wrong flags."""
     check(flags)
     if flags.merge:
         print(hosts_markdown([(name, report_in(name)) for name in flags.merge]))
@@ -112,11 +108,7 @@ def check(flags: argparse.Namespace) -> None:
 
 
 def report_in(file: str) -> dict[str, Any]:
-    """What an earlier run's --json wrote.
-
-    Raises:
-        UserError: the file is not there, or not such a report.
-    """
+    """What an earlier run's --json wrote; UserError where the file is not there, or not such a report."""
     try:
         report = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
@@ -175,8 +167,7 @@ def take(figures: Figures, script: str, work: Work, python: str, environment: di
 def child(script: str, work: Work, python: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Run a measuring script to its end and read its answer; of malloc's settings it has those in `environment` alone.
 
-    Raises:
-        RuntimeError: it did not answer; the message is the end of its output.
+    RuntimeError where it did not answer; the message is the end of its output.
     """
     command = [python, str(HERE / script), work.to_json()]
     offline = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -6,25 +6,24 @@ tables of docs/results.md: looked at once, when nothing is to be chosen any more
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.graded_answers import Graded, Grader, best_of
+from experiments.graded_answers import Graded, Grader, best_of, text_model
 from experiments.overoptimisation.run import (
     PPORun,
     held_out_prompts,
     measure,
     proxy_of,
     reward_function_of,
-    text_model,
     write_overoptimisation,
 )
+from experiments.run_plots import read_metrics
 from inference.answers import Machine, Sampling, TextModel, score_texts
 from inference.systems import load_reward_model
+from utils.data.rows import read_jsonl
 from utils.demo.gold import gold_reward
 from utils.demo.world import best_possible_accuracy
 from utils.judging.length_control import length_controlled_win_rate
@@ -111,12 +110,10 @@ def grade_reward_model(reward_model: TextModel, machine: Machine, split: str = "
 
 def explained_variance_second_half(run: Path) -> float:
     """Mean of val/explained_var over the second half of a PPO run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    values = [line["val/explained_var"] for line in lines if line.get("val/explained_var") is not None]
+    _, values = read_metrics(run)["val/explained_var"]
     return float(np.mean(values[len(values) // 2 :]))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a gzipped JSON Lines file of the demo."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return [row for _, row in read_jsonl(path)]

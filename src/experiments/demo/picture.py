@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-
-def evaluations(run: Path, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a held-out figure (`eval/...`) of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+from experiments.run_plots import read_metrics
 
 
 def draw_kl_ablation(pairs: list[tuple[Path, Path]], path: Path) -> None:
@@ -52,8 +46,9 @@ def draw_kl_ablation(pairs: list[tuple[Path, Path]], path: Path) -> None:
 def _draw(axis: Axes, runs: Sequence[Path], lines: dict[str, dict[str, Any]], title: str) -> None:
     """A line for every run and figure (`lines`: its looks); the legend names those of the first run."""
     for i, run in enumerate(runs):
+        metrics = read_metrics(run)
         for tag, looks in lines.items():
-            axis.plot(*evaluations(run, tag), **looks if i == 0 else looks | {"label": None})
+            axis.plot(*metrics[tag], **looks if i == 0 else looks | {"label": None})
     axis.set_title(title, fontsize=11)
     axis.set_xlabel("PPO iteration")
     axis.grid(alpha=0.25)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from experiments.bench.host import Stolen
 from experiments.demo.judge import judge_demo
 from experiments.demo.picture import draw_kl_ablation
 from experiments.demo.table import judged_table, results_table, seed_table
+from experiments.markdown import number
 from utils.runs.folder import REPO, newest_run, runs_root
 
 GOLD = str(REPO / "src/utils/demo/gold.py") + ":gold_reward"
@@ -96,19 +98,32 @@ def run_seed(
     return {"seed": seed, "seconds": seconds, **result}
 
 
-def run_demo(seed: int, runs_dir: str, prompts: int, flags: tuple[str, ...] = ()) -> int:
-    """What `make demo` does; 1 when RLHF did not work. `flags` go to every script."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `-t demo` and `-t results` have in common."""
+    parser.add_argument("--runs-dir", default="runs", help="where run folders are made")
+    parser.add_argument("--prompts", type=int, default=400, help="held-out prompts to judge on; there are 400")
+
+
+def run_demo(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """What `make demo` does; 1 when RLHF did not work."""
+    add_flags(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="matrix precision of all stages")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="of all stages")
+    flags = parser.parse_args(rest)
+    given = {"--dtype": flags.dtype, "--device": flags.device}
+    everywhere = tuple(word for pair in given.items() if pair[1] for word in pair)
     started, stolen = time.perf_counter(), Stolen()
-    result = run_seed(seed, runs_dir, (), prompts, flags=flags)
+    result = run_seed(flags.seed, flags.runs_dir, (), flags.prompts, everywhere)
     print(seed_table(result))
     minutes = (time.perf_counter() - started) / 60
     took = ", ".join(f"{name} {s:.0f} s" for name, s in result["seconds"].items())
-    path = runs_root(runs_dir) / "demo.json"
+    root = runs_root(flags.runs_dir)
+    path = root / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    share = stolen.share()
-    others = "" if share is None else f"; {share:.1%} of the machine's time went to other guests of its host"
-    print(f"\n{minutes:.1f} minutes ({took}){others}")
-    print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {runs_root(runs_dir)}")
+    others = number(stolen.share(), ".1%", " of the machine's time went to other guests of its host")
+    print(f"\n{minutes:.1f} minutes ({took}){others and '; '}{others}")
+    print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {root}")
     print(judged_table(result))
     print(f"over-optimisation picture: {result['overoptimisation']}")
     failed = failures(result)
@@ -135,24 +150,34 @@ def failures(result: dict[str, Any]) -> list[str]:
     return [message for passed, message in checks if not passed]
 
 
-def run_results(
-    seeds: list[int], runs_dir: str, variants: tuple[str, ...], prompts: int, parallel: int, picture: str, split: str,
-    train: bool,
-) -> int:  # fmt: skip
-    """Several seeds and variants, `parallel` at a time with one thread each; prints the tables of docs/results.md."""
-    settings = {"split": split, "side_by_side": parallel > 1, "train": train}
-    with ThreadPoolExecutor(parallel) as pool:
-        one_seed = partial(run_seed, runs_dir=runs_dir, variants=variants, prompts=prompts, **settings)
-        results = list(pool.map(one_seed, seeds))
+def run_results(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Several seeds and variants, `--parallel` at a time with one thread each; prints the tables of docs/results.md."""
+    add_flags(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="*", default=["kl0", "lora"], choices=["kl0", "lora"])
+    parser.add_argument("--parallel", type=int, default=1, help="seeds run at the same time, with one thread each")
+    text = "test: for a final table alone"
+    parser.add_argument("--split", choices=["validation", "test"], default="validation", help=text)
+    text = "judge the newest runs of the seeds; train nothing"
+    parser.add_argument("--judge-only", action="store_true", help=text)
+    parser.add_argument("--picture", default="assets/overoptimisation.png", help="where to draw the KL ablation")
+    flags = parser.parse_args(rest)
+    runs_dir = flags.runs_dir
+    with ThreadPoolExecutor(flags.parallel) as pool:
+        one_seed = partial(
+            run_seed, runs_dir=runs_dir, variants=tuple(flags.variants), prompts=flags.prompts, split=flags.split,
+            side_by_side=flags.parallel > 1, train=not flags.judge_only,
+        )  # fmt: skip
+        results = list(pool.map(one_seed, flags.seeds))
     path = runs_root(runs_dir) / "results.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(results_table(results))
     print(f"figures in {path}")
-    if "kl0" in variants:
-        names = [(f"ppo_demo_s{seed}", f"ppo_demo_s{seed}_kl0") for seed in seeds]
+    if "kl0" in flags.variants:
+        names = [(f"ppo_demo_s{seed}", f"ppo_demo_s{seed}_kl0") for seed in flags.seeds]
         runs = [(newest_run(with_penalty, runs_dir), newest_run(without, runs_dir)) for with_penalty, without in names]
-        draw_kl_ablation(runs, Path(picture))
-        print(f"picture in {picture}")
+        draw_kl_ablation(runs, Path(flags.picture))
+        print(f"picture in {flags.picture}")
     failed = [f"seed {r['seed']}: {line}" for r in results for line in failures(r)]
     print("\n".join(f"FAILED: {line}" for line in failed))
     return 1 if failed else 0

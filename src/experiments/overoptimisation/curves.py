@@ -88,23 +88,20 @@ class _Family:
         mean, resampled = kl.mean(axis=1), weights @ kl.T  # (K,), (R, K)
         # A sample mean of log-ratios can fall below 0 where the KL is hardly above it.
         self.d, self.d_resampled = np.sqrt(mean.clip(0)), np.sqrt(resampled.clip(0))
-        self.rows: list[dict[str, Any]] = [
-            {
-                "kl": float(mean[k]),
-                "kl_ci": percentile_interval(resampled[:, k]),
-                "d": float(self.d[k]),
-                "d_ci": percentile_interval(self.d_resampled[:, k]),
-            }
-            for k in range(len(kl))
-        ]
+        self.rows: list[dict[str, Any]] = [{} for _ in kl]
+        self._enter("kl", mean, resampled)
+        self._enter("d", self.d, self.d_resampled)
 
     def add(self, reward: str, gained: np.ndarray) -> None:
         """Enter rewards above the SFT model [K, N] into the rows, and fit them."""
         r, resampled = gained.mean(axis=1), self.weights @ gained.T  # (K,), (R, K)
-        for k, row in enumerate(self.rows):
-            row[reward], row[f"{reward}_ci"] = float(r[k]), percentile_interval(resampled[:, k])
+        self._enter(reward, r, resampled)
         enough = len(np.unique(self.d[self.d > 0])) >= _FEWEST_DISTANCES
         self.fits[reward] = self._describe(*self.law.fit(self.d, r), resampled) if enough else None
+
+    def _enter(self, name: str, values: np.ndarray, resampled: np.ndarray) -> None:
+        for k, row in enumerate(self.rows):
+            row[name], row[f"{name}_ci"] = float(values[k]), percentile_interval(resampled[:, k])
 
     def _describe(self, a: float, b: float, resampled: np.ndarray) -> dict[str, Any]:
         """Coefficients, the peak with its interval, and the curve with its band over the distances that were seen."""

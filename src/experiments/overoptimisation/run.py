@@ -31,16 +31,14 @@ from tqdm import tqdm
 from config.scrub import scrubbed
 from config.user_error import UserError
 from experiments.doctor.record import find_run
-from experiments.graded_answers import Graded, Grader, Proxy
+from experiments.graded_answers import Graded, Grader, Proxy, text_model
 from experiments.markdown import interval, number, table
 from experiments.overoptimisation.curves import REWARDS, overoptimisation_curves
 from experiments.overoptimisation.picture import draw_overoptimisation
-from inference.answers import Answer, Machine, Sampling, TextModel, score_answers, score_texts
+from inference.answers import Answer, Machine, Sampling, score_answers, score_texts
 from inference.systems import check_stage, load_reward_model
-from models.gpt import GPT
 from models.weights.checkpoint import describe
 from training.engine.runtime import Runtime
-from training.start import template_of
 from utils.data.sources import open_source
 from utils.demo.gold import gold_reward
 from utils.judging.judges import Score
@@ -49,7 +47,6 @@ from utils.runs.durable import write_file
 from utils.runs.folder import find_checkpoint, step_checkpoints
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
-from utils.tokenizer import load_tokenizer
 
 _FEWEST_PROMPTS = 256
 # What is used of a run's settings; a run from elsewhere may hold anything.
@@ -100,21 +97,11 @@ class PPORun:
         return dict(sorted(found.items()))
 
 
-def text_model(checkpoint: Path) -> TextModel:
-    """A language model with its tokenizer and template."""
-    return TextModel(GPT.from_checkpoint(checkpoint).eval(), load_tokenizer(checkpoint), template_of(checkpoint))
-
-
 def reward_function_of(run: PPORun, given: str = "") -> RewardFunction | None:
     """The reward function that the run was trained on, as the user names it; None for a run without one.
 
     What the run recorded is only shown: a folder from elsewhere could name any file, and importing it runs it.
-
-    Args:
-        given: --reward-fn FILE.py:FUNCTION, "" without the flag.
-
-    Raises:
-        UserError: the run had one and none is given, or the other way round, or it cannot be imported.
+    UserError where the run had one and `given` (--reward-fn) is "", or the other way round, or it cannot be imported.
     """
     recorded = run.config["reward_fn"]
     # With a reward model a function of weight 0 does not count.

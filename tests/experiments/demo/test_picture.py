@@ -6,7 +6,8 @@ import pytest
 from matplotlib import colors
 from matplotlib.figure import Figure
 
-from experiments.demo.picture import draw_kl_ablation, evaluations
+from experiments.demo.picture import draw_kl_ablation
+from experiments.run_plots import read_metrics
 
 
 def new_run(root, name, start):
@@ -23,8 +24,8 @@ def new_run(root, name, start):
 
 def test_evaluations_of_a_run(tmp_path):
     run = new_run(tmp_path, "a", 100)
-    assert evaluations(run, "eval/score") == ([0, 10, 20, 30], [100, 110, 120, 100])
-    assert evaluations(run, "eval/gold") == ([0, 10, 20], [100.25, 110.25, 120.25])
+    assert read_metrics(run)["eval/score"] == ([0, 10, 20, 30], [100, 110, 120, 100])
+    assert read_metrics(run)["eval/gold"] == ([0, 10, 20], [100.25, 110.25, 120.25])
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_proxy_and_gold_stand_in_their_panels_under_their_names(panels):
         expected = {}
         for pair in pairs:
             for tag, look in (("eval/score", proxy), ("eval/gold", gold)):
-                expected[tuple(map(tuple, evaluations(pair[which], tag)))] = look
+                expected[tuple(map(tuple, read_metrics(pair[which])[tag]))] = look
         assert shown(axes[which]) == expected and len(expected) == 4
     assert axes[0].get_ylim() == axes[1].get_ylim()
 
@@ -76,6 +77,6 @@ def test_the_kl_is_drawn_with_and_without_the_penalty(panels):
     names = legend(axes[2])
     assert set(names) == {"with", "without"} and names["with"] != names["without"]
     assert shown(axes[2]) == {
-        tuple(map(tuple, evaluations(pair[which], "eval/kl"))): names[name]
+        tuple(map(tuple, read_metrics(pair[which])["eval/kl"])): names[name]
         for pair in pairs for which, name in ((0, "with"), (1, "without"))
     }  # fmt: skip

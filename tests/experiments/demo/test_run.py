@@ -16,6 +16,7 @@ from experiments.demo.judge import judge_demo, read_rows, summarise
 from experiments.demo.run import failures, stages
 from experiments.demo.table import judged_table, results_table, seed_table
 from experiments.graded_answers import Graded
+from experiments.main import Parser
 from inference.answers import TextModel
 from utils.demo.gold import gold_reward
 from utils.demo.world import best_possible_accuracy
@@ -167,7 +168,8 @@ def test_judging_only_trains_nothing(result, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "newest_run", lambda run, _: Path(run))
     judged = []
     monkeypatch.setattr(demo, "judge_demo", lambda *flags: judged.append(flags) or result[0])
-    demo.run_results([4], str(tmp_path), ("lora",), 12, 1, "unused", "test", train=False)
+    words = ["--seeds", "4", "--variants", "lora", "--prompts", "12", "--split", "test", "--judge-only"]
+    demo.run_results(Parser(), [*words, "--runs-dir", str(tmp_path)])
     (runs, prompts, seed, split) = judged[0]
     assert (runs["ppo_lora"], prompts, seed, split) == (Path("ppo_demo_s4_lora"), 12, 4, "test")
 
@@ -177,7 +179,8 @@ def test_the_demo_ends_with_table_and_picture(result, tmp_path, monkeypatch, cap
     monkeypatch.setattr(demo.Stolen, "share", lambda self: 0.125)
     splits = []
     monkeypatch.setattr(demo, "judge_demo", lambda runs, prompts, seed, split: splits.append(split) or result[0])
-    assert demo.run_demo(0, str(tmp_path), 12) == 1  # tiny models did not learn anything
+    words = ["--runs-dir", str(tmp_path), "--prompts", "12"]
+    assert demo.run_demo(Parser(), words) == 1  # tiny models did not learn anything
     assert splits == ["validation"]
     shown = capsys.readouterr().out
     assert "minutes (" in shown and "; 12.5% of the machine's time went to other guests" in shown
