@@ -16,15 +16,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config.devices import choose_device
 from config.scrub import printable
 from config.user_error import UserError
 from experiments.graded_answers import text_model
 from experiments.loss_example import loss_example
-from inference.answers import TextModel
+from inference.answers import Answer, Machine, TextModel, score_answers
 from inference.systems import System
 from models.generation import generate
 from models.gpt import GPTRewardModel
@@ -120,7 +121,6 @@ def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
         raise UserError(f"--prompt: {error}") from None
 
 
-@torch.no_grad()
 def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Print the scores of responses to a prompt, best first, and the token each is read at."""
     parser.add_argument("-m", "--model", required=True, help="run, checkpoint or stem of a reward model")
@@ -136,7 +136,7 @@ def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     source = text_model(folder, GPTRewardModel)
     tokenizer, context = source.tokenizer, source.context
     prompt = tokenizer.encode(_prompt_text(flags.prompt, source.template))
-    rows = []
+    answers = []
     for text in flags.response:
         response = tokenizer.encode(source.template.response(text)) + [tokenizer.eos_id] * (not flags.no_eos)
         length = len(prompt) + len(response)
@@ -145,20 +145,17 @@ def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
         if length > context:
             told = f"with the prompt it has {length} tokens, the context is {context}"
             raise UserError(f"--response: {told}; shorten one of them")
-        rows.append(torch.tensor(prompt + response))
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
-    att = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    device = choose_device(flags.device)
-    scores = source.model.to(device)(ids.to(device), att.to(device), right_padded=True).tolist()
+        answers.append(Answer(flags.prompt, text.strip(), np.array(prompt), np.array(response)))
+    scores = score_answers(source, answers, Machine(choose_device(flags.device)), "reward", own_ids=True)
     is_normalised = (description.get("normalised") or {}).get("step") == description.get("step")
     scale = "SFT samples had mean 0 and deviation 1" if is_normalised else "not normalised after its last step"
     print(f"{folder}: {scale}")
     print(_paint(tokenizer.decode(prompt).strip(), _DIM))
-    for score, row, text in sorted(zip(scores, rows, flags.response), key=lambda item: -item[0]):
-        last = int(row[-1])
+    for score, answer in sorted(zip(scores, answers), key=lambda item: -item[0]):
+        last = int(answer.ids[-1])
         token = "EOS" if last == tokenizer.eos_id else repr(tokenizer.decode([last]))
-        where = f"{len(row) - len(prompt)} tokens, read at column {len(row) - 1} ({token})"
-        print(f"{score:+8.3f}  {_paint(text.strip(), _GREEN)}  [{where}]")
+        where = f"{answer.tokens} tokens, read at column {len(prompt) + answer.tokens - 1} ({token})"
+        print(f"{score:+8.3f}  {_paint(answer.text, _GREEN)}  [{where}]")
     return 0
 
 
