@@ -68,18 +68,18 @@ def measure_all(flags: argparse.Namespace) -> int:
     machine, stolen = describe_machine(flags.rounds), Stolen()
     if machine["load"] > BUSY:
         print(f"warning: the load is {machine['load']:.1f}; other work makes these timings worthless", file=sys.stderr)
-    on_cpu, scaling = flags.device == "cpu", []
-    # Bounds once before and once after: they have to hold for the whole of the run.
-    before = measure_bounds() if on_cpu else {}
-    rows = [measure_row(work, flags) for work in works]
-    if on_cpu:
-        machine["bounds"] = middle((before, measure_bounds()))
-    machine["stolen"] = told(stolen, "the whole run")
-    if on_cpu:
-        print(markdown(rows, machine))
-    else:
+    if flags.device == "cuda":
+        rows = [measure_row(work, flags) for work in works]
+        machine["stolen"] = told(stolen, "the whole run")
         machine["mfu"] = {row.work.name: row.utilisation for row in rows}
         print(gpu_markdown(rows, machine))
+    else:
+        bounds = [measure_bounds()]
+        rows = [measure_row(work, flags) for work in works]
+        bounds.append(measure_bounds())  # before and after: they have to hold for the whole of the run
+        machine |= {"bounds": middle(bounds), "stolen": told(stolen, "the whole run")}
+        print(markdown(rows, machine))
+    scaling = []
     if flags.scaling:
         alone = argparse.Namespace(**{**vars(flags), "rounds": 1})
         scaling = [measure_row(work, alone) for work in scaling_works()]
@@ -88,7 +88,7 @@ def measure_all(flags: argparse.Namespace) -> int:
         Path(flags.json).write_text(json.dumps(as_json(rows, machine, scaling), indent=2) + "\n")
     # A preset that does not fit the cap is a result of the GPU's table.
     failed = [row.ours.missing for row in [*rows, *scaling] if row.ours.missing]
-    return 1 if any(on_cpu or "OutOfMemoryError" not in reason for reason in failed) else 0
+    return 1 if any(flags.device == "cpu" or "OutOfMemoryError" not in reason for reason in failed) else 0
 
 
 def check(flags: argparse.Namespace) -> None:
