@@ -17,7 +17,7 @@ import training
 from config.configs import PPOConfig
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.engine.runtime import Runtime
-from training.experience import ActorCritic, Rollouts, minibatch_plan
+from training.experience import ActorCritic, Rollouts, split_minibatches
 from training.sampling import Sampler
 from training.start import frozen
 from utils.dataset import load_dataset
@@ -71,8 +71,8 @@ def test_every_forward_pass_of_training_goes_through_the_module_itself(make_mode
     rollouts = Rollouts(policy, reference, reward_model, None, config, tok, runtime)
     experience = rollouts.sample(prompts, list(range(6)))
     calls.clear()  # sampling works with the cache and needs no gradient
-    parts = minibatch_plan(experience.lengths, 1, 2, np.random.default_rng(0))[0]
-    rollouts.look(experience, parts)
+    parts = split_minibatches(experience.lengths, 1, 2, np.random.default_rng(0))[0]
+    rollouts.evaluate_roles(experience, parts)
     assert calls == dict.fromkeys(modules, len(parts)) == dict.fromkeys(modules, 3)
     inside = {"hidden", "lm_head", "transformer", "actor", "critic"}  # of a prepared module; unwrap() names exceptions
     within_a_forward = {("experience.py", "self"), ("sampling.py", "model")}

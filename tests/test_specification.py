@@ -20,7 +20,7 @@ from config.configs import PRESETS, GPTConfig, PPOConfig, RMConfig, SFTConfig, s
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training import loop
 from training.engine.runtime import Runtime
-from training.experience import minibatch_plan
+from training.experience import split_minibatches
 from training.start import frozen
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils.data.batching import shard
@@ -190,7 +190,7 @@ def test_a_cut_response_is_scored_at_its_last_token_and_then_fined(tmp_path) -> 
         rollouts.actor.transformer.wte.weight[eos] = 1.7 * rollouts.actor.transformer.wte.weight[5]
     prompts = [prompt for prompt in trainer.train for _ in range(40)]
     experience = rollouts.sample(prompts, list(range(len(prompts))))
-    rollouts.look(experience, minibatch_plan(experience.lengths, 1, 64, np.random.default_rng(0))[0])
+    rollouts.look(experience, split_minibatches(experience.lengths, 1, 64, np.random.default_rng(0))[0])
     cut = [b for b, ended in enumerate(experience.ended.tolist()) if not ended]
     assert 0 < len(cut) < len(experience)
     model = rollouts.reward_model

@@ -73,7 +73,7 @@ class ActorCritic(nn.Module):
         return batch.unpack(logp), batch.unpack(values), None if entropy is None else batch.unpack(entropy)
 
 
-def minibatch_plan(
+def split_minibatches(
     length: np.ndarray, minibatches: int, micro_batch: int, generator: np.random.Generator, max_tokens: int = 0
 ) -> list[list[np.ndarray]]:
     """Split B rows into minibatches at random, and each into micro-batches of like length.
@@ -87,15 +87,12 @@ def minibatch_plan(
         Row indices: one list of micro-batches per minibatch; every row is in exactly one.
     """
     shuffled = generator.permutation(len(length))
-    plan = []
-    for part in np.array_split(shuffled, minibatches):
-        part = part[np.argsort(length[part], kind="stable")]
-        plan.append(micro_batches(part, length, micro_batch, max_tokens))
-    return plan
+    by_length = [rows[np.argsort(length[rows], kind="stable")] for rows in np.array_split(shuffled, minibatches)]
+    return [micro_batches(rows, length, micro_batch, max_tokens) for rows in by_length]
 
 
 class Rollouts:
-    """Samples responses and has all four roles look at them."""
+    """Samples responses and has all four roles evaluate them."""
 
     def __init__(
         self,
@@ -118,11 +115,13 @@ class Rollouts:
         self.sampler = Sampler.of(config, tokenizer, runtime, config.temperature, config.response_length)
 
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> Experience:
-        """One response per prompt; the roles' outputs are still to be filled in by `look`."""
+        """One response per prompt; the roles' outputs are still to be filled in by `evaluate_roles`."""
         return Experience.of(self.sampler.sample(self.actor, prompts, seeds))
 
     @torch.no_grad()
-    def look(self, experience: Experience, parts: Sequence[np.ndarray], phases: Phases | None = None) -> None:
+    def evaluate_roles(
+        self, experience: Experience, micro_batches: Sequence[np.ndarray], phases: Phases | None = None
+    ) -> None:
         """Fill in log-probabilities, values, entropy and scores; raises NonFiniteRollout unless all are finite.
 
         Log-probabilities are recomputed by the training forward in the very micro-batches of the first pass and not
@@ -131,7 +130,7 @@ class Rollouts:
         tau, cause = self.config.temperature, None
         phases = phases or Phases(self.runtime.wait)
         with phases("score"):
-            for rows in tqdm(parts, desc="scoring", unit="batch", leave=False, delay=3):
+            for rows in tqdm(micro_batches, desc="scoring", unit="batch", leave=False, delay=3):
                 batch = experience.micro_batch(rows)
                 T = batch.rmask.shape[1]
                 logp, values, entropy = self.policy(batch, tau, with_entropy=True)
@@ -144,7 +143,7 @@ class Rollouts:
             if self.reward_fn is not None:
                 cause = self._add_reward(experience, self.reward_fn)
         with phases("reference"):
-            for rows in tqdm(parts, desc="reference", unit="batch", leave=False, delay=3):
+            for rows in tqdm(micro_batches, desc="reference", unit="batch", leave=False, delay=3):
                 batch = experience.micro_batch(rows)
                 with self.runtime.autocast():
                     logp = self.reference.token_logprobs(batch.states(self.reference), batch.tokens, tau)
@@ -152,7 +151,7 @@ class Rollouts:
         check_rollout(experience, ("sampler_logp", "logp", "logp_ref", "values", "scores"), cause)
 
     def _add_reward(self, experience: Experience, reward_fn: ScoreTexts) -> NonFiniteReward | None:
-        """Add the reward function's scores; what it said if one of them is not finite."""
+        """Add the reward function's scores; returns its error if one of them is not finite."""
         cause = None
         try:
             given = reward_fn(*self.texts(experience))

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from config.configs import RunConfig
-from training.engine.runtime import Interrupt, Runtime
-from training.storage.saving import Saver, capture_rng, restore_rng
+from training.engine.runtime import Runtime
+from training.storage.saving import capture_rng, restore_rng
 from utils.data import batching
 
 
@@ -77,15 +78,27 @@ def row_seeds(seed: int, purpose: int, rows: int) -> list[int]:
     return sequence.generate_state(rows, np.uint64).astype(np.int64).tolist()
 
 
-def trainer_state(step: int, best: float, optimizer: torch.optim.Optimizer, runtime: Runtime) -> dict[str, Any]:
+# Below, `trainer` is one of `training.trainers`.
+
+
+def step_metrics(trainer: Any, norms: dict[str, Tensor]) -> dict[str, float | Tensor]:
+    """Figures of an optimizer step of SFT and reward model; `norms` is empty where the batch was skipped."""
+    return {
+        "train/grad_norm": norms.get("model", math.nan),
+        "train/lr": trainer.optimizer.param_groups[0]["lr"],
+        "train/epoch": (trainer.step + 1) / steps_per_epoch(trainer.train.lengths, trainer.config),
+    }
+
+
+def trainer_state(trainer: Any) -> dict[str, Any]:
     """What every stage needs to go on from a checkpoint, beside the weights."""
     return {
-        "step": step,
-        "best": best,
-        "optimizer": optimizer.state_dict(),
-        "scaler": runtime.scaler_state(),
+        "step": trainer.step,
+        "best": trainer.best,
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.runtime.scaler_state(),
         "rng": capture_rng(),
-    }
+    } | trainer.guard.state()
 
 
 def resume_trainer(
@@ -106,14 +119,21 @@ def resume_trainer(
     return state["step"], state["best"]
 
 
-def stopped(saver: Saver, step: int, interrupt: Interrupt) -> int:
-    """Tell how to go on after a signal; returns the exit code."""
-    saved = "saved" if saver.saved_step == step else "the step could not be saved"
-    tqdm.write(f"stopped at step {step}; {saved}. Go on with --resume {saver.run}")
-    return interrupt.exit_code
+def save_or_stop(trainer: Any, last: bool) -> bool:
+    """At the end of a step: write the checkpoint that is due. True after a signal: it is written, and the run ends.
+
+    last: whether the step was the run's last, which `finished` saves.
+    """
+    stop = bool(trainer.interrupt.signal) and not last
+    if trainer.step % trainer.config.save_every == 0 or stop:
+        trainer.saver.save_step(trainer.step, trainer.state())
+    if stop:
+        saved = "saved" if trainer.saver.saved_step == trainer.step else "the step could not be saved"
+        tqdm.write(f"stopped at step {trainer.step}; {saved}. Go on with --resume {trainer.run}")
+    return stop
 
 
-def finished(saver: Saver, step: int, state: dict[str, Any]) -> int:
+def finished(trainer: Any) -> int:
     """Write final/; returns exit code 0."""
-    tqdm.write(f"done: {saver.save_final(step, state)}")
+    tqdm.write(f"done: {trainer.saver.save_final(trainer.step, trainer.state())}")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from training.experience import Experience
 from utils.loss import PolicyStats, ValueStats, explained_variance, kl_k1, kl_k3, masked_mean, masked_sum, masked_var
@@ -63,8 +64,28 @@ def value_metrics(values: Tensor, returns: Tensor, advantages: Tensor, rmask: Te
     }
 
 
-def update_metrics(policy: dict[str, Tensor], value: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Figures of the update from the means of PolicyStats and ValueStats over all its minibatches."""
+def update_metrics(
+    epochs: list[list[tuple[PolicyStats, ValueStats]]], norms: list[dict[str, Tensor]], optimizer: Optimizer
+) -> dict[str, float | Tensor]:
+    """Figures of an update: its losses, and how far each role was moved.
+
+    Args:
+        epochs: statistics of each pass's steps. norms: gradient norms of all steps, by role.
+        optimizer: after the last step.
+    """
+    passes = [add_all(stats) for stats in epochs]
+    policy, value = add_all(passes)
+    return {
+        **loss_metrics(policy.means(), value.means()),
+        **{f"policy/approxkl_epoch{e}": stats[0].means()["approx_kl"] for e, stats in enumerate(passes, 1)},
+        **{f"grad_norm/{role}": torch.stack([n[role] for n in norms]).mean() for role in norms[0]},
+        **{f"update_ratio/{role}": ratio for role, ratio in update_ratios(optimizer).items()},
+        **{f"{group['name']}_lr": group["lr"] for group in optimizer.param_groups},
+    }
+
+
+def loss_metrics(policy: dict[str, Tensor], value: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Figures of the losses from the means of PolicyStats and ValueStats over all minibatches."""
     return {
         "loss/policy": policy["loss"],
         "loss/value": value["loss"],
@@ -81,3 +102,25 @@ def add_all(stats: list[tuple[PolicyStats, ValueStats]]) -> tuple[PolicyStats, V
     """Statistics of several micro-batches, minibatches or passes together."""
     policy, value = zip(*stats)
     return sum(policy[1:], policy[0]), sum(value[1:], value[0])
+
+
+@torch.no_grad()
+def update_ratios(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Norm of the last AdamW step over the norm of the parameters it moved, per group name; about 1e-3 is healthy.
+
+    Made again from the optimizer's moments, so that no copy of the weights is kept.
+    """
+    squares: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            if p not in optimizer.state:
+                continue
+            state = optimizer.state[p]
+            step = state["step"]
+            scale = (1 - beta2**step).sqrt() / (1 - beta1**step)  # both bias corrections
+            denom = state["exp_avg_sq"].sqrt() + group["eps"] * (1 - beta2**step).sqrt()
+            move = group["lr"] * (scale * state["exp_avg"] / denom + group["weight_decay"] * p)
+            moved, size = squares.setdefault(group["name"], [move.new_zeros(()), move.new_zeros(())])
+            squares[group["name"]] = [moved + move.square().sum(), size + p.square().sum()]
+    return {name: (moved / size).sqrt() for name, (moved, size) in squares.items()}

@@ -6,16 +6,32 @@ Source: lm_human_preferences rewards.py:77-89 and train_reward.py:207-219, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from config.configs import RMConfig
+from training.engine.runtime import Runtime
+from training.loop import SCALE_SAMPLES, row_seeds
 from training.sampling import SampledRows, Sampler
 from utils.data.batching import micro_batches
+from utils.dataset import RankedDataset
 from utils.loss import reward_affine
+from utils.tokenizer import Tokenizer
+
+
+@contextlib.contextmanager
+def kept_affine(model: nn.Module, description: dict[str, Any]) -> Iterator[None]:
+    """Puts a model's affine, and what `RewardScale.normalise` noted of it, back at the end."""
+    affine, noted = model.normalisation, description.get("normalised")
+    yield
+    model.set_normalisation(*affine)
+    description["normalised"] = noted
 
 
 class RewardScale:
@@ -28,10 +44,29 @@ class RewardScale:
         self.seeds = seeds
         self.sampler = sampler
 
+    @classmethod
+    def of(
+        cls, config: RMConfig, sft: nn.Module, train: RankedDataset, tokenizer: Tokenizer, runtime: Runtime
+    ) -> RewardScale:
+        """On training prompts drawn at random, with the sampler that PPO will use."""
+        room = (config.max_length or sft.config.block_size) - config.response_length
+        order = np.random.default_rng(config.seed).permutation(len(train))[: config.normalise_prompts]
+        prompts = [train[i].prompt_ids[0][-room:] for i in order]
+        sampler = Sampler.of(config, tokenizer, runtime, config.temperature, config.response_length)
+        return cls(sft, prompts, row_seeds(config.seed, SCALE_SAMPLES, len(prompts)), sampler)
+
     @cached_property
     def samples(self) -> SampledRows:
         """One response of the SFT model to each prompt; sampled when first asked for, because it takes a while."""
         return self.sampler.sample(self.sft, self.prompts, self.seeds)
+
+    def normalise(self, model: nn.Module, step: int, description: dict[str, Any]) -> dict[str, float]:
+        """`measure`, noted in the description of the checkpoints to come; what the raw scores were, and the affine."""
+        raw, sampler = self.measure(model), self.sampler
+        sampled = {"temperature": sampler.temperature, "response_length": sampler.response_length}
+        description["normalised"] = {"step": step, "samples": len(raw), **sampled}
+        gain, bias = model.normalisation
+        return {"raw_mean": float(raw.mean()), "raw_sd": float(raw.std(correction=0)), "gain": gain, "bias": bias}
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:

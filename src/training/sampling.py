@@ -99,6 +99,11 @@ class SampledRows:
         ids = self.ids[index, :L]
         return MicroBatch(index, ids, self.att[index, :L], self.rmask[index, :T], at, ids.flatten()[at + 1])
 
+    def sequence(self, row: int) -> tuple[list[int], list[int]]:
+        """The prompt tokens and the response tokens of a row."""
+        ids, prompt, end = self.ids[row].tolist(), int(self.prompt_len[row]), int(self.lengths[row])
+        return ids[:prompt], ids[prompt:end]
+
     def prompts(self) -> list[list[int]]:
         """The prompt tokens of each row."""
         return [row[:p] for row, p in zip(self.ids.tolist(), self.prompt_len.tolist())]

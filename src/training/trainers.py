@@ -9,10 +9,11 @@ PPO's own, no entropy bonus.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,20 @@ from tqdm import tqdm
 from config.configs import PPOConfig, RMConfig, SFTConfig
 from config.user_error import RunStopped
 from training import loop
-from training.engine.nonfinite import Guard, NonFiniteRollout, RowView, again_after_overflow
+from training.engine.nonfinite import Guard, NonFiniteRollout, again_after_overflow
 from training.engine.phases import Phases
-from training.engine.runtime import Interrupt, Runtime, adamw, set_lr, trainable, update_ratios
-from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, minibatch_plan
-from training.held_out import evaluate_policy, evaluate_ranking, sample_answers
+from training.engine.runtime import Interrupt, Runtime, adamw, set_lr, trainable
+from training.engine.suspects import SuspectRow
+from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, split_minibatches
+from training.held_out import answer_prompts, evaluate_policy, evaluate_ranking, ranking_in_words
 from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, parameter_hash
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
-from training.reward_scale import RewardScale
-from training.sampling import SFT_SAMPLES, Sampler, state_columns
+from training.reward_scale import RewardScale, kept_affine
+from training.sampling import state_columns
 from training.storage.saving import Saver
 from utils.data.batching import Batch, RankedBatch, collate_ranked, collate_sft
 from utils.dataset import PromptDataset, RankedDataset, SFTDataset
 from utils.loss import (
-    Moments,
     PolicyStats,
     ValueStats,
     adaptive_kl_coef,
@@ -46,13 +47,12 @@ from utils.loss import (
     kl_stop_reached,
     linear_to_zero,
     masked_moments,
-    masked_sum,
     masked_whiten,
     penalise_missing_eos,
     per_token_rewards,
     policy_loss,
-    preference_pairs,
     ranking_loss,
+    right_and_all_pairs,
     value_loss,
 )  # fmt: skip
 from utils.runs.metrics_log import MetricsLog
@@ -71,10 +71,10 @@ class SFTTrainer:
         groups = [{"name": "model", "params": list(model.parameters()), "lr": config.lr}]
         optimizer = adamw(groups, (0.9, config.beta2), config.adam_eps, config.weight_decay, runtime.device)
         self.model, self.optimizer = runtime.prepare(model, optimizer, config.compile)
-        self.trainable = trainable(model)
+        self.parameters = {"model": trainable(model)}
         self.total_steps = loop.optimizer_steps(train.lengths, config)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
-        self.guard = Guard("sft", run, config.on_nonfinite, tokenizer, state)
+        self.guard = Guard("sft", run, config.on_nonfinite, tokenizer, runtime, state)
         self.log = MetricsLog(run, state and state.get("logs"))
         self.saver = Saver(run, {"": model}, tokenizer, description, config.keep, config.on_save_error, self.log)
         self.interrupt = Interrupt()
@@ -87,8 +87,8 @@ class SFTTrainer:
             if self.step == 0:
                 self.evaluate()
             for rows in loop.data_order(self.train.lengths, config, self.step, self.total_steps):
-                schedule = (config.min_lr_ratio, config.warmup_steps, self.total_steps)
-                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, *schedule))
+                floor, warmup = config.min_lr_ratio, config.warmup_steps
+                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, floor, warmup, self.total_steps))
                 metrics = self.train_step(rows)
                 self.step += 1
                 bar.update()
@@ -97,65 +97,55 @@ class SFTTrainer:
                     bar.set_postfix(loss=f"{self.log.log(self.step, metrics)['train/loss']:.3f}")
                 if self.step % config.eval_every == 0 or last:
                     self.evaluate()
-                if self.step % config.save_every == 0 or (self.interrupt.signal and not last):
-                    self.saver.save_step(self.step, self.state())
-                if self.interrupt.signal and not last:
-                    return loop.stopped(self.saver, self.step, self.interrupt)
-            return loop.finished(self.saver, self.step, self.state())
+                if loop.save_or_stop(self, last):
+                    return self.interrupt.exit_code
+            return loop.finished(self)
 
     @again_after_overflow
     def train_step(self, rows: np.ndarray) -> dict[str, float | Tensor]:
         """One optimizer step on the examples `rows`, in micro-batches; the figures to log."""
         self.model.train()
         started = time.perf_counter()
-        cut = loop.micro_batches(rows, self.train.lengths, self.config)
-        parts = [[self.train[i] for i in part] for part in cut]
-        batches = [collate_sft(part, self.tokenizer.pad_id) for part in parts]
-        here = sum(len(sft_targets(b)) for b in batches)
-        targets = self.runtime.sum_over_ranks(torch.tensor(here, device=self.runtime.device))
-        total = torch.zeros((), device=self.runtime.device)
-        for i, batch in enumerate(batches):
-            with self.runtime.micro_step(self.model, last=i == len(batches) - 1):
-                loss = self.token_loss_sum(batch) / targets
-                self.runtime.backward(loss)
+        batches = [self.collate(self.train, m) for m in loop.micro_batches(rows, self.train.lengths, self.config)]
+        own_targets = sum(len(sft_targets(b)) for b in batches)
+        targets = self.runtime.sum_over_ranks(torch.tensor(own_targets, device=self.runtime.device))
+        total, norms = torch.zeros((), device=self.runtime.device), {}  # norms stay empty where the batch is skipped
+        for batch in self.runtime.accumulate(self.model, batches):
+            loss = self.token_loss_sum(batch) / targets
+            self.runtime.backward(loss)
             total += loss.detach()
         total = self.runtime.sum_over_ranks(total)
-        norms = self.guard.step(
-            self.step + 1, self.runtime, self.model, self.optimizer, {"model": self.trainable},
-            self.config.max_grad_norm, total, rows, self.view(self.train),
-        )  # fmt: skip
+        with self.guard.step(self.step + 1, self.model, self.optimizer, rows, partial(self.alone, self.train)):
+            norms = self.runtime.step(self.optimizer, self.parameters, self.config.max_grad_norm, total)
         return self.guard.metrics() | {
             "train/loss": total,
-            "train/grad_norm": norms["model"] if norms else math.nan,
-            "train/lr": self.optimizer.param_groups[0]["lr"],
-            "train/epoch": (self.step + 1) / loop.steps_per_epoch(self.train.lengths, self.config),
+            **loop.step_metrics(self, norms),
             "time/tokens_s": sum(int(b.length.sum()) for b in batches) / (time.perf_counter() - started),
         }
+
+    def collate(self, data: SFTDataset, rows: Iterable[int]) -> Batch:
+        """The given rows as one batch."""
+        return collate_sft([data[i] for i in rows], self.tokenizer.pad_id)
 
     def token_loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the response tokens' losses of a micro-batch, in nats; only their columns meet the vocabulary."""
         ids, att, at = (x.to(self.runtime.device) for x in (batch.ids, batch.att, sft_targets(batch)))
         return self.model(ids, att, right_padded=True, at=at, targets=ids.flatten()[at + 1])
 
-    def view(self, data: SFTDataset) -> RowView:
-        """Data row by row, to tell which row of a batch is to blame for a loss that is not finite."""
-        return RowView(
-            loss=lambda i: self.token_loss_sum(collate_sft([data[i]], self.tokenizer.pad_id)),
-            sequences=lambda i: [(data[i].prompt_ids, data[i].response_ids)],
-        )
+    def alone(self, data: SFTDataset, row: int) -> SuspectRow:
+        """A row with its own loss, to tell which one of a batch is to blame where that is not finite."""
+        loss = self.token_loss_sum(self.collate(data, [row]))
+        return SuspectRow(row, [(data[row].prompt_ids, data[row].response_ids)], {"loss": loss})
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Held-out loss per response token and samples; keeps the best model."""
         self.model.eval()
-        total = count = 0.0
-        parts = loop.evaluation_batches(self.validation.lengths, self.config)
-        for part in tqdm(parts, desc="evaluating", unit="batch", leave=False, delay=3):
-            batch = collate_sft([self.validation[i] for i in part], self.tokenizer.pad_id)
-            total += float(self.token_loss_sum(batch))
-            count += len(sft_targets(batch))
-        loss = total / count
-        self.guard.evaluation(self.step, loss, np.concatenate(parts), self.view(self.validation))
+        micro_batches = loop.evaluation_batches(self.validation.lengths, self.config)
+        batches = [self.collate(self.validation, micro_batch) for micro_batch in micro_batches]
+        shown = tqdm(batches, desc="evaluating", unit="batch", leave=False, delay=3)
+        loss = sum(float(self.token_loss_sum(b)) for b in shown) / sum(len(sft_targets(b)) for b in batches)
+        self.guard.evaluation(self.step, loss, np.concatenate(micro_batches), partial(self.alone, self.validation))
         metrics = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0)), **self.sample()}
         self.log.log(self.step, metrics)
         ends = f", {metrics['resp/eos_rate']:.0%} of samples end" if "resp/eos_rate" in metrics else ""
@@ -164,23 +154,16 @@ class SFTTrainer:
             self.best = loss
 
     def sample(self) -> dict[str, float]:
-        """Sample answers to held-out prompts at temperature 0.7: does the model end what it says?"""
-        config, model = self.config, self.runtime.unwrap(self.model)
-        room = model.config.block_size - config.sample_tokens
-        count = min(SFT_SAMPLES, config.eval_examples, len(self.validation))
-        examples = [self.validation[i].prompt_ids for i in range(count)]
-        prompts = [p[-room:] for p in examples if len(p)] if room > 0 else []
-        if not prompts:
-            return {}
-        sampler = Sampler.of(config, self.tokenizer, self.runtime, 0.7, config.sample_tokens)
-        seeds = loop.row_seeds(config.seed, loop.SFT_SAMPLES, len(prompts))
-        figures, shown = sample_answers(model, prompts, seeds, sampler)
-        self.log.samples(self.step, shown)
+        """Sample answers to held-out prompts: does the model end what it says?"""
+        model = self.runtime.unwrap(self.model)
+        figures, shown = answer_prompts(model, self.validation, self.config, self.tokenizer, self.runtime)
+        if shown:
+            self.log.samples(self.step, shown)
         return figures
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; the data order follows from the step."""
-        return loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | self.guard.state()
+        return loop.trainer_state(self)
 
 
 def sft_targets(batch: Batch) -> Tensor:
@@ -203,25 +186,16 @@ class RewardModelTrainer:
         groups = [{"name": "model", "params": list(model.parameters()), "lr": config.lr}]
         optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
         self.model, self.optimizer = runtime.prepare(model, optimizer, config.compile)
-        self.trainable = trainable(model)
+        self.parameters = {"model": trainable(model)}
         self.total_steps = loop.optimizer_steps(train.lengths, config)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
-        self.scale = self.scale_of(sft)
-        self.guard = Guard("rm", run, config.on_nonfinite, tokenizer, state)
+        self.scale = RewardScale.of(config, sft, train, tokenizer, runtime)
+        self.guard = Guard("rm", run, config.on_nonfinite, tokenizer, runtime, state)
         self.log = MetricsLog(run, state and state.get("logs"))
         self.saver = Saver(run, {"": model}, tokenizer, description, config.keep, config.on_save_error, self.log)
         if state:
             self.saver.description["held_out"] = state["held_out"]
         self.interrupt = Interrupt()
-
-    def scale_of(self, sft: nn.Module) -> RewardScale:
-        """Training prompts and the sampler that PPO will use, to measure the scores of the SFT model's answers on."""
-        config = self.config
-        room = (config.max_length or sft.config.block_size) - config.response_length
-        order = np.random.default_rng(config.seed).permutation(len(self.train))[: config.normalise_prompts]
-        prompts = [self.train[i].prompt_ids[0][-room:] for i in order]
-        sampler = Sampler.of(config, self.tokenizer, self.runtime, config.temperature, config.response_length)
-        return RewardScale(sft, prompts, loop.row_seeds(config.seed, loop.SCALE_SAMPLES, len(prompts)), sampler)
 
     def fit(self) -> int:
         """Train one epoch, normalise, save; returns the exit code."""
@@ -232,8 +206,8 @@ class RewardModelTrainer:
                 self.normalise()
                 self.evaluate()
             for prompts in loop.data_order(self.train.lengths, config, self.step, self.total_steps):
-                schedule = (config.min_lr_ratio, config.warmup_steps, self.total_steps)
-                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, *schedule))
+                floor, warmup = config.min_lr_ratio, config.warmup_steps
+                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, floor, warmup, self.total_steps))
                 metrics = self.train_step(prompts)
                 self.step += 1
                 bar.update()
@@ -242,12 +216,10 @@ class RewardModelTrainer:
                     bar.set_postfix(loss=f"{self.log.log(self.step, metrics)['train/loss']:.3f}")
                 if self.step % config.eval_every == 0 or last:
                     self.evaluate()
-                if self.step % config.save_every == 0 or (self.interrupt.signal and not last):
-                    self.saver.save_step(self.step, self.state())
-                if self.interrupt.signal and not last:
-                    return loop.stopped(self.saver, self.step, self.interrupt)
+                if loop.save_or_stop(self, last):
+                    return self.interrupt.exit_code
             self.normalise()
-            return loop.finished(self.saver, self.step, self.state())
+            return loop.finished(self)
 
     @again_after_overflow
     def train_step(self, prompts: np.ndarray) -> dict[str, float | Tensor]:
@@ -255,32 +227,24 @@ class RewardModelTrainer:
         self.model.train()
         started = time.perf_counter()
         count = self.runtime.sum_over_ranks(torch.tensor(len(prompts), device=self.runtime.device))
-        total, right, pairs, tokens = (torch.zeros((), device=self.runtime.device) for _ in range(4))
-        parts = self.micro_batches(self.train, prompts)
-        for i, part in enumerate(parts):
-            batch = collate_ranked([self.train[j] for j in part], self.tokenizer.pad_id)
-            with self.runtime.micro_step(self.model, last=i == len(parts) - 1):
-                scores, mask = self.scores(batch)  # (B, K)
-                loss = ranking_loss(scores, mask).sum() / count
-                self.runtime.backward(loss)
+        total, counts = torch.zeros((), device=self.runtime.device), torch.zeros(2, device=self.runtime.device)
+        tokens, norms = 0, {}  # norms stay empty where the batch is skipped
+        for micro_batch in self.runtime.accumulate(self.model, self.micro_batches(self.train, prompts)):
+            batch = self.collate(self.train, micro_batch)
+            scores, mask = self.scores(batch)  # (B, K)
+            loss = ranking_loss(scores, mask).sum() / count
+            self.runtime.backward(loss)
             total += loss.detach()
-            margins = scores.detach()[:, :, None] - scores.detach()[:, None, :]
-            ranked = preference_pairs(mask)
-            right += masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), ranked)
-            pairs += ranked.sum()
-            tokens += batch.rows.length.sum()
-        total = self.runtime.sum_over_ranks(total)
-        norms = self.guard.step(
-            self.step + 1, self.runtime, self.model, self.optimizer, {"model": self.trainable},
-            self.config.max_grad_norm, total, prompts, self.view(self.train),
-        )  # fmt: skip
+            counts += right_and_all_pairs(scores, mask)
+            tokens += int(batch.rows.length.sum())
+        total, (right, pairs) = self.runtime.sum_over_ranks(total), self.runtime.sum_over_ranks(counts)
+        with self.guard.step(self.step + 1, self.model, self.optimizer, prompts, partial(self.alone, self.train)):
+            norms = self.runtime.step(self.optimizer, self.parameters, self.config.max_grad_norm, total)
         return self.guard.metrics() | {
             "train/loss": total,
-            "train/accuracy": self.runtime.sum_over_ranks(right) / self.runtime.sum_over_ranks(pairs).clamp(min=1),
-            "train/grad_norm": norms["model"] if norms else math.nan,
-            "train/lr": self.optimizer.param_groups[0]["lr"],
-            "train/epoch": (self.step + 1) / loop.steps_per_epoch(self.train.lengths, self.config),
-            "time/tokens_s": float(tokens) / (time.perf_counter() - started),
+            "train/accuracy": right / pairs.clamp(min=1),
+            **loop.step_metrics(self, norms),
+            "time/tokens_s": tokens / (time.perf_counter() - started),
         }
 
     def micro_batches(self, data: RankedDataset, rows: np.ndarray) -> list[np.ndarray]:
@@ -288,18 +252,20 @@ class RewardModelTrainer:
         completions = [len(data[i].response_ids) for i in rows]
         return loop.micro_batches(rows, data.lengths, self.config, completions)
 
+    def collate(self, data: RankedDataset, rows: Iterable[int]) -> RankedBatch:
+        """All completions of the given rows as one batch."""
+        return collate_ranked([data[i] for i in rows], self.tokenizer.pad_id)
+
     def scores(self, batch: RankedBatch) -> tuple[Tensor, Tensor]:
         """Scores [B, K] and their mask, from one forward of every completion."""
         rows, mask = batch.rows.to(self.runtime.device), batch.mask.to(self.runtime.device)
         flat = self.model(rows.ids, rows.att, right_padded=True)  # (all completions,)
         return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat), mask
 
-    def view(self, data: RankedDataset) -> RowView:
-        """Data row by row, to tell which row of a batch is to blame for a loss that is not finite."""
-        return RowView(
-            loss=lambda i: ranking_loss(*self.scores(collate_ranked([data[i]], self.tokenizer.pad_id))).sum(),
-            sequences=lambda i: list(zip(data[i].prompt_ids, data[i].response_ids)),
-        )
+    def alone(self, data: RankedDataset, row: int) -> SuspectRow:
+        """A row with its own loss, to tell which one of a batch is to blame where that is not finite."""
+        loss = ranking_loss(*self.scores(self.collate(data, [row]))).sum()
+        return SuspectRow(row, list(zip(data[row].prompt_ids, data[row].response_ids)), {"loss": loss})
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -308,23 +274,19 @@ class RewardModelTrainer:
         Loss and calibration are those of the scores that were trained, before the affine is measured anew.
         """
         self.model.eval()
-        parts = self.micro_batches(self.validation, loop.evaluation_rows(self.validation.lengths, self.config))
-        examples = [[self.validation[i] for i in part] for part in parts]
-        batches = [collate_ranked(part, self.tokenizer.pad_id) for part in examples]
+        rows = loop.evaluation_rows(self.validation.lengths, self.config)
+        batches = [self.collate(self.validation, m) for m in self.micro_batches(self.validation, rows)]
         report = evaluate_ranking(batches, self.scores)
-        self.guard.evaluation(self.step, report["nll"], np.concatenate(parts), self.view(self.validation))
+        self.guard.evaluation(self.step, report["nll"], rows, partial(self.alone, self.validation))
         self.log.log(self.step, {f"eval/{key}": value for key, value in report.items()})
-        tqdm.write(
-            f"step {self.step}: held-out accuracy {report['accuracy']:.3f} (chance 0.500, longer wins "
-            f"{report['longer_wins']:.3f}), loss {report['nll']:.4f} (chance {math.log(2):.4f}), calibration error "
-            f"{report['ece']:.3f}"
-        )
+        tqdm.write(f"step {self.step}: held-out {ranking_in_words(report)}")
         figures = {key: value if math.isfinite(value) else None for key, value in report.items()}
-        self.saver.description["held_out"] = {"prompts": sum(map(len, parts)), "step": self.step, **figures}
+        self.saver.description["held_out"] = {"prompts": len(rows), "step": self.step, **figures}
         if self.step > 0 and report["nll"] < self.best:
-            with self.normalised():
-                saved = self.saver.save_best(self.step, "eval/nll", report["nll"])
-            self.best = report["nll"] if saved else self.best
+            with kept_affine(self.runtime.unwrap(self.model), self.saver.description):  # training goes on with it
+                self.measure_scale()
+                if self.saver.save_best(self.step, "eval/nll", report["nll"]):
+                    self.best = report["nll"]
         return report
 
     def normalise(self) -> None:
@@ -337,32 +299,15 @@ class RewardModelTrainer:
         )
 
     def measure_scale(self) -> dict[str, float]:
-        """Set the model's affine and note in the checkpoint how it was measured."""
-        config, model = self.config, self.runtime.unwrap(self.model)
+        """Set the model's affine and note in the checkpoint how it was measured; see `RewardScale.normalise`."""
         try:
-            raw = self.scale.measure(model)
+            return self.scale.normalise(self.runtime.unwrap(self.model), self.step, self.saver.description)
         except ValueError as error:
             raise RunStopped(f"step {self.step}: {error} ({self.guard.last_good()}); lower --lr") from error
-        sampled = {"samples": len(raw), "temperature": config.temperature, "response_length": config.response_length}
-        self.saver.description["normalised"] = {"step": self.step, **sampled}
-        gain, bias = model.normalisation
-        return {"raw_mean": float(raw.mean()), "raw_sd": float(raw.std(correction=0)), "gain": gain, "bias": bias}
-
-    @contextlib.contextmanager
-    def normalised(self) -> Iterator[None]:
-        """The model with its affine measured now; training then goes on with the one it had."""
-        model, description = self.runtime.unwrap(self.model), self.saver.description
-        before = model.normalisation, description.get("normalised")
-        self.measure_scale()
-        yield
-        model.set_normalisation(*before[0])
-        description["normalised"] = before[1]
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; the data order follows from the step."""
-        held_out = {"held_out": self.saver.description["held_out"]}
-        state = loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | self.guard.state()
-        return state | held_out
+        return loop.trainer_state(self) | {"held_out": self.saver.description["held_out"]}
 
 
 class PPOTrainer:
@@ -376,13 +321,11 @@ class PPOTrainer:
     ) -> None:  # fmt: skip
         self.config, self.runtime, self.run = config, runtime, run
         self.train, self.validation, self.eval_reward_fn = train, validation, eval_reward_fn
-        of_actor = trainable(actor)
-        seen = {id(p) for p in of_actor}  # with --share-adapter the critic's own part is its head
-        self.parameters = {"actor": of_actor, "critic": [p for p in trainable(critic) if id(p) not in seen]}
-        groups = [
-            {"name": "actor", "params": self.parameters["actor"], "lr": config.lr},
-            {"name": "critic", "params": self.parameters["critic"], "lr": config.critic_lr},
-        ]
+        shared = {id(p) for p in trainable(actor)}  # with --share-adapter the critic's own parameters are its head's
+        own = [p for p in trainable(critic) if id(p) not in shared]
+        self.parameters = {"actor": trainable(actor), "critic": own}
+        rates = {"actor": config.lr, "critic": config.critic_lr}
+        groups = [{"name": name, "params": self.parameters[name], "lr": rate} for name, rate in rates.items()]
         optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
         self.policy, self.optimizer = runtime.prepare(ActorCritic(actor, critic), optimizer, config.compile)
         self.frozen = {"reference": reference} | ({"reward model": reward_model} if reward_model is not None else {})
@@ -391,7 +334,7 @@ class PPOTrainer:
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
         self.kl_coef = state["kl_coef"] if state else config.kl_coef
         self.phases = Phases(runtime.wait)
-        self.guard = Guard("ppo", run, config.on_nonfinite, tokenizer, state)
+        self.guard = Guard("ppo", run, config.on_nonfinite, tokenizer, runtime, state)
         self.log = MetricsLog(run, state and state.get("logs"))
         models = {"": actor, "critic": critic}
         self.saver = Saver(run, models, tokenizer, description, config.keep, config.on_save_error, self.log)
@@ -405,8 +348,7 @@ class PPOTrainer:
         with self.interrupt.watch(), self.log, bar:
             if self.step == 0:
                 self.evaluate()
-            while self.step < self.total_steps:
-                update = self.step + 1
+            for update in range(self.step + 1, self.total_steps + 1):
                 warm = min(1.0, update / config.warmup_iterations) if config.warmup_iterations else 1.0
                 frozen = "actor" if update <= config.critic_warmup else None
                 set_lr(self.optimizer, warm * linear_to_zero(update, self.total_steps), frozen)
@@ -420,13 +362,11 @@ class PPOTrainer:
                 last = self.step == self.total_steps
                 if self.step % config.eval_every == 0 or last:
                     self.evaluate()
-                if self.step % config.save_every == 0 or (self.interrupt.signal and not last):
-                    self.saver.save_step(self.step, self.state())
-                if self.interrupt.signal and not last:
-                    return loop.stopped(self.saver, self.step, self.interrupt)
+                if loop.save_or_stop(self, last):
+                    return self.interrupt.exit_code
             check_frozen(before, {name: parameter_hash(model) for name, model in self.frozen.items()})
             tqdm.write(self.phases.summary())
-            return loop.finished(self.saver, self.step, self.state())
+            return loop.finished(self)
 
     def iteration(self, update: int) -> dict[str, float | Tensor]:
         """One rollout and the updates on it; the figures to log."""
@@ -437,10 +377,13 @@ class PPOTrainer:
             experience = self.rollouts.sample([self.train[i] for i in rows], seeds)
         tokens = int(experience.n.sum())
 
-        plans = self.plans(experience, update)
+        # Drawn before the old log-probabilities are taken, so that these see the very micro-batches of the first pass.
+        generator = np.random.default_rng([config.seed, 1, update])
+        sizes = (config.minibatches, config.batch_size, generator, config.tokens_per_micro_batch)
+        epochs = [split_minibatches(experience.lengths, *sizes) for _ in range(config.ppo_epochs)]
         self.policy.train()  # no role has dropout, so this changes no figure; the first-minibatch check would tell
         try:
-            self.rollouts.look(experience, [part for minibatch in plans[0] for part in minibatch], phases)
+            self.rollouts.evaluate_roles(experience, list(itertools.chain(*epochs[0])), phases)
         except NonFiniteRollout as error:
             self.guard.rollout(update, error, rows)
             return self.guard.metrics() | phases.end_round(tokens)
@@ -451,16 +394,16 @@ class PPOTrainer:
         n = experience.n.to(penalised.device)
         rewards = per_token_rewards(penalised, experience.logp, experience.logp_ref, n, self.kl_coef)
         if config.whiten_rewards:
-            stats = self.moments_over_ranks(rewards, experience.rmask)
+            stats = masked_moments(rewards, experience.rmask).reduced(self.runtime.sum_over_ranks)
             rewards = masked_whiten(rewards, experience.rmask, shift_mean=False, stats=stats)
         advantages, returns = gae(rewards, experience.values, experience.rmask, config.gamma, config.lam)
-        stats = self.moments_over_ranks(advantages, experience.rmask)
+        stats = masked_moments(advantages, experience.rmask).reduced(self.runtime.sum_over_ranks)
         whitened = masked_whiten(advantages, experience.rmask, stats=stats)
         metrics = rollout_metrics(experience, penalised, self.kl_coef)
         self.guard.check_kl(update, experience, rows, metrics["objective/kl"], config.max_kl)
         metrics |= value_metrics(experience.values, returns, advantages, experience.rmask)
         with phases("update"):
-            metrics |= self.update(experience, whitened, returns, plans) | self.guard.metrics()
+            metrics |= self.update(experience, whitened, returns, epochs) | self.guard.metrics()
         if config.kl_target:
             episodes = len(rows) * self.runtime.world_size
             kl = float(self.runtime.sum_over_ranks(metrics["objective/kl"])) / self.runtime.world_size
@@ -468,35 +411,27 @@ class PPOTrainer:
         return metrics | phases.end_round(tokens)
 
     def update(
-        self, experience: Experience, advantages: Tensor, returns: Tensor, plans: list[list[list[np.ndarray]]]
+        self, experience: Experience, advantages: Tensor, returns: Tensor, epochs: list[list[list[np.ndarray]]]
     ) -> dict[str, float | Tensor]:
-        """ppo_epochs x minibatches optimizer steps; micro-batches only accumulate."""
-        config = self.config
-        epochs, norms, stop, dropped = [], [], False, False  # epochs: one (PolicyStats, ValueStats) per pass
-        for plan in plans:
-            stats_of_pass = []
-            for minibatch in plan:
-                stats = self.optimizer_step(experience, advantages, returns, minibatch, norms)
-                if stats is None:  # not finite: the rest of this rollout is dropped with it
-                    dropped = True
-                    break
-                stats_of_pass.append(stats)
-                # The statistics are from before the step that they belong to; the step itself has been taken.
-                stop = bool(config.kl_stop) and kl_stop_reached(float(stats[0].means()["approx_kl"]), config.kl_stop)
-                if stop:
-                    break
-            epochs += [add_all(stats_of_pass)] if stats_of_pass else []
-            if stop or dropped:
+        """ppo_epochs x minibatches optimizer steps; the figures to log.
+
+        epochs: of each pass its minibatches, and of each minibatch the rows of its micro-batches.
+        """
+        stats_of: list[list[tuple[PolicyStats, ValueStats]]] = [[] for _ in epochs]
+        norms, kl_stop, stopped = [], self.config.kl_stop, False
+        for epoch, minibatch in ((e, minibatch) for e, minibatches in enumerate(epochs) for minibatch in minibatches):
+            stats = self.optimizer_step(experience, advantages, returns, minibatch, norms)
+            if stats is None:  # not finite: the rest of this rollout is dropped with it
                 break
-        if not epochs:
+            stats_of[epoch].append(stats)
+            # The statistics are from before the step that they belong to; the step itself has been taken.
+            stopped = bool(kl_stop) and kl_stop_reached(float(stats[0].means()["approx_kl"]), kl_stop)
+            if stopped:
+                break
+        if not norms:
             return {"train/optimizer_steps": 0}
-        policy, value = add_all(epochs)
-        metrics = update_metrics(policy.means(), value.means())
-        metrics |= {f"policy/approxkl_epoch{e + 1}": stats[0].means()["approx_kl"] for e, stats in enumerate(epochs)}
-        metrics |= {f"grad_norm/{name}": torch.stack([n[name] for n in norms]).mean() for name in self.parameters}
-        metrics |= {f"update_ratio/{name}": ratio for name, ratio in update_ratios(self.optimizer).items()}
-        metrics |= {f"{group['name']}_lr": group["lr"] for group in self.optimizer.param_groups}
-        return metrics | {"train/optimizer_steps": len(norms), "policy/kl_stopped": float(stop)}
+        taken = {"train/optimizer_steps": len(norms), "policy/kl_stopped": float(stopped)}
+        return update_metrics([stats for stats in stats_of if stats], norms, self.optimizer) | taken
 
     @again_after_overflow
     def optimizer_step(
@@ -508,56 +443,39 @@ class PPOTrainer:
         Appends the gradient norms to `norms`; the first step of an iteration finds it empty and checks the invariants.
         None: the loss or a gradient was not finite, and the step was skipped.
         """
-        config = self.config
-        tokens = sum(int(experience.n[part].sum()) for part in minibatch)
-        denom = self.runtime.sum_over_ranks(torch.tensor(tokens, device=self.runtime.device))
+        config, runtime = self.config, self.runtime
+        tokens = sum(int(experience.n[rows].sum()) for rows in minibatch)
+        denom = runtime.sum_over_ranks(torch.tensor(tokens, device=runtime.device))
         value_clip = config.value_clip_eps or math.inf
 
-        def losses(part: np.ndarray) -> tuple[Tensor, tuple[PolicyStats, ValueStats]]:
-            batch = experience.micro_batch(part)
-            at = (batch.rows, slice(batch.rmask.shape[1]))
+        def forward(rows: np.ndarray) -> tuple[Tensor, tuple[PolicyStats, ValueStats]]:
+            batch = experience.micro_batch(rows)
+            old = (batch.rows, slice(batch.rmask.shape[1]))  # where the micro-batch's [b, T] stands in the rollout
             logp, values, _ = self.policy(batch, config.temperature)
-            pi = policy_loss(logp, experience.logp[at], advantages[at], batch.rmask, config.clip_eps, denom)
-            v = value_loss(values, experience.values[at], returns[at], batch.rmask, value_clip, denom)
+            pi = policy_loss(logp, experience.logp[old], advantages[old], batch.rmask, config.clip_eps, denom)
+            v = value_loss(values, experience.values[old], returns[old], batch.rmask, value_clip, denom)
             return pi.loss + config.vf_coef * v.loss, (pi.stats, v.stats)
 
-        stats, total = [], torch.zeros((), device=self.runtime.device)
-        for i, part in enumerate(minibatch):
-            with self.runtime.micro_step(self.policy, last=i == len(minibatch) - 1):
-                loss, of_part = losses(part)
-                self.runtime.backward(loss)
+        def alone(i: int) -> SuspectRow:
+            row = loop.prompt_order(len(self.train), config.global_batch_size, config.seed, self.step + 1)[i]
+            return SuspectRow(int(row), [experience.sequence(i)], {"loss": forward(np.array([i]))[0]})
+
+        total, stats = torch.zeros((), device=runtime.device), []
+        for rows in runtime.accumulate(self.policy, minibatch):
+            loss, stats_of_rows = forward(rows)
+            runtime.backward(loss)
             total += loss.detach()
-            stats.append(of_part)
+            stats.append(stats_of_rows)
         policy, value = (
-            type(x)(self.runtime.sum_over_ranks(x.sums), self.runtime.max_over_ranks(x.maxima)) for x in add_all(stats)
+            type(x)(runtime.sum_over_ranks(x.sums), runtime.max_over_ranks(x.maxima)) for x in add_all(stats)
         )
-        total = self.runtime.sum_over_ranks(total)
-        if not norms and bool(total.isfinite()):  # what is not finite is told below, with its rows
-            check_first_minibatch(policy.means(), value.means(), self.runtime.dtype)
-        rows = loop.prompt_order(len(self.train), config.global_batch_size, config.seed, self.step + 1)
-        view = RowView(
-            loss=lambda i: losses(np.array([i]))[0],
-            sequences=lambda i: [(experience.prompts()[i], experience.responses()[i])],
-            index=lambda i: int(rows[i]),
-        )
-        taken = self.guard.step(
-            self.step + 1, self.runtime, self.policy, self.optimizer, self.parameters, config.max_grad_norm,
-            total, np.concatenate(minibatch), view,
-        )  # fmt: skip
-        if taken is None:
-            return None
-        norms.append(taken)
-        return policy, value
-
-    def plans(self, experience: Experience, update: int) -> list[list[list[np.ndarray]]]:
-        """The minibatches of every pass, each a list of micro-batches.
-
-        Drawn before the old log-probabilities are taken, so that these see the very micro-batches of the first pass.
-        """
-        config = self.config
-        generator = np.random.default_rng([config.seed, 1, update])
-        sizes = (config.minibatches, config.batch_size, generator, config.tokens_per_micro_batch)
-        return [minibatch_plan(experience.lengths, *sizes) for _ in range(config.ppo_epochs)]
+        total = runtime.sum_over_ranks(total)
+        if not norms and bool(total.isfinite()):  # what is not finite is the guard's
+            check_first_minibatch(policy.means(), value.means(), runtime.dtype)
+        with self.guard.step(self.step + 1, self.policy, self.optimizer, np.concatenate(minibatch), alone):
+            norms.append(runtime.step(self.optimizer, self.parameters, config.max_grad_norm, total))
+            return policy, value
+        return None
 
     def evaluate(self) -> None:
         """Score, KL and length on fixed held-out prompts with fixed sampling seeds; keeps the best model."""
@@ -571,17 +489,12 @@ class PPOTrainer:
             return
         self.log.log(self.step, figures)
         self.log.samples(self.step, shown)
-        told = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in figures.items())
-        tqdm.write(f"iteration {self.step}: held-out {told}")
+        in_words = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in figures.items())
+        tqdm.write(f"iteration {self.step}: held-out {in_words}")
         reward = figures["eval/rlhf_reward"]
         if self.step > 0 and -reward < self.best and self.saver.save_best(self.step, "eval/rlhf_reward", reward):
             self.best = -reward
 
-    def moments_over_ranks(self, x: Tensor, mask: Tensor) -> Moments:
-        """Count, sum and sum of squares of the whole rollout batch of all ranks."""
-        return Moments(*self.runtime.sum_over_ranks(torch.stack(masked_moments(x, mask))))
-
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; prompts and sampling seeds follow from the iteration."""
-        state = loop.trainer_state(self.step, self.best, self.optimizer, self.runtime) | self.guard.state()
-        return state | {"kl_coef": self.kl_coef}
+        return loop.trainer_state(self) | {"kl_coef": self.kl_coef}

@@ -24,6 +24,7 @@ al. 2019 and its code, openai/lm-human-preferences), "TRL" (huggingface/trl), "O
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,10 +70,7 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Sums that make a mean and a variance, and that may be added over micro-batches and processes.
-
-    `Moments(*all_reduce(torch.stack(moments)))` turns the moments of one process into those of all.
-    """
+    """Sums that make a mean and a variance, and that may be added over micro-batches and processes."""
 
     count: Tensor
     """[] number of places that count."""
@@ -90,6 +88,10 @@ class Moments(NamedTuple):
     def var(self) -> Tensor:
         """Biased variance of x; 0 for an empty set."""
         return (self.total_sq / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
+
+    def reduced(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> "Moments":
+        """The moments of all processes."""
+        return Moments(*sum_over_ranks(torch.stack(self)))
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Moments:
@@ -253,6 +255,14 @@ def ranking_loss(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = None) 
     scores = _keep(scores, mask)
     difference = scores[:, :, None] - scores[:, None, :]  # (B, K, K) s_i - s_j
     return masked_mean(-F.logsigmoid(difference), preference_pairs(mask, pair_mask), dim=(1, 2))
+
+
+@torch.no_grad()
+def right_and_all_pairs(scores: Tensor, mask: Tensor) -> Tensor:
+    """How many pairs the scores [B, K] order as they are ranked, ties one half, and how many there are: [2]."""
+    margins, pairs = scores[:, :, None] - scores[:, None, :], preference_pairs(mask)
+    right = masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), pairs)
+    return torch.stack([right, pairs.sum().float()])
 
 
 def reward_affine(scores: Tensor) -> tuple[Tensor, Tensor]:

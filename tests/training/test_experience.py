@@ -6,7 +6,7 @@ import torch
 from setups import EOS, VOCAB, prompt_examples, random_ids, response, runtime_on
 
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
-from training.experience import ActorCritic, minibatch_plan
+from training.experience import ActorCritic, split_minibatches
 from utils.data.batching import collate_ranked
 from utils.data.examples import RankedExample
 from utils.data.rows import Row
@@ -19,8 +19,8 @@ PAD, TAU = VOCAB, 0.8
 def experience_of(trainer, count: int = 12, micro_batch: int = 5):
     """Rollouts of a trainer, looked at in micro-batches."""
     experience = trainer.rollouts.sample(list(prompt_examples(count)), list(range(count)))
-    plan = minibatch_plan(experience.lengths, 1, micro_batch, np.random.default_rng(0))[0]
-    trainer.rollouts.look(experience, plan)
+    plan = split_minibatches(experience.lengths, 1, micro_batch, np.random.default_rng(0))[0]
+    trainer.rollouts.evaluate_roles(experience, plan)
     return experience
 
 
@@ -165,7 +165,7 @@ def test_outputs_are_fp32_under_bf16_autocast(make_model, ppo_trainer) -> None:
 def test_every_row_is_in_exactly_one_minibatch_of_a_pass(minibatches: int, micro_batch: int) -> None:
     length = np.random.default_rng(0).integers(2, 40, size=11)
     generator = np.random.default_rng(1)
-    passes = [minibatch_plan(length, minibatches, micro_batch, generator) for _ in range(2)]
+    passes = [split_minibatches(length, minibatches, micro_batch, generator) for _ in range(2)]
     for plan in passes:
         assert len(plan) == minibatches
         assert sorted(np.concatenate([part for minibatch in plan for part in minibatch])) == list(range(11))
@@ -182,7 +182,7 @@ def test_every_row_is_in_exactly_one_minibatch_of_a_pass(minibatches: int, micro
 def test_micro_batches_of_like_rows_leave_little_padding() -> None:
     rng = np.random.default_rng(0)
     lengths = np.array([len(random_ids(rng, 2, 40)) + len(response(rng, 1, 40)) for _ in range(64)])
-    plan = minibatch_plan(lengths, 1, 8, rng)[0]
+    plan = split_minibatches(lengths, 1, 8, rng)[0]
     area = sum(len(part) * lengths[part].max() for part in plan)
     assert area < 1.25 * lengths.sum() < 64 * lengths.max()
     assert EOS < VOCAB

@@ -116,14 +116,14 @@ def test_a_sampler_with_other_weights_stops_the_run(ppo_trainer, monkeypatch, dt
 
 def test_weights_changed_behind_the_rollout_stop_the_run(ppo_trainer, monkeypatch) -> None:
     trainer = ppo_trainer()
-    look = trainer.rollouts.look
+    evaluate_roles = trainer.rollouts.evaluate_roles
 
-    def look_then_change(*args):
-        look(*args)
+    def evaluate_then_change(*args):
+        evaluate_roles(*args)
         with torch.no_grad():
             trainer.rollouts.actor.transformer.wte.weight.mul_(1.01)
 
-    monkeypatch.setattr(trainer.rollouts, "look", look_then_change)
+    monkeypatch.setattr(trainer.rollouts, "evaluate_roles", evaluate_then_change)
     with pytest.raises(InvariantError, match="weights changed between rollout and update"):
         trainer.iteration(2)
 

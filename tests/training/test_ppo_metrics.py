@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from setups import prompt_examples, read_metrics
+from torch import nn
 
 from models.gpt import GPTActor
+from training.engine.runtime import adamw
 from training.loop import EVALUATION_SAMPLES, row_seeds
-from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
+from training.ppo_metrics import add_all, loss_metrics, rollout_metrics, update_ratios, value_metrics
 from utils.loss import policy_loss, value_loss
 
 PHASES = ("rollout", "score", "reference", "update")
@@ -73,7 +75,7 @@ def test_held_out_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None
     trainer.evaluate()
     (line,) = read_metrics(trainer.run)
     experience = trainer.rollouts.sample(list(trainer.validation), row_seeds(0, EVALUATION_SAMPLES, 10))
-    trainer.rollouts.look(experience, [np.arange(10)])
+    trainer.rollouts.evaluate_roles(experience, [np.arange(10)])
     kl = (experience.logp - experience.logp_ref).sum(1)
     assert 0 < int(experience.ended.sum()) < 10 and float(kl.mean()) > 1
     reward = experience.scores - 2.0 * ~experience.ended - 0.3 * kl
@@ -85,7 +87,7 @@ def test_held_out_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None
 def test_rollout_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:
     trainer = ppo_trainer(actor=make_model(GPTActor, seed=5), reference=make_model(GPTActor, seed=2))
     experience = trainer.rollouts.sample(list(prompt_examples(14)), list(range(14)))
-    trainer.rollouts.look(experience, [np.arange(14)])
+    trainer.rollouts.evaluate_roles(experience, [np.arange(14)])
     penalised = experience.scores - 1.0 * ~experience.ended
     figures = {k: float(v) for k, v in rollout_metrics(experience, penalised, 0.3).items()}
     rows = [(experience.logp[i, :n].double(), experience.logp_ref[i, :n].double()) for i, n in enumerate(experience.n)]
@@ -119,7 +121,7 @@ def test_rollout_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:
 def test_garbage_behind_the_end_changes_no_figure(ppo_trainer, make_model) -> None:
     trainer = ppo_trainer(actor=make_model(GPTActor, seed=5))
     experience = trainer.rollouts.sample(list(prompt_examples(14)), list(range(14)))
-    trainer.rollouts.look(experience, [np.arange(14)])
+    trainer.rollouts.evaluate_roles(experience, [np.arange(14)])
     returns = experience.values + 0.1
 
     def figures() -> dict[str, float]:
@@ -168,11 +170,29 @@ def test_statistics_of_parts_add_up_to_the_whole() -> None:
         a = policy_loss(new[rows], old[rows], A[rows], mask[rows], 0.2, 9).stats
         return a, value_loss(V[rows], V0[rows], R[rows], mask[rows], 0.2, 9).stats
 
-    parts = update_metrics(*(x.means() for x in add_all([stats(slice(0, 1)), stats(slice(1, 6)), stats(slice(6, 8))])))
-    whole = update_metrics(*(x.means() for x in stats(slice(0, 8))))
+    parts = loss_metrics(*(x.means() for x in add_all([stats(slice(0, 1)), stats(slice(1, 6)), stats(slice(6, 8))])))
+    whole = loss_metrics(*(x.means() for x in stats(slice(0, 8))))
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, msg=key)
     ratio = (new - old)[mask].exp()
     torch.testing.assert_close(whole["val/ratio_mean"], ratio.mean())
     torch.testing.assert_close(whole["val/ratio_var"], ratio.var(correction=0))
     torch.testing.assert_close(whole["val/ratio_max"], ratio.max())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_update_ratios_are_those_of_the_steps_taken(weight_decay: float) -> None:
+    torch.manual_seed(0)
+    groups = {role: [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2))] for role in ("actor", "critic")}
+    named = [{"name": role, "params": params, "lr": 1e-2} for role, params in groups.items()]
+    optimizer = adamw(named, (0.9, 0.999), 1e-5, weight_decay, torch.device("cpu"))
+    for step in range(3):
+        before = {name: [p.detach().clone() for p in params] for name, params in groups.items()}
+        loss = sum(((i + step + 1) * p.square()).sum() for ps in groups.values() for i, p in enumerate(ps))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, ratio in update_ratios(optimizer).items():
+            moved = torch.cat([(a - b).flatten() for a, b in zip(before[name], groups[name])]).norm()
+            size = torch.cat([p.flatten() for p in groups[name]]).norm()
+            torch.testing.assert_close(ratio, moved.detach() / size.detach(), rtol=2e-3, atol=0)

@@ -100,7 +100,7 @@ def test_normalisation_holds_on_fresh_samples_and_changes_no_order(rm_trainer, m
 
     ppo = ppo_trainer(reference=sft, actor=make_model(GPT, seed=5), reward_model=model, response_length=8)
     experience = ppo.rollouts.sample(list(prompt_examples(1500, seed=77)), list(range(1500)))
-    ppo.rollouts.look(experience, [np.arange(i, i + 100) for i in range(0, 1500, 100)])
+    ppo.rollouts.evaluate_roles(experience, [np.arange(i, i + 100) for i in range(0, 1500, 100)])
     assert abs(float(experience.scores.mean())) < 0.1
     assert abs(float(experience.scores.std()) - 1) < 0.1
 

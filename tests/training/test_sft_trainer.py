@@ -13,7 +13,7 @@ from setups import EOS, VOCAB, Examples, assert_equal_weights, random_ids, read_
 from models.generation import generate
 from models.gpt import GPT, GPTActor, GPTCritic
 from models.weights.checkpoint import describe
-from training import loop, trainers
+from training import held_out, loop, trainers
 from training.experience import ActorCritic
 from training.sampling import MicroBatch
 from training.trainers import sft_targets
@@ -209,7 +209,7 @@ def test_samples_answer_the_first_held_out_prompts_with_room_for_the_answer(sft_
     rows = [SFTExample(rng.integers(0, 40, n).astype(np.int32), response(rng, 2, 3)) for n in lengths]
     validation = Examples(rows, [len(r.prompt_ids) + len(r.response_ids) for r in rows])
     asked = []
-    monkeypatch.setattr(trainers, "sample_answers", lambda *given: (asked.append(given), ({"resp/x": 1.0}, []))[1])
+    monkeypatch.setattr(held_out, "sample_answers", lambda *given: (asked.append(given), ({"resp/x": 1.0}, []))[1])
     trainer = sft_trainer(validation=validation, eval_examples=6, sample_tokens=24, seed=5)
     assert trainer.sample() == trainer.sample() == {"resp/x": 1.0}
     for model, prompts, seeds, sampler in asked:

@@ -25,6 +25,10 @@ from training.engine.host_memory import HostMemory
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
+class Overflow(FloatingPointError):
+    """The gradients of a step overflowed under loss scaling; the step has not been taken, and a lower scale may do."""
+
+
 class NonFiniteStep(FloatingPointError):
     """The loss or a gradient norm of an optimizer step is not finite; the step has not been taken.
 
@@ -95,9 +99,12 @@ class Runtime:
         """Context of forward passes outside a prepared module's own forward."""
         return self.accelerator.autocast()
 
-    def micro_step(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Context of one micro-batch: gradients are exchanged between ranks only at the last one of a step."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(module)
+    def accumulate(self, module: nn.Module, micro_batches: Sequence[Any]) -> Iterator[Any]:
+        """The micro-batches of one step, whose gradients add up: ranks exchange them only at the last one."""
+        for micro_batch in micro_batches[:-1]:
+            with self.accelerator.no_sync(module):
+                yield micro_batch
+        yield from micro_batches[-1:]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, a sum already divided by the whole step's count over all ranks."""
@@ -110,28 +117,27 @@ class Runtime:
         groups: dict[str, list[nn.Parameter]],
         max_norm: float,
         loss: Tensor | None = None,
-    ) -> dict[str, Tensor] | None:
+    ) -> dict[str, Tensor]:
         """Unscale, clip each group of parameters by its own norm, step, zero.
 
         Clipping has to stand between the last backward pass and the step, on unscaled gradients, or it does nothing.
 
         Args:
             optimizer, groups, max_norm: what steps, and how it is clipped.
-            loss: [] the step's loss over all ranks, looked at together with the norms.
+            loss: [] the step's loss over all ranks, checked together with the norms.
 
         Returns:
-            The groups' norms before clipping, 0-dim tensors. None where the gradients overflowed under loss scaling: no
-            step was taken, and the caller goes on with `discard`, which lowers the scale, and the same batch again.
+            The groups' norms before clipping, 0-dim tensors.
 
-        Raises:
-            NonFiniteStep: the loss is not finite, or a norm where no loss scaling would explain it. Weights, optimizer
-                state and gradients are as they were; the caller goes on with `discard` or not at all.
+        Raises: with weights, optimizer state and gradients as they were; the caller goes on with `discard` or not at
+            all. Both are dealt with by `engine.nonfinite.Guard.step`.
+            Overflow: the gradients overflowed under loss scaling; `discard` lowers the scale for the same batch again.
+            NonFiniteStep: the loss is not finite, or a norm where no loss scaling would explain it.
         """
         self.accelerator.unscale_gradients(optimizer)
         gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in groups.items()}
         norms = {name: torch.nn.utils.get_total_norm(grads) for name, grads in gradients.items()}
-        if not self._all_finite(norms, loss):
-            return None
+        self._check_finite(norms, loss)
         for name, group in groups.items():
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, norms[name])
         optimizer.step()
@@ -139,12 +145,12 @@ class Runtime:
         self._memory.after_step()
         return norms
 
-    def _all_finite(self, norms: dict[str, Tensor], loss: Tensor | None) -> bool:
-        """Whether loss and norms are; False only for what a lower loss scale may cure, see `step`."""
-        looked_at = [*norms.values()] if loss is None else [*norms.values(), loss.detach()]
-        finite = torch.stack([x.isfinite().to(self.device) for x in looked_at]).tolist()  # the step's one wait
+    def _check_finite(self, norms: dict[str, Tensor], loss: Tensor | None) -> None:
+        """Raise what `step` says unless loss and norms are all finite."""
+        checked = [*norms.values()] if loss is None else [*norms.values(), loss.detach()]
+        finite = torch.stack([x.isfinite().to(self.device) for x in checked]).tolist()  # the step's one wait
         if all(finite):
-            return True
+            return
         # At a scale of 1 there is nothing left that halving could cure.
         scale = self.loss_scale
         curable = scale is not None and scale > 1
@@ -152,7 +158,7 @@ class Runtime:
         loss_is_broken = loss is not None and not finite[-1]
         if broken or loss_is_broken:
             raise NonFiniteStep(loss_is_broken, broken)
-        return False
+        raise Overflow("the gradients overflowed under loss scaling; the weights are left as they were")
 
     def discard(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget the gradients of a step that `step` did not take; if they overflowed, the loss scale is halved."""
@@ -210,28 +216,6 @@ def adamw(
             if chosen:
                 split.append(common | {"params": chosen, "weight_decay": decay})
     return torch.optim.AdamW(split, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
-
-
-@torch.no_grad()
-def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Norm of the last AdamW step over the norm of the parameters it moved, per group name; about 1e-3 is healthy.
-
-    Made again from the optimizer's moments, so that no copy of the weights is kept.
-    """
-    squares: dict[str, list[Tensor]] = {}
-    for group in optimizer.param_groups:
-        beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            if p not in optimizer.state:
-                continue
-            state = optimizer.state[p]
-            step = state["step"]
-            scale = (1 - beta2**step).sqrt() / (1 - beta1**step)  # both bias corrections
-            denom = state["exp_avg_sq"].sqrt() + group["eps"] * (1 - beta2**step).sqrt()
-            move = group["lr"] * (scale * state["exp_avg"] / denom + group["weight_decay"] * p)
-            moved, size = squares.setdefault(group["name"], [move.new_zeros(()), move.new_zeros(())])
-            squares[group["name"]] = [moved + move.square().sum(), size + p.square().sum()]
-    return {name: (moved / size).sqrt() for name, (moved, size) in squares.items()}
 
 
 class Interrupt:

@@ -21,6 +21,7 @@ from setups import (
 from config.user_error import RunStopped, UserError, run_main
 from training import loop, trainers
 from training.engine import nonfinite
+from training.engine.runtime import Overflow
 from utils.reward_function import load_reward_function
 
 STEADY = dict(min_lr_ratio=1.0, eval_every=100, save_every=100, log_every=1)
@@ -151,7 +152,6 @@ def test_counts_go_on_after_a_resume(sft_trainer) -> None:
 def test_a_run_that_skips_everything_is_stopped(sft_trainer, monkeypatch) -> None:
     monkeypatch.setattr(nonfinite, "_MOST_IN_A_ROW", 3)
     trainer = sft_trainer(on_nonfinite="skip", **STEADY, epochs=3)
-    trainer.view(trainer.train)
     clean = trainer.token_loss_sum
     trainer.token_loss_sum = lambda batch: clean(batch) * (math.nan if trainer.model.training else 1.0)
     with pytest.raises(RunStopped, match="step 3: .* 3 batches in a row were skipped"):
@@ -368,7 +368,8 @@ def test_an_overflow_under_loss_scaling_is_normal(runtime, monkeypatch) -> None:
         p.grad = torch.full_like(p, math.inf)
         runtime.step(optimizer, {"model": [p]}, 1.0, torch.tensor(loss))
 
-    step(65536.0, 1.0)  # the scaler would skip the step of the real optimizer
+    with pytest.raises(Overflow):  # the scaler would skip the step of the real optimizer
+        step(65536.0, 1.0)
     with pytest.raises(FloatingPointError, match="the gradient of model"):
         step(1.0, 1.0)  # there is no scale left to lower
     with pytest.raises(FloatingPointError, match="the loss is not finite"):
@@ -425,7 +426,7 @@ def make_stage(stage: str, request, **settings):
 
 def overflow(trainer, scaler: torch.amp.GradScaler, limits: dict[int, float]) -> None:
     """Gradients of the steps (PPO: iterations) in `limits` are infinite while the scale is above the limit."""
-    parameter = trainer.trainable[-1] if hasattr(trainer, "trainable") else trainer.parameters["critic"][0]
+    parameter = trainer.parameters["critic"][0] if "critic" in trainer.parameters else trainer.parameters["model"][-1]
     parameter.register_hook(
         lambda g: g + math.inf if scaler.get_scale() > limits.get(trainer.step + 1, math.inf) else g
     )
@@ -515,6 +516,6 @@ def test_a_batch_that_no_scale_helps_leaves_the_scale_to_the_others(stage, reque
 def test_a_norm_that_fp32_does_not_hold_is_no_overflow_of_the_scaling(sft_trainer, scaling) -> None:
     scaling(2.0)
     trainer = sft_trainer(batch_size=8, **STEADY)
-    trainer.trainable[-1].register_hook(lambda g: torch.full_like(g, 3e38))  # finite, their norm is not
+    trainer.parameters["model"][-1].register_hook(lambda g: torch.full_like(g, 3e38))  # finite, their norm is not
     with pytest.raises(RunStopped, match="step 1: the norm of the gradients is above what fp32 holds.*Lower --lr"):
         trainer.fit()
