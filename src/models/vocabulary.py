@@ -158,7 +158,7 @@ def token_logprobs(hidden: Tensor, table: nn.Parameter, vocab_size: int, tokens:
         tau: sampling temperature.
 
     Returns:
-        [N] fp32, nats; equal to `utils.loss.gather_logprobs` of the logits.
+        [N] fp32, nats: `log_softmax(logits / tau)` at the tokens.
     """
     return _TokenLogprobs.apply(hidden, table, vocab_size, tokens, tau, product_dtype(hidden))
 

@@ -1,4 +1,4 @@
-"""What the three loops call: the order of the data, micro-batches, seeds, and what happens at the end.
+"""What the three loops call: order of the data, micro-batches, seeds, learning rates, and what happens at the end.
 
 Everything about order is a pure function of (seed, position), so that a run can be taken up at any step without
 replaying it.
@@ -66,6 +66,28 @@ def prompt_order(count: int, batch: int, seed: int, iteration: int) -> np.ndarra
     shuffled = np.concatenate([np.random.default_rng([seed, 2, p]).permutation(count) for p in passes])
     offset = first - passes.start * count
     return shuffled[offset : offset + batch]
+
+
+def cosine_with_warmup(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
+    """Learning rate of optimiser step `step` = 0, 1, ...: linear warm-up to peak, cosine down to floor at `total`.
+
+    `peak * (step + 1) / warmup` while warming, so that the first step is not wasted on a rate of 0; floor from `total`
+    on. One step is one optimiser step, never a micro-batch.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if step >= total:
+        return floor
+    progress = (step - warmup) / (total - warmup)
+    return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * progress))
+
+
+def linear_to_zero(update: int, total: int) -> float:
+    """Factor on the learning rate of PPO iteration `update` = 1, ..., total: `1 - (update - 1) / total`.
+
+    Source: OAI train_policy.py. The first iteration has the full rate and the last 1 / total of it.
+    """
+    return max(0.0, 1.0 - (update - 1) / total)
 
 
 # Purposes of `row_seeds` beside PPO's iterations 1, 2, ...

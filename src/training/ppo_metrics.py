@@ -5,12 +5,23 @@ All are masked, fp32, over the whole rollout. B rollouts, T response columns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from training.experience import Experience
-from utils.loss import PolicyStats, ValueStats, explained_variance, kl_k1, kl_k3, masked_mean, masked_sum, masked_var
+from utils.loss import (
+    PolicyStats,
+    ValueStats,
+    kl_k1,
+    kl_k3,
+    masked_mean,
+    masked_moments,
+    masked_sum,
+    masked_var,
+)
 from utils.metrics import correlation, summary, text_degeneracy
 
 
@@ -49,6 +60,19 @@ def rollout_metrics(experience: Experience, penalised: Tensor, kl_coef: float) -
         **{f"resp/{key}": value for key, value in text_degeneracy(experience.responses(with_eos=False)).items()},
         "time/sampler_vs_train_logp_max": drift,
     }
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the returns the critic explains: `1 - var(R - V) / var(R)` and `1 - mean((R - V)^2) / var(R)`.
+
+    Of values and returns [B, T] under the mask. 1 is perfect, 0 no better than a constant; only the second form sees
+    a constant offset. Both are nan if the returns do not vary.
+    """
+    of_returns = masked_moments(returns, mask)
+    residuals = masked_moments(torch.where(mask, returns, 0.0) - torch.where(mask, values, 0.0), mask)
+    errors = residuals.var, residuals.total_sq / residuals.count.clamp(min=1)
+    by_variance, by_error = (torch.where(of_returns.var > 0, 1.0 - x / of_returns.var, math.nan) for x in errors)
+    return by_variance, by_error
 
 
 def value_metrics(values: Tensor, returns: Tensor, advantages: Tensor, rmask: Tensor) -> dict[str, Tensor]:

@@ -42,19 +42,17 @@ from utils.loss import (
     PolicyStats,
     ValueStats,
     adaptive_kl_coef,
-    cosine_with_warmup,
     gae,
     kl_stop_reached,
-    linear_to_zero,
     masked_moments,
     masked_whiten,
     penalise_missing_eos,
     per_token_rewards,
     policy_loss,
     ranking_loss,
-    right_and_all_pairs,
     value_loss,
 )  # fmt: skip
+from utils.metrics import right_and_all_pairs
 from utils.runs.metrics_log import MetricsLog
 from utils.tokenizer import Tokenizer
 
@@ -88,7 +86,7 @@ class SFTTrainer:
                 self.evaluate()
             for rows in loop.data_order(self.train.lengths, config, self.step, self.total_steps):
                 floor, warmup = config.min_lr_ratio, config.warmup_steps
-                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, floor, warmup, self.total_steps))
+                set_lr(self.optimizer, loop.cosine_with_warmup(self.step, 1.0, floor, warmup, self.total_steps))
                 metrics = self.train_step(rows)
                 self.step += 1
                 bar.update()
@@ -207,7 +205,7 @@ class RewardModelTrainer:
                 self.evaluate()
             for prompts in loop.data_order(self.train.lengths, config, self.step, self.total_steps):
                 floor, warmup = config.min_lr_ratio, config.warmup_steps
-                set_lr(self.optimizer, cosine_with_warmup(self.step, 1.0, floor, warmup, self.total_steps))
+                set_lr(self.optimizer, loop.cosine_with_warmup(self.step, 1.0, floor, warmup, self.total_steps))
                 metrics = self.train_step(prompts)
                 self.step += 1
                 bar.update()
@@ -351,7 +349,7 @@ class PPOTrainer:
             for update in range(self.step + 1, self.total_steps + 1):
                 warm = min(1.0, update / config.warmup_iterations) if config.warmup_iterations else 1.0
                 frozen = "actor" if update <= config.critic_warmup else None
-                set_lr(self.optimizer, warm * linear_to_zero(update, self.total_steps), frozen)
+                set_lr(self.optimizer, warm * loop.linear_to_zero(update, self.total_steps), frozen)
                 metrics = self.iteration(update)
                 self.step = update
                 bar.update()

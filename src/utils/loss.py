@@ -23,10 +23,9 @@ References: InstructGPT (Ouyang et al. 2022), PPO (Schulman et al. 2017), GAE (S
 al. 2019 and its code, openai/lm-human-preferences), "TRL" (huggingface/trl), "ORL" (OpenRLHF).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +88,7 @@ class Moments(NamedTuple):
         """Biased variance of x; 0 for an empty set."""
         return (self.total_sq / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
 
-    def reduced(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> "Moments":
+    def reduced(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> Self:
         """The moments of all processes."""
         return Moments(*sum_over_ranks(torch.stack(self)))
 
@@ -106,11 +105,7 @@ def masked_moments(x: Tensor, mask: Tensor) -> Moments:
 
 
 def masked_whiten(
-    x: Tensor,
-    mask: Tensor,
-    shift_mean: bool = True,
-    eps: float = 1e-8,
-    stats: tuple[Tensor, Tensor, Tensor] | None = None,
+    x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8, stats: Moments | None = None
 ) -> Tensor:
     """Return `(x - mean) * rsqrt(var + eps)` with biased variance, masked again (0 where mask is False).
 
@@ -123,7 +118,7 @@ def masked_whiten(
 
     Source: OAI core.py `whiten`, which is unmasked; zeros of padding would shift the mean and favour one length.
     """
-    moments = masked_moments(x, mask) if stats is None else Moments(*stats)
+    moments = masked_moments(x, mask) if stats is None else stats
     x = _keep(x, mask)
     mean, var = moments.mean.to(x.dtype), moments.var.to(x.dtype)
     white = (x - mean) * torch.rsqrt(var + eps)
@@ -151,29 +146,9 @@ def target_mask(prompt_len: Tensor, length: Tensor, width: int) -> Tensor:
     return (prompt_len[:, None] <= column) & (column < length[:, None])
 
 
-def response_lengths(tokens: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
-    """Number of real response tokens of each row: up to the first EOS and with it, or all T when there is none.
-
-    Args:
-        tokens: [B, T] sampled ids.
-        eos_id: the end-of-text id.
-
-    Returns: n [B] int64, has_eos [B] bool.
-    """
-    is_eos = tokens == eos_id
-    has_eos = is_eos.any(dim=-1)
-    before_eos = (is_eos.cumsum(dim=-1) == 0).sum(dim=-1)
-    return before_eos + has_eos, has_eos
-
-
 def response_mask(n: Tensor, width: int) -> Tensor:
     """Mask [B, T] of the first n tokens of each row: the EOS counts, what follows it does not."""
     return torch.arange(width, device=n.device) < n[:, None]
-
-
-def pad_after_eos(tokens: Tensor, n: Tensor, pad_id: int) -> Tensor:
-    """Return tokens [B, T] with everything after the first n [B] tokens of a row replaced by pad_id."""
-    return torch.where(response_mask(n, tokens.shape[1]), tokens, torch.full_like(tokens, pad_id))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,30 +165,6 @@ def temper(logits: Tensor, tau: float = 1.0) -> Tensor:
     if not tau > 0:
         raise ValueError(f"tau must be positive, not {tau}")
     return _real(logits) if tau == 1 else _real(logits) / tau
-
-
-def gather_logprobs(logits: Tensor, tokens: Tensor, tau: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Log-probability of each token under the tempered softmax.
-
-    Args:
-        logits: [..., V] any float type; row j already aligned with token j (`logits[:, P-1:P-1+T]` for a response).
-        tokens: [...] int64 in [0, V).
-        tau: sampling temperature.
-        mask: [...] bool. Where False the token may be any id, even a pad id outside the vocabulary, and the result
-            is 0. Without a mask an id outside the vocabulary is an error.
-
-    Returns: [...] float32, nats.
-    """
-    if mask is not None:
-        tokens = torch.where(mask, tokens, torch.zeros_like(tokens))
-    logp = torch.log_softmax(temper(logits, tau), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
-    return logp if mask is None else _keep(logp, mask)
-
-
-def entropy_from_logits(logits: Tensor, tau: float = 1.0) -> Tensor:
-    """Exact entropy [...] in nats of the tempered softmax of logits [..., V]; a logit may be -inf (a forbidden id)."""
-    logp = torch.log_softmax(temper(logits, tau), dim=-1)
-    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(dim=-1)  # the clamp makes 0 * -inf = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,14 +206,6 @@ def ranking_loss(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = None) 
     scores = _keep(scores, mask)
     difference = scores[:, :, None] - scores[:, None, :]  # (B, K, K) s_i - s_j
     return masked_mean(-F.logsigmoid(difference), preference_pairs(mask, pair_mask), dim=(1, 2))
-
-
-@torch.no_grad()
-def right_and_all_pairs(scores: Tensor, mask: Tensor) -> Tensor:
-    """How many pairs the scores [B, K] order as they are ranked, ties one half, and how many there are: [2]."""
-    margins, pairs = scores[:, :, None] - scores[:, None, :], preference_pairs(mask)
-    right = masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), pairs)
-    return torch.stack([right, pairs.sum().float()])
 
 
 def reward_affine(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,9 +316,7 @@ def per_token_rewards(scores: Tensor, logp: Tensor, logp_ref: Tensor, n: Tensor,
 
 
 @torch.no_grad()
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns.
 
     `delta_t = r_t + gamma V_{t+1} - V_t` and `A_t = delta_t + gamma lam A_{t+1}`, with V = A = 0 after the last real
@@ -387,7 +328,6 @@ def gae(
         mask: [B, T] bool, True for the first n tokens of a row and for no others; else ValueError.
         gamma: discount, 1 for responses.
         lam: GAE's lambda.
-        bootstrap: [B] value of the state after the last real token, only for rows that get no score there.
 
     Returns: advantages [B, T] (not whitened) and returns = advantages + values [B, T]; both 0 where masked.
     """
@@ -395,9 +335,6 @@ def gae(
         raise ValueError("mask must be a prefix: a value missing in mid-response would be taken as 0")
     rewards, values = _keep(rewards, mask), _keep(values, mask)
     next_values = F.pad(values[:, 1:], (0, 1))  # (B, T) masked values are 0, so the last real token sees 0
-    if bootstrap is not None:
-        last = mask & ~F.pad(mask[:, 1:], (0, 1))
-        next_values = torch.where(last, _real(bootstrap)[:, None], next_values)
     deltas = rewards + gamma * next_values - values
     advantages = torch.zeros_like(deltas)
     following = torch.zeros_like(deltas[:, 0])
@@ -408,20 +345,24 @@ def gae(
 
 
 @dataclass(frozen=True)
-class PolicyStats:
-    """Statistics of the policy loss that add up over micro-batches and processes; no host synchronisation.
+class LossStats:
+    """Statistics of a loss that add up over micro-batches and processes; no host synchronisation.
 
-    Over processes: `PolicyStats(all_reduce_sum(s.sums), all_reduce_max(s.maxima))`.
+    Over processes: `type(s)(all_reduce_sum(s.sums), all_reduce_max(s.maxima))`.
     """
 
     sums: Tensor
-    """[6] tokens, loss, clipped tokens, dlogp^2 / 2, ratio - 1, (ratio - 1)^2: sums over tokens."""
+    """Sums over tokens."""
     maxima: Tensor
-    """[2] max ratio, max |ratio - 1| over tokens."""
+    """Maxima over tokens."""
 
-    def __add__(self, other: "PolicyStats") -> "PolicyStats":
+    def __add__(self, other: Self) -> Self:
         """Statistics of the tokens of both."""
-        return PolicyStats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+        return type(self)(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+
+
+class PolicyStats(LossStats):
+    """sums [6]: tokens, loss, clipped tokens, dlogp^2 / 2, ratio - 1, (ratio - 1)^2. maxima [2]: ratio, |ratio - 1|."""
 
     def means(self) -> dict[str, Tensor]:
         """Per-token means and maxima, 0-dim tensors. `ratio_drift` is max |ratio - 1|, 0 before the first step."""
@@ -486,18 +427,8 @@ def policy_loss(
     return PolicyLoss(total / denom, ratio.detach(), stats)
 
 
-@dataclass(frozen=True)
-class ValueStats:
-    """Statistics of the value loss that add up over micro-batches and processes; see `PolicyStats`."""
-
-    sums: Tensor
-    """[5] tokens, loss, clipped tokens, V, R: sums over tokens."""
-    maxima: Tensor
-    """[1] max |V - V_old| over tokens."""
-
-    def __add__(self, other: "ValueStats") -> "ValueStats":
-        """Statistics of the tokens of both."""
-        return ValueStats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+class ValueStats(LossStats):
+    """sums [5]: tokens, loss, clipped tokens, V, R. maxima [1]: |V - V_old|."""
 
     def means(self) -> dict[str, Tensor]:
         """Per-token means, 0-dim tensors, and `value_drift` = max |V - V_old|, 0 before the first step."""
@@ -557,50 +488,3 @@ def kl_stop_reached(approx_kl: float, kl_stop: float | None) -> bool:
     Source: OpenAI Spinning Up, ppo.py `target_kl`.
     """
     return kl_stop is not None and approx_kl > 1.5 * kl_stop
-
-
-def explained_variance_from_moments(residuals: Moments, returns: Moments) -> tuple[Tensor, Tensor]:
-    """`explained_variance` from the moments of R - V and of R, which may be summed over processes."""
-    mse = residuals.total_sq / residuals.count.clamp(min=1)
-    undefined = torch.full_like(returns.var, math.nan)
-    return (
-        torch.where(returns.var > 0, 1.0 - residuals.var / returns.var, undefined),
-        torch.where(returns.var > 0, 1.0 - mse / returns.var, undefined),
-    )
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the returns the critic explains: `1 - var(R - V) / var(R)` and `1 - mean((R - V)^2) / var(R)`.
-
-    Of values and returns [B, T] under the mask. 1 is perfect, 0 no better than a constant; only the second form sees
-    a constant offset. Both are nan if the returns do not vary.
-    """
-    residuals = _keep(returns, mask) - _keep(values, mask)
-    return explained_variance_from_moments(masked_moments(residuals, mask), masked_moments(returns, mask))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning-rate schedules
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def cosine_with_warmup(step: int, peak: float, floor: float, warmup: int, total: int) -> float:
-    """Learning rate of optimiser step `step` = 0, 1, ...: linear warm-up to peak, cosine down to floor at `total`.
-
-    `peak * (step + 1) / warmup` while warming, so that the first step is not wasted on a rate of 0; floor from `total`
-    on. One step is one optimiser step, never a micro-batch.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if step >= total:
-        return floor
-    progress = (step - warmup) / (total - warmup)
-    return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * progress))
-
-
-def linear_to_zero(update: int, total: int) -> float:
-    """Factor on the learning rate of PPO iteration `update` = 1, ..., total: `1 - (update - 1) / total`.
-
-    Source: OAI train_policy.py. The first iteration has the full rate and the last 1 / total of it.
-    """
-    return max(0.0, 1.0 - (update - 1) / total)

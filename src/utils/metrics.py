@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.loss import masked_mean, preference_pairs, ranking_loss
+from utils.loss import masked_mean, masked_sum, preference_pairs, ranking_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
@@ -83,6 +83,14 @@ def ranking_accuracy(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = No
     Of the lengths of the completions it is the accuracy of the baseline "the longer one wins".
     """
     return accuracy_of_margins(pair_margins(scores, mask, pair_mask))
+
+
+@torch.no_grad()
+def right_and_all_pairs(scores: Tensor, mask: Tensor) -> Tensor:
+    """How many pairs the scores [B, K] order as they are ranked, ties one half, and how many there are: [2]."""
+    margins, pairs = scores[:, :, None] - scores[:, None, :], preference_pairs(mask)
+    right = masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), pairs)
+    return torch.stack([right, pairs.sum().float()])
 
 
 def kendall_tau(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = None) -> float:

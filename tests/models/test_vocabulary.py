@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_marks import DEVICES
+from plain_formulas import entropy_from_logits, gather_logprobs
 from torch import nn
 
 from models import vocabulary
 from models.vocabulary import OutputTable, logits, token_logprobs, token_logprobs_and_entropy, token_loss_sum
-from utils.loss import entropy_from_logits, gather_logprobs
 
 N, D, V, ROWS = 37, 16, 100, 103  # three rows of the table are padding without logits
 

@@ -11,7 +11,14 @@ from torch import nn
 from models.gpt import GPTActor
 from training.engine.runtime import adamw
 from training.loop import EVALUATION_SAMPLES, row_seeds
-from training.ppo_metrics import add_all, loss_metrics, rollout_metrics, update_ratios, value_metrics
+from training.ppo_metrics import (
+    add_all,
+    explained_variance,
+    loss_metrics,
+    rollout_metrics,
+    update_ratios,
+    value_metrics,
+)
 from utils.loss import policy_loss, value_loss
 
 PHASES = ("rollout", "score", "reference", "update")
@@ -159,6 +166,21 @@ def test_explained_variance_in_both_forms() -> None:
     assert float(figures["val/explained_var"]) == 1.0 and float(figures["val/explained_var_mse"]) == pytest.approx(
         -19.0
     )
+
+
+def test_explained_variance_is_masked() -> None:
+    mask = torch.arange(5) < torch.tensor([1, 5, 2, 4])[:, None]
+    values, returns = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, r = values[mask], returns[mask]
+    by_variance, by_error = explained_variance(values, returns, mask)
+    torch.testing.assert_close(by_variance, 1 - (r - v).var(correction=0) / r.var(correction=0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(by_error, 1 - (r - v).square().mean() / r.var(correction=0), rtol=0, atol=1e-12)
+
+
+def test_explained_variance_of_a_constant_critic_is_0_and_of_constant_returns_undefined() -> None:
+    R, mask = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4, dtype=torch.bool)
+    assert [float(x) for x in explained_variance(torch.full((1, 4), 2.5), R, mask)] == [0.0, 0.0]
+    assert all(math.isnan(float(x)) for x in explained_variance(R, torch.zeros(1, 4), mask))
 
 
 def test_statistics_of_parts_add_up_to_the_whole() -> None:

@@ -12,25 +12,19 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_formulas import entropy_from_logits, gather_logprobs, pad_after_eos, response_lengths
 from torch import Tensor, tensor
 
 from models.vocabulary import token_loss_sum
+from training.loop import cosine_with_warmup, linear_to_zero
 from utils import loss
 from utils.loss import (
     Moments,
-    cosine_with_warmup,
-    entropy_from_logits,
-    explained_variance,
-    explained_variance_from_moments,
-    gather_logprobs,
-    linear_to_zero,
     masked_mean,
     masked_moments,
     masked_sum,
     masked_var,
     masked_whiten,
-    pad_after_eos,
-    response_lengths,
     response_mask,
     target_mask,
     temper,
@@ -412,38 +406,6 @@ def test_token_mean_and_sequence_mean_differ() -> None:
     mask = response_mask(tensor([4, 1]), 4)
     close(masked_mean(losses, mask), 1.8)  # what every loss here does
     close(masked_mean(losses, mask, dim=1).mean(), 3.0)
-
-
-# --- explained variance ----------------------------------------------------------------------------------------------
-
-FULL = torch.ones(1, 4, dtype=torch.bool)
-
-
-def test_explained_variance_vector() -> None:
-    returns = tensor([[1.0, 2.0, 3.0, 4.0]])
-    close(torch.stack(explained_variance(tensor([[1.1, 1.9, 3.2, 3.8]]), returns, FULL)), [0.98, 0.98])
-    close(torch.stack(explained_variance(returns + 5, returns, FULL)), [1.0, -19.0])
-    close(torch.stack(explained_variance(torch.full((1, 4), 2.5), returns, FULL)), [0.0, 0.0])
-
-
-def test_explained_variance_is_masked_and_adds_up_over_processes() -> None:
-    mask = response_mask(tensor([1, 5, 2, 4]), 5)
-    values, returns = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    v, r = values[mask], returns[mask]
-    whole = explained_variance(values, returns, mask)
-    close(whole[0], 1 - (r - v).var(correction=0) / r.var(correction=0), 1e-12)
-    close(whole[1], 1 - (r - v).square().mean() / r.var(correction=0), 1e-12)
-    shards = [slice(0, 1), slice(1, None)]
-    residuals, targets = (
-        Moments(*sum(torch.stack(masked_moments(x[s], mask[s])) for s in shards)) for x in (returns - values, returns)
-    )
-    close(torch.stack(explained_variance_from_moments(residuals, targets)), torch.stack(whole), 1e-12)
-
-
-def test_explained_variance_of_constant_returns_is_undefined() -> None:
-    assert all(
-        math.isnan(float(x)) for x in explained_variance(tensor([[0.5, 0.4, 0.6, 0.8]]), torch.zeros(1, 4), FULL)
-    )
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ import random
 
 import pytest
 import torch
+from plain_formulas import gather_logprobs
 from torch import Tensor, tensor
 
+from training.ppo_metrics import explained_variance
 from utils.loss import (
     PolicyStats,
     ValueStats,
-    explained_variance,
     gae,
-    gather_logprobs,
     kl_k1,
     kl_k3,
     kl_stop_reached,
@@ -55,9 +55,9 @@ VALUES = tensor([[0.5, 0.4, 0.6, 0.8]])
 FULL = torch.ones(1, 4, dtype=torch.bool)
 
 
-def gae_by_loops(r: list, v: list, n: int, gamma: float, lam: float, boot: float = 0.0) -> list[float]:
+def gae_by_loops(r: list, v: list, n: int, gamma: float, lam: float) -> list[float]:
     """The definition, sum over l of (gamma lam)^l delta_{t+l}, without a recursion."""
-    delta = [r[t] + gamma * (v[t + 1] if t + 1 < n else boot) - v[t] for t in range(n)]
+    delta = [r[t] + gamma * (v[t + 1] if t + 1 < n else 0.0) - v[t] for t in range(n)]
     return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)] + [0.0] * (len(r) - n)
 
 
@@ -92,23 +92,15 @@ def test_gae_with_the_score_on_a_virtual_step_after_the_eos() -> None:
     close(advantages, [[0.43575, 0.585, 0.1]])
 
 
-def test_gae_bootstraps_where_asked() -> None:
-    advantages, _ = gae(REWARDS, VALUES, FULL, 1.0, 0.95, bootstrap=tensor([0.7]))
-    close(advantages, [[0.987415, 1.1657, 1.006, 0.88]])
-    zero, _ = gae(REWARDS, VALUES, FULL, 1.0, 0.95, bootstrap=tensor([0.0]))
-    assert torch.equal(zero, gae(REWARDS, VALUES, FULL, 1.0, 0.95)[0])
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_gae_matches_the_definition(seed: int) -> None:
     rng, n, mask = random_case(seed)
     rewards, values = gaussians(rng, mask), gaussians(rng, mask)
     gamma, lam = rng.choice([1.0, 0.99, 0.5]), rng.choice([0.0, 0.5, 0.95, 1.0])
-    boot = tensor([rng.gauss(0, 1) for _ in n], dtype=torch.float64) if seed % 2 else torch.zeros(len(n)).double()
-    advantages, returns = gae(rewards, values, mask, gamma, lam, boot)
-    single, _ = gae(rewards.float(), values.float(), mask, gamma, lam, boot.float())
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    single, _ = gae(rewards.float(), values.float(), mask, gamma, lam)
     for b in range(len(n)):
-        expected = gae_by_loops(rewards[b].tolist(), values[b].tolist(), int(n[b]), gamma, lam, float(boot[b]))
+        expected = gae_by_loops(rewards[b].tolist(), values[b].tolist(), int(n[b]), gamma, lam)
         close(advantages[b], expected, 1e-12)
         close(single[b].double(), expected, 1e-5)
     close(returns[mask], (advantages + values)[mask], 1e-12)

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from plain_formulas import response_lengths
 from torch import Tensor, tensor
 
 from utils.loss import (
@@ -23,7 +24,6 @@ from utils.loss import (
     per_token_rewards,
     preference_pairs,
     ranking_loss,
-    response_lengths,
     response_mask,
     reward_affine,
 )
