@@ -39,6 +39,7 @@ from training.storage.saving import Saver
 from utils.data.batching import Batch, RankedBatch, collate_ranked, collate_sft
 from utils.dataset import PromptDataset, RankedDataset, SFTDataset
 from utils.loss import (
+    Moments,
     PolicyStats,
     ValueStats,
     adaptive_kl_coef,
@@ -392,10 +393,10 @@ class PPOTrainer:
         n = experience.n.to(penalised.device)
         rewards = per_token_rewards(penalised, experience.logp, experience.logp_ref, n, self.kl_coef)
         if config.whiten_rewards:
-            stats = masked_moments(rewards, experience.rmask).reduced(self.runtime.sum_over_ranks)
+            stats = Moments(*self.runtime.sum_over_ranks(torch.stack(masked_moments(rewards, experience.rmask))))
             rewards = masked_whiten(rewards, experience.rmask, shift_mean=False, stats=stats)
         advantages, returns = gae(rewards, experience.values, experience.rmask, config.gamma, config.lam)
-        stats = masked_moments(advantages, experience.rmask).reduced(self.runtime.sum_over_ranks)
+        stats = Moments(*self.runtime.sum_over_ranks(torch.stack(masked_moments(advantages, experience.rmask))))
         whitened = masked_whiten(advantages, experience.rmask, stats=stats)
         metrics = rollout_metrics(experience, penalised, self.kl_coef)
         self.guard.check_kl(update, experience, rows, metrics["objective/kl"], config.max_kl)

@@ -23,7 +23,6 @@ References: InstructGPT (Ouyang et al. 2022), PPO (Schulman et al. 2017), GAE (S
 al. 2019 and its code, openai/lm-human-preferences), "TRL" (huggingface/trl), "ORL" (OpenRLHF).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -69,7 +68,10 @@ def masked_var(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """Sums that make a mean and a variance, and that may be added over micro-batches and processes."""
+    """Sums that make a mean and a variance, and that may be added over micro-batches and processes.
+
+    `Moments(*all_reduce(torch.stack(moments)))` turns the moments of one process into those of all.
+    """
 
     count: Tensor
     """[] number of places that count."""
@@ -87,10 +89,6 @@ class Moments(NamedTuple):
     def var(self) -> Tensor:
         """Biased variance of x; 0 for an empty set."""
         return (self.total_sq / self.count.clamp(min=1) - self.mean.square()).clamp(min=0)
-
-    def reduced(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> Self:
-        """The moments of all processes."""
-        return Moments(*sum_over_ranks(torch.stack(self)))
 
 
 def masked_moments(x: Tensor, mask: Tensor) -> Moments:
