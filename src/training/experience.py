@@ -1,6 +1,7 @@
 """From prompts to training data for PPO: sample, score, and take log-probabilities and values of what was sampled.
 
-Shapes: B rollouts, T response columns, b rows of a micro-batch. Rows are compact, see `training.sampling`.
+Shapes: B rollouts, T response columns, b rows and N response tokens of a micro-batch, d channels. Rows are
+compact, see `training.sampling`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class ActorCritic(nn.Module):
         self, batch: MicroBatch, tau: float, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities [b, T] at temperature tau, values [b, T], and the entropy [b, T] when asked for."""
-        h = batch.states(self.actor)  # (N, d)
+        h = batch.states(self.actor)  # (N, d) in which the response tokens were chosen
         if with_entropy:
             logp, entropy = self.actor.token_logprobs_and_entropy(h, batch.tokens, tau)
         else:

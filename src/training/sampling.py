@@ -2,9 +2,9 @@
 
 Shapes: B rows, L columns of a row, T response columns, b rows and N response tokens of a micro-batch.
 
-Rows are kept compact: prompt, response, padding, so that plain causal attention is right without a mask, and
-micro-batches are cut from rows sorted by length. Positions count from each row's first token, so this is the same
-arithmetic as a left-padded [P | T] layout (a test holds the two against each other) at a fraction of the padding.
+Rows are compact, as in `utils.data.batching`, so that plain causal attention is right without a mask, and micro-batches
+are cut from rows sorted by length. Positions count from each row's first token, so this is the same arithmetic as a
+left-padded [P | T] layout (a test holds the two against each other) at a fraction of the padding.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class MicroBatch:
 class SampledRows:
     """Prompts with a sampled response each.
 
-    ids, att: [B, L] int64 and bool, compact rows. prompt_len, n: [B] int64 on the host, tokens of prompt and response
+    ids, att: [B, L] int64 and bool. prompt_len, n: [B] int64 on the host, tokens of prompt and response
     (EOS included). ended: [B] bool, the response has an EOS. rmask: [B, T] bool, t < n.
     sampler_logp: [B, T] log-probabilities as the sampler saw them, 0 where rmask is false.
     """
@@ -143,15 +143,15 @@ def compact(generation: Generation, pad_id: int, device: torch.device) -> Sample
     return SampledRows(ids.to(device), att.to(device), prompt_len, n, ended, rmask.to(device), logp)
 
 
-def join(parts: Sequence[SampledRows], order: np.ndarray, pad_id: int) -> SampledRows:
-    """Several sets of rows as one: row i of the result is row order[i] of all parts one after another."""
+def join(batches: Sequence[SampledRows], order: np.ndarray, pad_id: int) -> SampledRows:
+    """Several batches as one: row i of the result is row order[i] of all batches one after another."""
 
     def column(name: str) -> Tensor:
-        found = [getattr(part, name) for part in parts]
-        if found[0].ndim == 2:
-            width = max(x.shape[1] for x in found)
-            found = [F.pad(x, (0, width - x.shape[1]), value=pad_id if name == "ids" else 0) for x in found]
-        return torch.cat(found)[torch.as_tensor(order, device=found[0].device)]
+        columns = [getattr(batch, name) for batch in batches]
+        if columns[0].ndim == 2:
+            width = max(x.shape[1] for x in columns)
+            columns = [F.pad(x, (0, width - x.shape[1]), value=pad_id if name == "ids" else 0) for x in columns]
+        return torch.cat(columns)[torch.as_tensor(order, device=columns[0].device)]
 
     return SampledRows(**{field.name: column(field.name) for field in fields(SampledRows)})
 
@@ -161,7 +161,7 @@ class Sampler:
     """How responses are sampled: by a policy itself at a temperature, so without top-k or top-p.
 
     batch_size, max_tokens and recomputes are --batch-size, --tokens-per-micro-batch and --activation-checkpointing of
-    training; they bound how many rows are in work at once and have no influence on what they say, since every row has a
+    training; they bound how many rows are in work at once and have no influence on the responses, since every row has a
     random stream of its own.
     """
 
@@ -184,25 +184,24 @@ class Sampler:
     @torch.no_grad()
     def sample(self, model: nn.Module, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> SampledRows:
         """One response per prompt, in the order of the prompts."""
-        order, found = [], []
-        parts = list(self._parts([len(p) for p in prompts], model.config.block_size))
-        for part in tqdm(parts, desc="sampling", unit="batch", leave=False, delay=3):
+        batches = list(self._batches([len(p) for p in prompts], model.config.block_size))
+        sampled = []
+        for rows in tqdm(batches, desc="sampling", unit="batch", leave=False, delay=3):
             with self.runtime.autocast():
                 generation = generate(
-                    model, [prompts[i] for i in part], max_new_tokens=self.response_length,
+                    model, [prompts[i] for i in rows], max_new_tokens=self.response_length,
                     eos_id=self.tokenizer.eos_id, pad_id=self.tokenizer.pad_id, temperature=self.temperature,
-                    seeds=[seeds[i] for i in part],
+                    seeds=[seeds[i] for i in rows],
                 )  # fmt: skip
-            order += part.tolist()
-            found.append(compact(generation, self.tokenizer.pad_id, self.runtime.device))
-        return join(found, np.argsort(order), self.tokenizer.pad_id)
+            sampled.append(compact(generation, self.tokenizer.pad_id, self.runtime.device))
+        return join(sampled, np.argsort(np.concatenate(batches)), self.tokenizer.pad_id)
 
-    def _parts(self, prompt_len: list[int], block_size: int) -> Iterator[np.ndarray]:
+    def _batches(self, prompt_len: list[int], block_size: int) -> Iterator[np.ndarray]:
         """Rows to sample together: prompts of like length, and not more cache than training has room for."""
         budget = cached_tokens(block_size, self.batch_size, self.max_tokens, self.recomputes)
         order = np.argsort([-n for n in prompt_len], kind="stable")
         while len(order):
-            # The longest come first, so the first row's width is that of the part.
+            # The longest come first, so the first row's width is that of the batch.
             rows = max(1, budget // (prompt_len[order[0]] + self.response_length))
             yield order[:rows]
             order = order[rows:]

@@ -9,26 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, resolved
+from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs
 from config.user_error import UserError
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, round_frozen, share_base
 from models.weights.checkpoint import describe
-from training.engine.runtime import Runtime
 from training.storage.resuming import Resumption
 from utils.runs.folder import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
-
-
-def require_one_process(runtime: Runtime) -> None:
-    """Refuse a launcher: every process would train on the same rows and write the same run.
-
-    Raises:
-        UserError: there are several processes.
-    """
-    if runtime.world_size > 1:
-        raise UserError("--strategy naive: runs on one device; start the script with python, without a launcher")
 
 
 def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:
@@ -39,24 +28,6 @@ def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, t
         "template": template.to_dict(),
         "trained_from": trained_from,
     }
-
-
-def dropout_in_words(config: SFTConfig, dropout: float, resumption: Resumption | None) -> str:
-    """What dropout makes of the size of a pass: the masks of a pass are drawn together, so other passes have others.
-
-    A stream of random numbers for each row would mend that, but attention draws its masks inside torch's kernel.
-    """
-
-    def passes(settings: dict[str, Any]) -> str:
-        tokens = settings["tokens_per_micro_batch"]
-        return f"--tokens-per-micro-batch {tokens}" if tokens else f"-b {settings['batch_size']}"
-
-    now = passes(resolved(config))
-    then = passes(resumption.hyperparams["config"]) if resumption is not None else now
-    told = f"dropout {dropout} draws its masks pass by pass"
-    if then != now:
-        return f"note: {told}: with {now} in place of {then} the run will not end as it would have"
-    return f"{told}: results depend on {now} by more than rounding"
 
 
 def template_of(folder: Path) -> PromptTemplate:
@@ -92,7 +63,7 @@ def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig, dtype: to
 
 
 def frozen(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model that only looks: eval mode, no gradients, its matrices in `dtype`."""
+    """A model that does not train: eval mode, no gradients, its matrices in `dtype`."""
     round_frozen(model.requires_grad_(False), dtype)
     return model.eval()
 

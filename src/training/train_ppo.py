@@ -20,17 +20,9 @@ from config.configs import PPOConfig  # noqa: E402
 from config.user_error import UserError, run_main  # noqa: E402
 from models.weights.checkpoint import describe  # noqa: E402
 from training.engine.determinism import cost_of_determinism  # noqa: E402
-from training.engine.runtime import Runtime  # noqa: E402
+from training.engine.runtime import Runtime, require_one_process  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
-from training.start import (  # noqa: E402
-    Roles,
-    describe_model,
-    ppo_start,
-    prompt_limit,
-    require_one_process,
-    row_limit,
-    template_of,
-)
+from training.start import Roles, describe_model, ppo_start, prompt_limit, row_limit, template_of  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import PPOTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402

@@ -18,9 +18,9 @@ from config.command_line import parse_cli  # noqa: E402
 from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.engine.determinism import cost_of_determinism  # noqa: E402
-from training.engine.runtime import Runtime  # noqa: E402
+from training.engine.runtime import Runtime, require_one_process  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
-from training.start import describe_model, prompt_limit, require_one_process, rm_start, row_limit  # noqa: E402
+from training.start import describe_model, prompt_limit, rm_start, row_limit  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402

@@ -10,24 +10,18 @@ What it does not do: train on the prompt, put an EOS on a cut response.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever folder the script is started
 
 from config.command_line import parse_cli  # noqa: E402
-from config.configs import SFTConfig  # noqa: E402
+from config.configs import SFTConfig, resolved  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.engine.determinism import cost_of_determinism  # noqa: E402
-from training.engine.runtime import Runtime  # noqa: E402
+from training.engine.runtime import Runtime, require_one_process  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
-from training.start import (  # noqa: E402
-    describe_model,
-    dropout_in_words,
-    freeze,
-    require_one_process,
-    row_limit,
-    sft_start,
-)
-from training.storage.resuming import find_resumption, open_run  # noqa: E402
+from training.start import describe_model, freeze, row_limit, sft_start  # noqa: E402
+from training.storage.resuming import Resumption, find_resumption, open_run  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
 
@@ -62,6 +56,24 @@ def main() -> int:
         describe_model("sft", tokenizer, template, source), resumption and resumption.state,
     )  # fmt: skip
     return fit(trainer, config)
+
+
+def dropout_in_words(config: SFTConfig, dropout: float, resumption: Resumption | None) -> str:
+    """What dropout makes of the size of a pass: the masks of a pass are drawn together, so other passes have others.
+
+    A stream of random numbers for each row would mend that, but attention draws its masks inside torch's kernel.
+    """
+
+    def passes(settings: dict[str, Any]) -> str:
+        tokens = settings["tokens_per_micro_batch"]
+        return f"--tokens-per-micro-batch {tokens}" if tokens else f"-b {settings['batch_size']}"
+
+    now = passes(resolved(config))
+    then = passes(resumption.hyperparams["config"]) if resumption is not None else now
+    effect = f"dropout {dropout} draws its masks pass by pass"
+    if then != now:
+        return f"note: {effect}: with {now} in place of {then} the run will not end as it would have"
+    return f"{effect}: results depend on {now} by more than rounding"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from config.configs import RMConfig, SFTConfig
 from config.user_error import UserError
 from models.weights.checkpoint import save_model
 from training import loop
-from training.start import require_one_process, template_of
+from training.engine.runtime import require_one_process
+from training.start import template_of
 
 LENGTHS = np.random.default_rng(0).integers(3, 40, size=37)
 

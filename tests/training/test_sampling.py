@@ -49,7 +49,7 @@ def test_how_many_rows_are_sampled_at_once_changes_nothing(actor, runtime, monke
     whole = sampler(runtime, batch_size=64).sample(actor, prompts, seeds)
     monkeypatch.setattr(sampling, "_CACHED_PER_TRAINED", 1)
     divided = sampler(runtime, batch_size=1)
-    parts = list(divided._parts([len(p) for p in prompts], actor.config.block_size))
+    parts = list(divided._batches([len(p) for p in prompts], actor.config.block_size))
     assert len(parts) > 2 and sorted(np.concatenate(parts)) == list(range(9))
     for part in parts:
         assert len(part) * (max(len(prompts[i]) for i in part) + 8) <= actor.config.block_size
@@ -61,7 +61,7 @@ def test_how_many_rows_are_sampled_at_once_changes_nothing(actor, runtime, monke
 
 
 def test_a_row_that_alone_exceeds_the_budget_is_still_sampled(runtime) -> None:
-    parts = list(sampler(runtime, batch_size=1)._parts([500, 3, 500], block_size=8))
+    parts = list(sampler(runtime, batch_size=1)._batches([500, 3, 500], block_size=8))
     assert [part.tolist() for part in parts] == [[0], [2], [1]]
 
 
@@ -114,5 +114,5 @@ def test_rows_at_once_follow_what_training_has_room_for(runtime) -> None:
     recomputing = Sampler.of(
         SFTConfig(tokens_per_micro_batch=64, activation_checkpointing=True), LetterTokenizer(), runtime, 1.0, 6
     )
-    sizes = [[len(part) for part in s._parts([10] * 40, block_size=1000)] for s in (made, recomputing)]
+    sizes = [[len(part) for part in s._batches([10] * 40, block_size=1000)] for s in (made, recomputing)]
     assert sizes == [[32, 8], [4] * 10]

@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from config.devices import TORCH_TYPE, choose_device, choose_dtype
+from config.user_error import UserError
 from training.engine.compiling import compile_blocks
 from training.engine.determinism import set_deterministic
 from training.engine.host_memory import HostMemory
@@ -187,6 +188,16 @@ class Runtime:
     def max_over_ranks(self, value: Tensor) -> Tensor:
         """Elementwise maximum of a tensor [n] over all ranks."""
         return self.accelerator.gather(value).view(self.world_size, -1).amax(0)
+
+
+def require_one_process(runtime: Runtime) -> None:
+    """Refuse a launcher: every process would train on the same rows and write the same run.
+
+    Raises:
+        UserError: there are several processes.
+    """
+    if runtime.world_size > 1:
+        raise UserError("--strategy naive: runs on one device; start the script with python, without a launcher")
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
