@@ -22,20 +22,12 @@ from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:
     """Entries of model.json that make a checkpoint self-contained."""
-    return {
-        "stage": stage,
-        "tokenizer": tokenizer.identity(),
-        "template": template.to_dict(),
-        "trained_from": trained_from,
-    }
+    made_with = {"tokenizer": tokenizer.identity(), "template": template.to_dict()}
+    return {"stage": stage, **made_with, "trained_from": trained_from}
 
 
 def template_of(folder: Path) -> PromptTemplate:
-    """The prompt template a checkpoint was trained with.
-
-    Raises:
-        UserError: the checkpoint does not tell.
-    """
+    """The prompt template a checkpoint was trained with; UserError where it does not tell."""
     template = describe(folder).get("template")
     if template is None:
         raise UserError(
@@ -147,10 +139,7 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
     """Load actor, critic, reference and reward model; what is frozen is held in `dtype`, that of the matrix products.
 
     Each is frozen and shares the reference's base before the next is loaded, so that two of them in full is the most
-    that is there at a time.
-
-    Raises:
-        UserError: a checkpoint is missing, of the wrong stage, or the two were made with different tokenizers.
+    that is there at a time. UserError where a checkpoint is missing, of the wrong stage, or of another tokenizer.
     """
     options = without_dropout(get_configs(config.config))
     rm_argument, needs_reward_model = reward_source(config)
@@ -200,10 +189,8 @@ def reward_source(config: PPOConfig) -> tuple[str, bool]:
 def share_trunk(actor: nn.Module, critic: nn.Module, fresh: bool) -> None:
     """Put the critic's head on the actor's trunk; a fresh one predicts 0 everywhere.
 
-    The reward model's head would read states that it was not trained on: its own adapter made them.
-
-    Raises:
-        UserError: the actor has no adapter, so that the value loss would train all of the policy's weights.
+    The reward model's head would read states that it was not trained on: its own adapter made them. UserError where the
+    actor has no adapter, so that the value loss would train all of the policy's weights.
     """
     if not actor.config.lora_rank:
         raise UserError("--share-adapter: the model has no adapters; give a --config that ends in /lora")
@@ -220,11 +207,7 @@ def without_dropout(config: GPTConfig) -> GPTConfig:
 
 
 def row_limit(config: RunConfig, model: nn.Module) -> int:
-    """Longest row in tokens: --max-length, or the context.
-
-    Raises:
-        UserError: --max-length is longer than the context.
-    """
+    """Longest row in tokens: --max-length (UserError where it is longer than the context), or the context."""
     context = model.config.block_size
     if config.max_length > context:
         raise UserError(f"--max-length {config.max_length}: the model's context is {context}; give at most that")
@@ -232,11 +215,8 @@ def row_limit(config: RunConfig, model: nn.Module) -> int:
 
 
 def prompt_limit(config: RMConfig | PPOConfig, model: nn.Module) -> int:
-    """Longest prompt in tokens that leaves room for a response: what the row limit allows, or --prompt-length.
-
-    Raises:
-        UserError: prompt and response do not fit.
-    """
+    """Longest prompt in tokens that leaves room for a response: what the row limit allows, or --prompt-length;
+    UserError where the two do not fit."""
     limit = row_limit(config, model)
     wanted = config.prompt_length if isinstance(config, PPOConfig) else 0
     prompt = wanted or limit - config.response_length

@@ -19,8 +19,7 @@ from config.command_line import parse_cli  # noqa: E402
 from config.configs import PPOConfig  # noqa: E402
 from config.user_error import UserError, run_main  # noqa: E402
 from models.weights.checkpoint import describe  # noqa: E402
-from training.engine.determinism import cost_of_determinism  # noqa: E402
-from training.engine.runtime import Runtime, require_one_process  # noqa: E402
+from training.engine.runtime import Runtime  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import Roles, describe_model, ppo_start, prompt_limit, row_limit, template_of  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
@@ -40,10 +39,7 @@ def main() -> int:
         return 0
     reward_fn = load_reward_function(config.reward_fn, "--reward-fn") if config.reward_fn else None
     eval_reward_fn = load_reward_function(config.eval_reward_fn, "--eval-reward-fn") if config.eval_reward_fn else None
-    runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
-    require_one_process(runtime)
-    if config.deterministic:
-        print(f"deterministic: {cost_of_determinism(runtime.device)}")
+    runtime = Runtime.of(config)
     roles = ppo_start(config, resumption, runtime.matrix_dtype)
     tokenizer, template = load_tokenizer(roles.sft), template_of(roles.sft)
     limit, prompts = row_limit(config, roles.actor), prompt_limit(config, roles.actor)

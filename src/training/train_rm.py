@@ -17,8 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
-from training.engine.determinism import cost_of_determinism  # noqa: E402
-from training.engine.runtime import Runtime, require_one_process  # noqa: E402
+from training.engine.runtime import Runtime  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import describe_model, prompt_limit, rm_start, row_limit  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
@@ -34,10 +33,7 @@ def main() -> int:
     config = preflight(config, resumption)
     if config.plan:
         return 0
-    runtime = Runtime(config.device, config.dtype, config.seed, config.deterministic)
-    require_one_process(runtime)
-    if config.deterministic:
-        print(f"deterministic: {cost_of_determinism(runtime.device)}")
+    runtime = Runtime.of(config)
     model, sft, tokenizer, template, source = rm_start(config, resumption, runtime.matrix_dtype)
     prompt_limit(config, model)  # room for the samples that the scores are normalised on; told before any work
     options = {"skip_bad_rows": config.skip_bad_rows, "template": template}

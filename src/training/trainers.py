@@ -462,7 +462,7 @@ class PPOTrainer:
         total, stats = torch.zeros((), device=runtime.device), []
         for rows in runtime.accumulate(self.policy, minibatch):
             loss, stats_of_rows = forward(rows)
-            runtime.backward(loss)
+            runtime.backward(loss)  # gradients add up
             total += loss.detach()
             stats.append(stats_of_rows)
         policy, value = (
@@ -471,6 +471,7 @@ class PPOTrainer:
         total = runtime.sum_over_ranks(total)
         if not norms and bool(total.isfinite()):  # what is not finite is the guard's
             check_first_minibatch(policy.means(), value.means(), runtime.dtype)
+        # Unscale, clip, step, zero; where a number is not finite the guard stops the run, or the batch is skipped.
         with self.guard.step(self.step + 1, self.policy, self.optimizer, np.concatenate(minibatch), alone):
             norms.append(runtime.step(self.optimizer, self.parameters, config.max_grad_norm, total))
             return policy, value

@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from config.configs import RunConfig
 from config.devices import TORCH_TYPE, choose_device, choose_dtype
 from config.user_error import UserError
 from training.engine.compiling import compile_blocks
-from training.engine.determinism import set_deterministic
+from training.engine.determinism import cost_of_determinism, set_deterministic
 from training.engine.host_memory import HostMemory
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -61,6 +62,15 @@ class Runtime:
         self._memory = HostMemory()
         # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
         set_seed(seed + 100003 * self.rank)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Runtime:
+        """The runtime that a run's flags ask for; UserError under a launcher, see `require_one_process`."""
+        runtime = cls(config.device, config.dtype, config.seed, config.deterministic)
+        require_one_process(runtime)
+        if config.deterministic:
+            print(f"deterministic: {cost_of_determinism(runtime.device)}")
+        return runtime
 
     @property
     def matrix_dtype(self) -> torch.dtype:
@@ -191,11 +201,7 @@ class Runtime:
 
 
 def require_one_process(runtime: Runtime) -> None:
-    """Refuse a launcher: every process would train on the same rows and write the same run.
-
-    Raises:
-        UserError: there are several processes.
-    """
+    """Refuse a launcher (UserError): every process would train on the same rows and write the same run."""
     if runtime.world_size > 1:
         raise UserError("--strategy naive: runs on one device; start the script with python, without a launcher")
 
