@@ -1,7 +1,6 @@
 """From prompts to training data for PPO: sample, score, and take log-probabilities and values of what was sampled.
 
-Shapes: B rollouts, T response columns, b rows and N response tokens of a micro-batch, d channels. Rows are
-compact, see `training.sampling`.
+Shapes: B rollouts, T response columns, b rows and N response tokens of a micro-batch, d channels.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 @dataclass
 class Experience(SampledRows):
-    """One batch of rollouts and what the four roles make of it. [B, T] fields are 0 where rmask is false.
+    """One batch of rollouts, in compact rows, and what the four roles make of it. [B, T] fields are 0 where rmask is
+    false.
 
     logp: [B, T] log-probabilities of the policy that sampled, by the training forward, at the sampling temperature.
     logp_ref: [B, T] those of the reference. values: [B, T] of the critic, before token t.
