@@ -2,8 +2,8 @@
 
 Shapes: B prompts, K completions of one prompt (ranked best first), M pairs of an evaluation set, N values.
 
-Everything is computed in float64 on the CPU and comes back as Python floats, over one whole evaluation set: collect the
-scores of all batches and processes first. A figure that does not exist (no pair, no variance) is nan and never 0.
+All but `right_and_all_pairs` is computed in float64 on the CPU and comes back as Python floats, over one whole evaluation
+set: collect the scores of all batches and processes first. A figure that does not exist (no pair, no variance) is nan and never 0.
 """
 
 import math
@@ -87,7 +87,10 @@ def ranking_accuracy(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = No
 
 @torch.no_grad()
 def right_and_all_pairs(scores: Tensor, mask: Tensor) -> Tensor:
-    """How many pairs the scores [B, K] order as they are ranked, ties one half, and how many there are: [2]."""
+    """How many pairs the scores [B, K] order as they are ranked, ties one half, and how many there are: [2].
+
+    On the scores' device, to be added up over micro-batches and processes without waiting for it.
+    """
     margins, pairs = scores[:, :, None] - scores[:, None, :], preference_pairs(mask)
     right = masked_sum((margins > 0).float() + 0.5 * (margins == 0).float(), pairs)
     return torch.stack([right, pairs.sum().float()])
