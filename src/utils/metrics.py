@@ -2,8 +2,9 @@
 
 Shapes: B prompts, K completions of one prompt (ranked best first), M pairs of an evaluation set, N values.
 
-All but `right_and_all_pairs` is computed in float64 on the CPU and comes back as Python floats, over one whole evaluation
-set: collect the scores of all batches and processes first. A figure that does not exist (no pair, no variance) is nan and never 0.
+All but `right_and_all_pairs` is computed in float64 on the CPU and comes back as Python floats, over one whole
+evaluation set: collect the scores of all batches and processes first. A figure that does not exist (no pair, no
+variance) is nan and never 0.
 """
 
 import math
