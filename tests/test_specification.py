@@ -190,7 +190,7 @@ def test_a_cut_response_is_scored_at_its_last_token_and_then_fined(tmp_path) -> 
         rollouts.actor.transformer.wte.weight[eos] = 1.7 * rollouts.actor.transformer.wte.weight[5]
     prompts = [prompt for prompt in trainer.train for _ in range(40)]
     experience = rollouts.sample(prompts, list(range(len(prompts))))
-    rollouts.look(experience, split_minibatches(experience.lengths, 1, 64, np.random.default_rng(0))[0])
+    rollouts.evaluate_roles(experience, split_minibatches(experience.lengths, 1, 64, np.random.default_rng(0))[0])
     cut = [b for b, ended in enumerate(experience.ended.tolist()) if not ended]
     assert 0 < len(cut) < len(experience)
     model = rollouts.reward_model
