@@ -75,11 +75,10 @@ def test_an_iteration_is_read_in_ten_files_from_the_top_down(ppo_trainer) -> Non
 
 
 def test_the_page_names_what_serves_beside_and_functions_that_exist() -> None:
-    steps, _, beside = PAGE.partition("## Beside the path")
+    path, _, beside = PAGE.partition("## Beside the path")
     assert set(re.findall(r"\(\.\./src/(.+?)\)", beside)) == set(BESIDE)
-    for section in steps.split("\n## ")[1:]:
-        source = (SRC / re.search(r"\(\.\./src/(.+?)\)", section)[1]).read_text()
-        names = re.findall(r"`([A-Za-z]\w*)(?:\.(\w+))?`", section)
-        assert names, section
-        for name in {part for pair in names for part in pair if part}:
-            assert re.search(rf"\b{name}\b", source), name
+    defined = re.findall(r"^\[`(\w+)`\]: \.\./src/(.+)$", PAGE, re.MULTILINE)
+    assert {name for name, _ in defined} == set(re.findall(r"\[`(\w+)`\]", path))
+    for name, file in defined:
+        assert f"({Path('../src', file).as_posix()})" in path
+        assert re.search(rf"(def|class) {name}\b", (SRC / file).read_text()), name
