@@ -450,7 +450,7 @@ class PPOTrainer:
         def forward(rows: np.ndarray) -> tuple[Tensor, tuple[PolicyStats, ValueStats]]:
             batch = experience.micro_batch(rows)
             old = (batch.rows, slice(batch.rmask.shape[1]))  # where the micro-batch's [b, T] stands in the rollout
-            logp, values, _ = self.policy(batch, config.temperature)  # `ActorCritic`: log pi and V of each token, [b, T]
+            logp, values, _ = self.policy(batch, config.temperature)  # `ActorCritic`: log pi and V, each [b, T]
             pi = policy_loss(logp, experience.logp[old], advantages[old], batch.rmask, config.clip_eps, denom)
             v = value_loss(values, experience.values[old], returns[old], batch.rmask, value_clip, denom)
             return pi.loss + config.vf_coef * v.loss, (pi.stats, v.stats)
