@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.gpt import KVCache
+from models.cache import KVCache
+from models.kernels import product_dtype
 from models.stop_strings import StopStrings
-from models.vocabulary import exp_, product_dtype
+from models.vocabulary import exp_
 from utils.data.batching import left_pad, right_pad
 from utils.loss import temper
 
@@ -70,7 +71,7 @@ def generate(
     """Sample one response per prompt.
 
     Args:
-        model: a GPT; its train/eval mode is put back afterwards (dropout is off while sampling).
+        model: a language model; its train/eval mode is put back afterwards (dropout is off while sampling).
         prompts: B prompts of at least one token each.
         max_new_tokens: responses end here at the latest; prompt and response together must fit the context.
         eos_id: the id that ends a row. pad_id: what stands behind it (default: the first id outside the vocabulary).
@@ -146,7 +147,7 @@ def _read(model: nn.Module, prompts: Sequence[np.ndarray], cache: KVCache) -> Te
     ids, att = (x.to(device) for x in right_pad(prompts, 0))
     last = torch.arange(len(ids), device=device) * ids.shape[1] + att.sum(1) - 1
     states = model.hidden(ids, att, cache, right_padded=True, at=last)
-    torch.clear_autocast_cache()  # its copies of the weights; the steps have theirs from `models.cpu.packing`
+    torch.clear_autocast_cache()  # its copies of the weights; the steps have theirs from `models.kernels`
     return states
 
 

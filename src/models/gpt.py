@@ -1,91 +1,35 @@
-"""GPT-2 by hand, with LoRA, a KV cache and padding on either side (Radford et al. 2019).
+"""GPT-2 by hand, with LoRA and a KV cache (Radford et al. 2019).
 
 Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head,
-d = nh * hd channels, V vocabulary. Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...).
+d = nh * hd channels. N columns of the B * L flattened ones, where `at` asks for no others.
 
-Padding: `att[b, s]` says which tokens are real. Position ids count real tokens only (`clamp(cumsum(att) - 1, 0)`), so a
-row means the same with any amount of padding on either side; GPT-2's positions are absolute, and without this a
-left-padded row is silently wrong. PAD is an id outside the token table: it is replaced by 0 before the lookup and
-hidden by the mask.
+Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...). `models.cache` says what positions and mask are
+where rows are padded, `models.kernels` what attention, GELU and the projections are in torch's own words,
+`models.causal_lm` what stands on this trunk: logits, losses, sampling.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config.configs import GPTConfig
-from models import vocabulary
-from models.cpu.activation import gelu
-from models.cpu.attention import attend
-from models.decoding import Decoder
-from models.lora import freeze_weights, projection
+from models.cache import KVCache, model_inputs
+from models.causal_lm import CausalLM
+from models.decoding import Decoder, DecodingLinear
+from models.kernels import attention, attention_of_one, gelu
+from models.lora import projection
 from models.roles import CriticRole, RewardRole
-from models.weights import checkpoint as model_checkpoint
 from models.weights import huggingface
 
-if TYPE_CHECKING:
-    from models.generation import Generation
 
-
-@dataclass
-class KVCache:
-    """Keys and values of everything seen so far, preallocated.
-
-    keys, values: one [B, nh, S_max, hd] tensor per layer; in a CPU's memory the keys of a head lie as [hd, S_max], as a
-    query meets them (`models.cpu.attention.attend_one`). length: columns filled; the others hold anything.
-    att: [B, S_max] bool, which are real.
-    """
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    att: Tensor
-    length: int = 0
-
-    @staticmethod
-    def dtype_on(device: str, product: torch.dtype) -> torch.dtype:
-        """Type of keys and values where matrix products are taken in `product`: the same, but fp32 on a CPU.
-
-        Reading half as many bytes gains nothing there: with keys in bf16 sampling of 8 rows was a few percent slower,
-        of 32 rows as fast (torch 2.13, GPT-2 124M, 2 cores of an AMD EPYC).
-        """
-        return torch.promote_types(product, torch.float32) if device == "cpu" else product
-
-    @classmethod
-    def allocate(cls, config: GPTConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-        """An empty cache for `rows` sequences of at most `columns` tokens."""
-        shape = (rows, config.n_head, columns, config.head_dim)
-        keys, values = (
-            [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
-        )
-        if device.type == "cpu":  # the same shape, but the other order in memory
-            keys = [k.view(rows, config.n_head, config.head_dim, columns).transpose(2, 3) for k in keys]
-        return cls(keys, values, torch.zeros(rows, columns, device=device, dtype=torch.bool))
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, nh, L, hd] behind what layer `layer` holds; returns all its keys and values [B, nh, S, hd]."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        if self.length == 0:  # these are all, and in the order in which attention reads them fastest
-            return k, v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` (int64 indices), so that finished sequences cost nothing more."""
-        for i, (k, v) in enumerate(zip(self.keys, self.values)):  # one layer's old and new ones at a time
-            self.keys[i] = k[rows] if k.is_contiguous() else k.transpose(2, 3)[rows].transpose(2, 3)
-            self.values[i] = v[rows]
-        self.att = self.att[rows]
-
-
-def pick(x: Tensor, at: Tensor | None) -> Tensor:
+def select_columns(x: Tensor, at: Tensor | None) -> Tensor:
     """The columns `at` [N] of x [B, L, d] as [N, d]; all of x without `at`."""
     return x if at is None else x.flatten(0, 1)[at]
 
@@ -114,9 +58,9 @@ class MaskedMultiheadSelfAttention(nn.Module):
         if cache is not None:
             k, v = (x.to(q.dtype) for x in cache.append(layer, k, v))  # (B, nh, S, hd)
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, causal=mask is None and L > 1, dropout=dropout)  # (B, nh, L, hd)
+        y = attention(q, k, v, mask, causal=mask is None and L > 1, dropout=dropout)  # (B, nh, L, hd)
         y = y.transpose(1, 2).reshape(B, L, d)
-        return self.resid_dropout(self.c_proj(pick(y, at)))
+        return self.resid_dropout(self.c_proj(select_columns(y, at)))
 
 
 class FeedForwardNetworks(nn.Module):
@@ -129,7 +73,7 @@ class FeedForwardNetworks(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, L, d] -> [B, L, d]."""
+        """x [..., d] -> [..., d]."""
         return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
@@ -147,7 +91,7 @@ class TransformerDecoderBlock(nn.Module):
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None = None
     ) -> Tensor:
         """x [B, L, d] -> [B, L, d], or [N, d] at the flattened columns `at`."""
-        x = pick(x, at) + self.attn(self.ln_1(x), mask, cache, layer, at)
+        x = select_columns(x, at) + self.attn(self.ln_1(x), mask, cache, layer, at)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -167,7 +111,7 @@ class TransformerDecoder(nn.Module):
         self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool, at: Tensor | None = None
     ) -> Tensor:
         """ids, att [B, L] -> final hidden states [B, L, d], or [N, d] at the flattened columns `at`."""
-        ids, positions, mask = self._inputs(ids, None if att is None else att.bool(), cache, right_padded)
+        ids, positions, mask = model_inputs(ids, att, cache, right_padded, self.config.block_size)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, L, d)
         recompute = self.config.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
@@ -185,43 +129,12 @@ class TransformerDecoder(nn.Module):
             cache.length += ids.shape[1]
         return self.ln_f(x)
 
-    def _inputs(
-        self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids safe to look up [B, L], position ids [B, L] or [L], mask [B, 1, L, S] (None: plain causal)."""
-        B, L = ids.shape
-        seen = cache.length if cache is not None else 0
-        if seen + L > self.config.block_size:
-            raise ValueError(f"{seen + L} tokens do not fit the context of {self.config.block_size}")
-        if seen == 0 and (att is None or right_padded):
-            # Rows start at column 0: causal attention hides the padding behind each row without a mask.
-            if cache is not None:
-                cache.att[:, :L] = True if att is None else att
-            positions = torch.arange(L, device=ids.device)
-            return ids if att is None else ids.masked_fill(~att, 0), positions, None
-        if att is None:
-            att = torch.ones(B, L, dtype=torch.bool, device=ids.device)
-        all_att = att
-        if cache is not None:
-            cache.att[:, seen : seen + L] = att
-            all_att = cache.att[:, : seen + L]
-        positions = (all_att.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-        causal = torch.ones(L, seen + L, dtype=torch.bool, device=ids.device).tril(seen)
-        mask = all_att[:, None, None, :] & causal  # (B, 1, L, S)
-        # A padding query that may look at nothing would be a softmax over nothing: let each query see itself.
-        own = torch.eye(L, dtype=torch.bool, device=ids.device)
-        mask[:, :, :, seen:] |= own
-        return ids.masked_fill(~att, 0), positions, mask
 
-
-class GPT(nn.Module):
-    """A GPT-2 language model. The output projection is the token table itself (tied by construction)."""
-
-    role = "lm"
+class GPT(CausalLM):
+    """A GPT-2 language model."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.transformer = TransformerDecoder(config)
         self._init_weights()
 
@@ -239,81 +152,29 @@ class GPT(nn.Module):
             else:
                 parameter.normal_(0.0, std)
 
-    def hidden(
-        self, ids: Tensor, att: Tensor | None = None, cache: KVCache | None = None, right_padded: bool = False,
-        at: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Final hidden states.
+    @property
+    def trunk(self) -> TransformerDecoder:
+        """All but a head."""
+        return self.transformer
 
-        Args:
-            ids: [B, L] int64; anything may stand where att is false.
-            att: [B, L] bool (or 0 and 1), true on real tokens; None when all are. Padding may be on either side.
-            cache: keys and values of the tokens before these; this call's are appended.
-            right_padded: promise that every row starts at column 0, which saves building a mask (with a cache as long
-                as that is empty).
-            at: [N] int64 indices into the B * L flattened columns; the last block's second half and the final LayerNorm
-                are computed only there.
+    @property
+    def token_table(self) -> nn.Parameter:
+        """`wte` [>= V, d]."""
+        return self.transformer.wte.weight
 
-        Returns:
-            [B, L, d], or [N, d] with `at`; the states at padding are meaningless but finite.
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """`h`."""
+        return self.transformer.h
 
-        Raises:
-            ValueError: more tokens than the context holds.
-        """
-        return self.transformer(ids, att, cache, right_padded, at)
+    @property
+    def final_norm(self) -> nn.LayerNorm:
+        """`ln_f`."""
+        return self.transformer.ln_f
 
-    def lm_head(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] in fp32 from hidden states [..., d].
-
-        Under bf16 or fp16 autocast they are right up to a constant per position: see `models.vocabulary`.
-        """
-        return vocabulary.logits(hidden, self.transformer.wte.weight, self.config.vocab_size)
-
-    def token_logprobs(self, hidden: Tensor, tokens: Tensor, tau: float = 1.0) -> Tensor:
-        """Log-probabilities [N] of tokens [N] chosen in states [N, d]. See `models.vocabulary.token_logprobs`."""
-        return vocabulary.token_logprobs(hidden, self.transformer.wte.weight, self.config.vocab_size, tokens, tau)
-
-    def token_logprobs_and_entropy(self, hidden: Tensor, tokens: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
-        """`token_logprobs` and the entropy [N] of each distribution, without gradients."""
-        return vocabulary.token_logprobs_and_entropy(
-            hidden, self.transformer.wte.weight, self.config.vocab_size, tokens, tau
-        )
-
-    def token_loss_sum(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Sum of the cross-entropies of tokens [N] after states [N, d], in nats."""
-        return vocabulary.token_loss_sum(hidden, self.transformer.wte.weight, self.config.vocab_size, tokens)
-
-    def decoder(self, cache: KVCache) -> Decoder:
-        """Steps of one token per row behind what the cache holds. See `models.decoding`."""
-        return Decoder(self, cache)
-
-    def forward(
-        self, ids: Tensor, att: Tensor | None = None, right_padded: bool = False, at: Tensor | None = None,
-        targets: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Logits in fp32; those of column j predict column j + 1. With `targets` the loss of predicting these.
-
-        Args:
-            ids, att, right_padded: see `hidden`.
-            at: [N] int64 indices into the B * L flattened columns; only those are projected onto the vocabulary, which
-                is most of the memory of a language model's loss.
-            targets: [N] int64, the tokens behind the columns `at`. (A prepared module is called through its forward
-                pass, where precision and ranks are dealt with; so the loss of supervised fine-tuning is made here.)
-
-        Returns:
-            [B, L, V], or [N, V] with `at`; with `targets` the sum of their cross-entropies in nats [].
-        """
-        h = self.hidden(ids, att, right_padded=right_padded, at=at)
-        return self.lm_head(h) if targets is None else self.token_loss_sum(h, targets)
-
-    def freeze_weights(self, method: str) -> None:
-        """Choose what trains: "lora", "last_block" or "none"; heads always do. See `models.lora.freeze_weights`."""
-        freeze_weights(self, method)
-
-    @classmethod
-    def from_checkpoint(cls, folder: str | Path, config: GPTConfig | None = None, adapters: str = "keep") -> Self:
-        """Load one of our checkpoint folders into this role. See `models.weights.checkpoint.load_model`."""
-        return model_checkpoint.load_model(cls, Path(folder), config, adapters)
+    def decoder(self, cache: KVCache) -> GPTDecoder:
+        """Steps of one token per row behind what the cache holds."""
+        return GPTDecoder(self, cache)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, config: GPTConfig | None = None, vocab_size: int | None = None) -> Self:
@@ -323,17 +184,6 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path, eos_id: int | None = None) -> None:
         """Write a folder that `transformers.GPT2LMHeadModel` loads: `models.weights.huggingface`."""
         huggingface.save_pretrained(self, Path(folder), eos_id)
-
-    def generate(self, prompt: Tensor, max_new_tokens: int, eos_id: int, **sampling) -> Tensor:
-        """Continue one prompt [P] of token ids; returns the new ids [n], EOS included. See `batch_generate`."""
-        return self.batch_generate([prompt], max_new_tokens, eos_id, **sampling).row(0)
-
-    def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int, **sampling) -> Generation:
-        """Continue prompts of mixed length. See `models.generation.generate`."""
-        # Imported here, because inference is built on models and not the other way round.
-        from models.generation import generate
-
-        return generate(self, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
 
 
 class GPTActor(GPT):
@@ -346,3 +196,36 @@ class GPTCritic(CriticRole, GPT):
 
 class GPTRewardModel(RewardRole, GPT):
     """One score per sequence from a GPT-2 trunk with a scalar head."""
+
+
+class DecodingBlock:
+    """A block for one token per row: `TransformerDecoderBlock`, written flat."""
+
+    def __init__(self, block: TransformerDecoderBlock, dtype: torch.dtype) -> None:
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        self.c_attn = DecodingLinear(block.attn.c_attn, dtype)
+        self.out = DecodingLinear(block.attn.c_proj, dtype)
+        self.c_fc = DecodingLinear(block.mlp.c_fc, dtype, gelu=True)
+        self.c_proj = DecodingLinear(block.mlp.c_proj, dtype)
+
+
+class GPTDecoder(Decoder):
+    """`GPT.hidden` for one column, written flat: see `models.decoding`."""
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        super().__init__(model, cache)
+        self.model = model
+        self.blocks = [DecodingBlock(block, self.dtype) for block in model.blocks]
+
+    def hidden(self, token: Tensor, bias: Tensor | None) -> Tensor:
+        """Final hidden states [B, d] of one more token [B]; bias [B, 1, 1, S]."""
+        B, nh, trunk = len(token), self.model.config.n_head, self.model.transformer
+        x = F.embedding(token, trunk.wte.weight) + F.embedding(self.position, trunk.wpe.weight)  # (B, d)
+        for layer, block in enumerate(self.blocks):
+            qkv = block.c_attn(self.normed(block.ln_1, x)).view(B, 3, nh, 1, -1)
+            q, k, v = qkv.unbind(1)  # each (B, nh, 1, hd)
+            k, v = self.cache.append(layer, k, v)  # (B, nh, S, hd)
+            y = attention_of_one(q.to(k.dtype), k, v, bias)  # (B, nh, 1, hd)
+            x = x + block.out(y.view(B, -1).to(self.dtype))
+            x = x + block.c_proj(block.c_fc(self.normed(block.ln_2, x)))
+        return self.normed(trunk.ln_f, x)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from config.configs import GPTConfig
 from config.user_error import UserError
-from models.cpu.linear import Linear, linear
-from models.cpu.packing import frozen_linear
+from models.kernels import adapted_linear, linear, product_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,16 +36,19 @@ class AdaptedLinear(loralib.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        flat = x.reshape(-1, x.shape[-1])
-        if torch.is_autocast_enabled(x.device.type):
-            flat = flat.to(torch.get_autocast_dtype(x.device.type))  # once, and not for each of the two products
-        narrow = F.linear(self.lora_dropout(flat), self.lora_A)
-        y = frozen_linear(flat, self.weight, self.bias)
-        if y is None:
-            y = torch.addmm(linear(flat, self.weight, self.bias), narrow, self.lora_B.t(), alpha=self.scaling)
-        else:
-            y.addmm_(narrow, self.lora_B.t().to(y.dtype), alpha=self.scaling)
+        flat = x.reshape(-1, x.shape[-1]).to(product_dtype(x))  # once, and not for each of the two products
+        narrow = F.linear(self.lora_dropout(flat), self.lora_A)  # (N, r)
+        y = adapted_linear(flat, self.weight, self.bias, narrow, self.lora_B.t(), self.scaling)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class PlainLinear(nn.Linear):
+    """`nn.Linear` by way of `models.kernels.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        flat = x.reshape(-1, x.shape[-1]).to(product_dtype(x))
+        return linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
 def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:
@@ -56,15 +58,9 @@ def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:
     them.
     """
     if config.lora_rank == 0:
-        return Linear(n_in, n_out)
-    return AdaptedLinear(
-        n_in,
-        n_out,
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        merge_weights=False,
-    )
+        return PlainLinear(n_in, n_out)
+    adapter = dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
+    return AdaptedLinear(n_in, n_out, **adapter, merge_weights=False)
 
 
 def is_adapter(parameter_name: str) -> bool:
@@ -96,15 +92,10 @@ def freeze_weights(model: nn.Module, method: str) -> None:
     config: GPTConfig = model.config
     if method == "lora" and config.lora_rank == 0:
         raise UserError("--freeze lora: the model has no adapters (lora_rank 0); give a --config that ends in /lora")
-    last_block = f"transformer.h.{config.n_layer - 1}."
+    last = {id(p) for module in (model.blocks[-1], model.final_norm) for p in module.parameters()}
     for name, parameter in model.named_parameters():
-        if name.startswith("head.") or method == "none":
-            trains = True
-        elif method == "lora":
-            trains = is_adapter(name)
-        else:
-            trains = name.startswith((last_block, "transformer.ln_f."))
-        parameter.requires_grad_(trains)
+        chosen = {"none": True, "lora": is_adapter(name), "last_block": id(parameter) in last}[method]
+        parameter.requires_grad_(chosen or name.startswith("head."))
 
 
 @torch.no_grad()

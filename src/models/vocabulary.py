@@ -2,11 +2,12 @@
 
 Shapes: N positions, d channels, V vocabulary, c positions of one block.
 
-Log-probabilities of chosen tokens need one row of V logits per position, and nothing of it afterwards. So the logits
-are made for a block of positions at a time, forward and backward; all [N, V] of them never exist at once. (The idea is
-that of fused linear cross-entropy, Hsu et al. 2024, "Liger Kernel"; theirs needs the loss to be a mean
-that is known in the forward pass. A PPO loss is not, but the derivative of a token's log-probability by its hidden
-state is: it is kept, [N, d], and the backward pass scales it.)
+`plain_token_logprobs` says what is computed; the rest of this page computes it in less memory. Log-probabilities of
+chosen tokens need one row of V logits per position, and nothing of it afterwards. So the logits are made for a block of
+positions at a time, forward and backward; all [N, V] of them never exist at once. (The idea is that of fused linear
+cross-entropy, Hsu et al. 2024, "Liger Kernel"; theirs needs the loss to be a mean that is known in the forward pass. A
+PPO loss is not, but the derivative of a token's log-probability by its hidden state is: it is kept, [N, d], and the
+backward pass scales it.)
 
 Under bf16 or fp16 autocast both factors are rounded to that type, with three precautions, because GPT-2's logits share
 a large offset (some -30 to -100), where bf16 is spaced 0.25 to 0.5 apart, as much as PPO's clip range:
@@ -34,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.cpu.linear import fill_rows, product
-from models.cpu.packing import kept_with, pack, packed_linear
+from models.kept import kept_with
+from models.kernels import decoding_linear, decoding_table, fill_rows, product, product_dtype
 
 BLOCK = 2**28
 """Bytes of the logits that exist at the same time: 1,335 positions of GPT-2's vocabulary, or twice as many where half
@@ -45,10 +46,18 @@ SURE = 8.0
 """A logit up to here loses at most 1/64 when it is rounded to bf16."""
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which matrix products of x are taken here: autocast's where it is on, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def plain_token_logprobs(
+    hidden: Tensor, table: Tensor, vocab_size: int, tokens: Tensor, tau: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of the tokens and entropies [N] of the tempered softmax, in nats: the definition.
+
+    Arguments as in `token_logprobs`. With all [N, V] logits in memory and without any care for half precision; tests
+    hold `token_logprobs`, `token_logprobs_and_entropy` and `token_loss_sum` to it.
+    """
+    logits = hidden @ table[:vocab_size].T  # (N, V)
+    logp = torch.log_softmax(logits / tau, dim=-1)  # (N, V)
+    entropy = -(logp.exp() * logp).sum(-1)  # (N,)
+    return logp.gather(-1, tokens[:, None]).squeeze(-1), entropy
 
 
 @dataclass
@@ -83,9 +92,9 @@ class OutputTable:
         return cls(weight, (rows, mean))
 
     @cached_property
-    def packed(self) -> Tensor | None:
+    def packed(self) -> Tensor:
         """`weight` in the layout in which a few rows are multiplied fastest, made when it is first asked for."""
-        return pack(self.weight) if self.exact is not None else None
+        return decoding_table(self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[c, V] in fp32 (fp64 stays fp64) from hidden states [c, d]; in half precision up to a constant per row."""
@@ -117,7 +126,7 @@ class OutputTable:
         """
         if self.exact is None:
             return self.logits(hidden)
-        z = (F.linear(hidden, self.weight) if self.packed is None else packed_linear(hidden, self.packed, None)).float()
+        z = decoding_linear(hidden, self.packed).float()
         at, token = (z > SURE).nonzero(as_tuple=True)
         if len(at) > 128 * len(z):
             return self.logits(hidden)
@@ -130,10 +139,6 @@ class OutputTable:
         if self.exact is not None:
             rows, mean = self.exact
             logits.scatter_(-1, tokens, ((rows[tokens.squeeze(-1)] - mean) * hidden.float()).sum(-1, keepdim=True))
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def logits(hidden: Tensor, table: nn.Parameter, vocab_size: int) -> Tensor:
@@ -149,7 +154,7 @@ def logits(hidden: Tensor, table: nn.Parameter, vocab_size: int) -> Tensor:
 
 
 def token_logprobs(hidden: Tensor, table: nn.Parameter, vocab_size: int, tokens: Tensor, tau: float = 1.0) -> Tensor:
-    """Log-probability of each token under the tempered softmax, differentiable, block by block.
+    """Log-probability of each token under the tempered softmax, differentiable: `plain_token_logprobs` by blocks.
 
     Args:
         hidden: [N, d] final hidden states in which the tokens were chosen.
@@ -238,7 +243,7 @@ def _sweep(
     """
     with torch.autocast(hidden.device.type, enabled=False):
         N, wide, half = len(tokens), _wide(hidden), output.weight.dtype
-        twice = twice and _is_half(output.weight)
+        twice = twice and output.exact is not None
         logp = hidden.new_empty(N, dtype=wide)
         found_entropy = torch.empty_like(logp) if entropy else None
         found_slope = torch.empty_like(hidden) if slope else None

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from models import kernels
+from models.cache import KVCache
 from models.cpu import packing
-from models.decoding import Decoder
 from models.generation import generate
-from models.gpt import KVCache
 from training.engine.runtime import adamw
 from utils.data.batching import right_pad
 
@@ -42,7 +42,7 @@ def model(request, make_model):
 def test_steps_are_the_whole_model(model, random_rows, lengths):
     rows = random_rows(lengths, vocab_size=EOS)
     cache, ids, att = filled(model, rows, [0] * 4)
-    decoder = Decoder(model, cache)
+    decoder = model.decoder(cache)
     assert (decoder.bias is None) == (len(set(lengths)) == 1)
     for t in range(4):
         token = torch.arange(4) + t
@@ -61,7 +61,7 @@ def test_prompts_may_be_padded_on_the_right(model, random_rows):
     last = torch.arange(4) * 9 + att.sum(1) - 1
     states = model.hidden(ids, att, right, right_padded=True, at=last)
     torch.testing.assert_close(states, model.hidden(ids, att, right_padded=True).flatten(0, 1)[last])
-    ours, theirs = Decoder(model, right), Decoder(model, left)
+    ours, theirs = model.decoder(right), model.decoder(left)
     assert torch.equal(ours.position, theirs.position) and torch.equal(right.att[:, :9], att)
     for t in range(4):
         token = torch.arange(4) + t
@@ -71,7 +71,7 @@ def test_prompts_may_be_padded_on_the_right(model, random_rows):
 @torch.no_grad()
 def test_rows_leave(model, random_rows):
     cache, ids, att = filled(model, random_rows([5, 3, 9, 1], vocab_size=EOS), [0] * 4)
-    decoder, keep, token = Decoder(model, cache), torch.tensor([0, 3]), torch.tensor([7, 8])
+    decoder, keep, token = model.decoder(cache), torch.tensor([0, 3]), torch.tensor([7, 8])
     decoder.keep_rows(keep)
     whole = torch.cat([ids[keep], token[:, None]], 1), torch.cat([att[keep], torch.ones(2, 1, dtype=torch.bool)], 1)
     torch.testing.assert_close(decoder.step(token), model(*whole)[:, -1], atol=1e-5, rtol=0)
@@ -83,10 +83,10 @@ def test_bf16_stays_near_the_training_forward(model, random_rows):
     rows = random_rows([5, 3, 9, 1], vocab_size=EOS)
     token = torch.arange(4)
     exact_cache, ids, att = filled(model, rows, [0] * 4)
-    exact = Decoder(model, exact_cache).step(token).log_softmax(-1)
+    exact = model.decoder(exact_cache).step(token).log_softmax(-1)
     with torch.autocast("cpu", torch.bfloat16):
         cache, _, _ = filled(model, rows, [0] * 4)
-        ours = Decoder(model, cache).step(token).log_softmax(-1)
+        ours = model.decoder(cache).step(token).log_softmax(-1)
         ids, att = torch.cat([ids, token[:, None]], 1), torch.cat([att, torch.ones(4, 1, dtype=torch.bool)], 1)
         theirs = model(ids, att)[:, -1].log_softmax(-1)
     assert cache.keys[0].dtype == torch.bfloat16
@@ -126,17 +126,18 @@ def test_new_weights_are_used_at_once(model, random_rows, change):
         assert torch.equal(new, expected) and not torch.equal(old, new)
 
 
-def test_roles_share_what_was_packed(make_model):
-    if not packing.can_pack(CPU, torch.bfloat16):
+def test_roles_share_what_was_packed(make_model, monkeypatch):
+    if not packing.serves(CPU, torch.bfloat16):
         pytest.skip("this CPU has no packed bf16 weights")
     weight = make_model().transformer.h[0].attn.c_attn.weight
-    first = packing.kept_with(weight, "decoding_weight", 0, lambda: packing.pack(weight.bfloat16()))
-    assert packing.kept_with(weight, "decoding_weight", 0, lambda: pytest.fail("packed again")) is first
+    first = kernels.decoding_weight(weight, torch.bfloat16)
+    monkeypatch.setattr(packing, "pack", lambda weight: pytest.fail("packed again"))
+    assert kernels.decoding_weight(weight, torch.bfloat16) is first and first.is_mkldnn
 
 
 @torch.no_grad()
 def test_packed_products_are_the_plain_ones():
-    if not packing.can_pack(CPU, torch.bfloat16):
+    if not packing.serves(CPU, torch.bfloat16):
         pytest.skip("this CPU has no packed bf16 weights")
     generator = torch.Generator().manual_seed(0)
     x, w, b = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 64), (96, 64), (96,)))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import models.gpt
-from models.gpt import GPT, GPTActor, GPTCritic, KVCache
+from models.cache import KVCache, model_inputs
+from models.gpt import GPT, GPTActor, GPTCritic
 
 LENGTHS = [9, 4, 1, 12]
 SIDES = ["left", "right"]
@@ -23,9 +24,9 @@ def real(outputs: torch.Tensor, att: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_positions_count_real_tokens_only(make_model):
+def test_positions_count_real_tokens_only():
     att = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0]], dtype=torch.bool)
-    _, positions, _ = make_model().transformer._inputs(torch.zeros(3, 5, dtype=torch.long), att, None, False)
+    _, positions, _ = model_inputs(torch.zeros(3, 5, dtype=torch.long), att, None, False, 64)
     assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 0, 1, 2, 2]]
 
 
@@ -90,7 +91,7 @@ def test_every_query_sees_something(make_model):
     model = make_model()
     ids, att = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[False] * 4, [False, True, True, False]])
     assert torch.isfinite(model(ids, att)).all()
-    _, _, mask = model.transformer._inputs(ids, att, None, False)
+    _, _, mask = model_inputs(ids, att, None, False, 64)
     assert mask.shape == (2, 1, 4, 4) and mask.any(-1).all()
     assert mask[1, 0].tolist() == [
         [True, False, False, False],
@@ -104,10 +105,10 @@ def test_right_padded_rows_need_no_mask_unless_the_cache_holds_something(make_mo
     model = make_model()
     ids, att = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[True, True, True], [True, False, False]])
     cache = KVCache.allocate(model.config, 2, 6, ids.device, torch.float32)
-    assert model.transformer._inputs(ids, att, cache, True)[2] is None
+    assert model_inputs(ids, att, cache, True, 64)[2] is None
     assert torch.equal(cache.att[:, :3], att)
     cache.length = 3
-    _, positions, mask = model.transformer._inputs(ids, att, cache, True)
+    _, positions, mask = model_inputs(ids, att, cache, True, 64)
     assert positions.tolist() == [[3, 4, 5], [1, 1, 1]]
     assert mask[1, 0, 0].tolist() == [True, False, False, True, False, False]
 

@@ -90,10 +90,11 @@ def test_an_adapter_over_a_packed_weight_in_half_precision(make_model, monkeypat
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
     plain = layer(x)
 
-    def packed(x, weight, bias):
+    def packed(x, weight, bias, packed):
         return torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
-    monkeypatch.setattr("models.lora.frozen_linear", packed)
+    monkeypatch.setattr("models.kernels._packed", lambda x, weight, bias: weight)
+    monkeypatch.setattr("models.cpu.packing.frozen_linear", packed)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = layer(x)
     assert half.dtype == torch.bfloat16

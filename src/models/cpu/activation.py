@@ -3,7 +3,7 @@
 gelu(x) = x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) is the tanh form (Hendrycks and Gimpel 2016, arXiv 1606.08415,
 section 2), since (1 + tanh u) / 2 = sigmoid(2 u). torch's kernel takes a tanh, which costs ten times a sigmoid, and in
 the backward pass takes it again: forward and backward of 1,024 x 3,072 numbers in bf16 take 4.4 ms there and 2.7 here
-(torch 2.13, 2 cores of an AMD EPYC).
+(torch 2.13, 2 cores of an AMD EPYC; to measure it again: `python src/experiments/main.py -t bench --kernels`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import threading
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _A = 2 * math.sqrt(2 / math.pi)
@@ -21,10 +20,14 @@ _SLICE = 2**19  # numbers worked on at a time: their three fp32 buffers stay in 
 _kept = threading.local()
 
 
+def serves(x: Tensor) -> bool:
+    """Whether `gelu` is faster than torch's own."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+
+
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of GELU of x, any shape, in x's type; differentiable once."""
-    plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling()
-    return F.gelu(x, approximate="tanh") if plain else _Gelu.apply(x)
+    return _Gelu.apply(x)
 
 
 class _Gelu(torch.autograd.Function):

@@ -1,4 +1,12 @@
-"""Scaled dot-product attention, by whichever way is fastest for the shapes at hand.
+"""Attention on a CPU by plain matrix products, where they are faster than torch's fused kernel.
+
+Measured with torch 2.13 on an AMD EPYC at the shapes of GPT-2 124M; to measure it again:
+`python src/experiments/main.py -t bench --kernels`.
+
+- Causal rows in bf16, where the fused kernel takes two to four times as long: forward and backward of one layer on one
+  core 124 to 134 against 55 to 63 ms for 4 x 512 tokens, 34 against 9 ms for 8 x 128.
+- One query per row, if the keys of a head lie in memory as [hd, S]: 0.59 against 0.36 ms in fp32 and 3.2 against 0.57
+  ms in bf16 for 32 rows with 127 keys in the cache, on two cores. Sampling of 32 rows gained 15 %, of 8 rows nothing.
 
 Shapes: B rows, nh heads, L queries, S keys, hd channels per head.
 """
@@ -9,36 +17,26 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(hd)) v [B, nh, L, hd] (Vaswani et al. 2017, equation 1).
+def serves(q: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> bool:
+    """Whether `causal_by_blocks` computes what is wanted, and faster."""
+    bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return bf16 and causal and mask is None and dropout == 0.0 and q.shape[2] > 1
 
-    Args:
-        q: [B, nh, L, hd]. k, v: [B, nh, S, hd].
-        mask: bool [B, 1, L, S], true where a query may look; None: everywhere, or with `causal` not ahead.
-        causal: query i sees keys 0 .. i; needs L = S. dropout: on the attention weights.
+
+def cache_dtype(product: torch.dtype) -> torch.dtype:
+    """Type of cached keys and values: at least fp32.
+
+    Reading half as many bytes gains nothing: with keys in bf16 sampling of 8 rows was a few percent slower, of 32 rows
+    as fast.
     """
-    half_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if half_on_cpu and causal and mask is None and dropout == 0.0 and q.shape[2] > 1:
-        return _CausalByBlocks.apply(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    return torch.promote_types(product, torch.float32)
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """What one query per row attends to: [B, nh, 1, hd], without gradients.
-
-    On a CPU torch's fused kernel takes longer than two plain products do, if the keys of a head lie in memory as
-    [hd, S]: 0.59 against 0.36 ms in fp32 and 3.2 against 0.57 ms in bf16 for 32 rows of GPT-2 124M with 127 keys that
-    are in the cache (torch 2.13, 2 cores of an AMD EPYC). Sampling of 32 rows gained 15 %, of 8 rows nothing.
-
-    Args:
-        q: [B, nh, 1, hd]. k, v: [B, nh, S, hd]. bias: [B, 1, 1, S], added to the scores, or None.
-    """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """What one query per row attends to [B, nh, 1, hd], without gradients; bias [B, 1, 1, S] is added to the scores."""
     B, nh, S, hd = k.shape
     q, k_t, v = q.reshape(-1, 1, hd), k.transpose(2, 3).reshape(-1, hd, S), v.reshape(-1, S, hd)
     scores = torch.baddbmm(q.new_empty(()), q, k_t, beta=0, alpha=hd**-0.5)  # (B * nh, 1, S)
@@ -47,14 +45,15 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).view(B, nh, 1, hd)
 
 
-class _CausalByBlocks(torch.autograd.Function):
-    """Causal attention in bf16 on a CPU: a block of queries at a time, against the keys that it may see.
+def causal_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention [B, nh, L, hd]: a block of queries at a time, against the keys that it may see.
 
-    torch's fused CPU kernel takes two to four times as long in bf16: forward and backward of one layer of GPT-2 124M on
-    one core 124 to 134 against 55 to 63 ms for 4 x 512 tokens, 34 against 9 ms for 8 x 128 (torch 2.13, AMD EPYC). As
-    there, the weights are made again in the backward pass, so that memory grows with L and not with L squared.
+    As in torch's kernel, the weights are made again in the backward pass: memory grows with L, not with L squared.
     """
+    return _CausalByBlocks.apply(q, k, v)
 
+
+class _CausalByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         shape = q.shape

@@ -1,10 +1,11 @@
 """Linear layers whose fp32 products go through oneDNN on an AMD processor.
 
 torch takes fp32 matrix products from MKL, which keeps to AVX2 there: on a Zen 5 core oneDNN's products with AVX-512 are
-2.3 times faster (225 against 97 GFLOP/s, torch 2.13). On an Intel processor MKL uses AVX-512 itself, and torch's own
-way took 0.53 to 0.92 of the time at the demo's sizes (Xeon of family 6, model 207). In half precision torch goes to
-oneDNN by itself. The operator is the one to which torch.compile lowers a linear layer (torch/_inductor/
-fx_passes/mkldnn_fusion.py); where it is missing everything falls back to `F.linear`.
+2.3 times faster (225 against 97 GFLOP/s, torch 2.13; `python src/experiments/main.py -t bench --kernels` measures it
+again). On an Intel processor MKL uses AVX-512 itself, and torch's own way took 0.53 to 0.92 of the time at the demo's
+sizes (Xeon of family 6, model 207). In half precision torch goes to oneDNN by itself. The operator is the one to which
+torch.compile lowers a linear layer (torch/_inductor/fx_passes/mkldnn_fusion.py); where it is missing everything falls
+back to `F.linear`.
 
 oneDNN makes code for every shape it meets and keeps it, up to a megabyte each. Rows are therefore filled up with zeros
 to one of eight sizes between a power of two and the next; 3,000 batches of different sizes took 2 GB otherwise.
@@ -15,10 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from models.cpu.packing import frozen_linear
+from torch import Tensor
 
 # Below this many rows the call itself takes most of the time, and torch's own has less to do.
 _FEW_ROWS = 32
@@ -35,41 +33,8 @@ def _is_amd() -> bool:
 _MKL_IS_SLOW = _is_amd()
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` by way of `linear`, or of the packed copy of its weight where there is one and it serves."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        flat = x.reshape(-1, x.shape[-1])
-        if torch.is_autocast_enabled(x.device.type):
-            flat = flat.to(torch.get_autocast_dtype(x.device.type))
-        y = frozen_linear(flat, self.weight, self.bias)
-        if y is None:
-            y = linear(flat, self.weight, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, differentiable; x [..., in], weight [out, in], bias [out]."""
-    if not _by_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T [N, M] of a [N, K] and b [M, K], without gradients."""
-    return _onednn(a, b) if _by_onednn(a, b) else F.linear(a, b)
-
-
-def fill_rows(x: Tensor) -> Tensor:
-    """x [N, ...] with rows of zeros behind it up to the next of few sizes, on a CPU; at most an eighth more."""
-    n = len(x)
-    step = max(8, 1 << max(0, n.bit_length() - 4))
-    missing = -n % step if x.device.type == "cpu" else 0
-    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
-
-
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is faster than torch's own way for x [..., in] and weight [out, in]."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -80,8 +45,21 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b [N, out], differentiable; x [N, in], weight [out, in], bias [out]."""
+    return _Linear.apply(x, weight, bias)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias [N, M] of a [N, K] and b [M, K], without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def fill_rows(x: Tensor) -> Tensor:
+    """x [N, ...] with rows of zeros behind it up to the next of few sizes; at most an eighth more."""
+    n = len(x)
+    missing = -n % max(8, 1 << max(0, n.bit_length() - 4))
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
 class _Linear(torch.autograd.Function):
@@ -91,12 +69,12 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         filled = fill_rows(x)
         ctx.save_for_backward(filled if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _onednn(filled, weight, bias)[: len(x)]
+        return product(filled, weight, bias)[: len(x)]
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         filled = fill_rows(grad)
-        to_x = None if weight is None else _onednn(filled, weight.t())[: len(grad)]
-        to_weight = None if x is None else _onednn(filled.t(), x.t())  # rows of zeros add nothing
+        to_x = None if weight is None else product(filled, weight.t())[: len(grad)]
+        to_weight = None if x is None else product(filled.t(), x.t())  # rows of zeros add nothing
         return to_x, to_weight, grad.sum(0) if ctx.needs_input_grad[2] else None

@@ -10,9 +10,9 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from models.gpt import TransformerDecoder
+from models.causal_lm import CausalLM
 
-# Rows and columns of the trials: lengths vary from batch to batch, and few tokens take other ways (models.cpu.linear).
+# Rows and columns of the trials: lengths vary from batch to batch, and few tokens take other ways (models.kernels).
 _TRIALS = ((16, 5), (24, 7))
 
 
@@ -28,15 +28,16 @@ def compile_blocks(module: nn.Module, autocast: Callable[[], AbstractContextMana
     Returns:
         Whether the blocks are compiled now; if not, a line on stderr says why.
     """
-    decoders = [m for m in module.modules() if isinstance(m, TransformerDecoder)]
-    blocks = [block for decoder in decoders for block in decoder.h]
+    # Actor and critic may have one trunk (--share-adapter): of those with the same, one.
+    models = {m.trunk: m for m in module.modules() if isinstance(m, CausalLM)}.values()
+    blocks = [block for model in models for block in model.blocks]
     for block in blocks:
         block.compile(dynamic=True)
     try:
-        for decoder in decoders:
-            device = decoder.wte.weight.device
+        for model in models:
+            device = model.token_table.device
             with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-                _try(decoder, device, autocast)
+                _try(model, device, autocast)
     except Exception as error:  # whatever a compiler may say
         for block in blocks:
             block._compiled_call_impl = None
@@ -49,11 +50,11 @@ def compile_blocks(module: nn.Module, autocast: Callable[[], AbstractContextMana
     return True
 
 
-def _try(decoder: TransformerDecoder, device: torch.device, autocast: Callable[[], AbstractContextManager]) -> None:
+def _try(model: CausalLM, device: torch.device, autocast: Callable[[], AbstractContextManager]) -> None:
     for rows, columns in _TRIALS:
-        columns = min(columns, decoder.config.block_size)
-        ids = torch.arange(rows * columns, device=device).view(rows, columns) % decoder.config.vocab_size
+        columns = min(columns, model.config.block_size)
+        ids = torch.arange(rows * columns, device=device).view(rows, columns) % model.config.vocab_size
         for at in (None, torch.arange(0, rows * columns, 3, device=device)):  # the last block's two forms
             with autocast():
-                out = decoder(ids, None, None, True, at)
+                out = model.hidden(ids, right_padded=True, at=at)
             out.float().sum().backward()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.cpu import activation
-from models.cpu.activation import gelu
+from models.kernels import gelu
 
 
 def made(shape, dtype: torch.dtype) -> torch.Tensor:

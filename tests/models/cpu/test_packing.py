@@ -6,13 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from config.configs import get_configs
-from models.cpu.packing import can_pack, frozen_linear, kept_with
+from models import kernels
+from models.cpu.packing import serves
 from models.decoding import DecodingLinear
 from models.gpt import GPT
+from models.kept import kept_with
 from models.lora import freeze_weights, round_frozen
 
 packs = pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no packed bf16 layout on this processor"
+    not serves(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no packed bf16 layout on this processor"
 )
 
 
@@ -60,7 +62,7 @@ def test_the_packed_product_has_the_bits_of_the_plain_one(rows, n_in, n_out):
     weight, bias = torch.randn(n_out, n_in, generator=generator), torch.randn(n_out, generator=generator)
     layer = decoded(weight, bias)
     x = torch.randn(rows, n_in, generator=generator).bfloat16().requires_grad_()
-    ours, plain = frozen_linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias)
+    ours, plain = kernels.linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias)
     assert torch.equal(ours, plain)
     g = torch.randn(rows, n_out, generator=generator).bfloat16()
     assert torch.equal(*(torch.autograd.grad(y, x, g)[0] for y in (ours, plain)))
@@ -69,15 +71,15 @@ def test_the_packed_product_has_the_bits_of_the_plain_one(rows, n_in, n_out):
 @packs
 def test_no_stale_or_trained_weight_is_taken_from_its_copy():
     layer, x = decoded(torch.randn(8, 8), torch.randn(8)), torch.randn(2, 8).bfloat16()
-    assert frozen_linear(x, layer.weight, layer.bias) is not None
-    assert frozen_linear(x.float(), layer.weight, layer.bias) is None
+    assert kernels._packed(x, layer.weight, layer.bias) is not None
+    assert kernels._packed(x.float(), layer.weight, layer.bias) is None
     layer.weight.requires_grad_(True)
-    assert frozen_linear(x, layer.weight, layer.bias) is None
+    assert kernels._packed(x, layer.weight, layer.bias) is None
     with torch.no_grad():
-        assert frozen_linear(x, layer.weight, layer.bias) is not None
+        assert kernels._packed(x, layer.weight, layer.bias) is not None
     layer.weight.requires_grad_(False).add_(1)
-    assert frozen_linear(x, layer.weight, layer.bias) is None
-    assert frozen_linear(x, nn.Parameter(torch.randn(8, 8).bfloat16(), False), layer.bias) is None
+    assert kernels._packed(x, layer.weight, layer.bias) is None
+    assert kernels._packed(x, nn.Parameter(torch.randn(8, 8).bfloat16(), False), layer.bias) is None
 
 
 @packs
@@ -91,7 +93,7 @@ def test_a_plain_model_reads_prompts_by_what_decoding_packed(trains):
         before = model.hidden(ids)
         model.batch_generate([ids[0]], 2, 1023)
         layer, x = model.transformer.h[0].mlp.c_fc, torch.randn(4, 128)
-        assert frozen_linear(x.bfloat16(), layer.weight, layer.bias) is not None
+        assert kernels._packed(x.bfloat16(), layer.weight, layer.bias) is not None
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
         assert torch.equal(model.hidden(ids), before)
 
@@ -117,7 +119,7 @@ def test_a_model_with_adapters_computes_the_same_before_and_after_decoding():
     before = logits_and_gradients()
     with torch.autocast("cpu", torch.bfloat16):
         model.eval().batch_generate([ids[0]], 2, 1023)
-    assert all(getattr(b.attn.c_attn.weight, "decoding_weight", None) is not None for b in model.transformer.h)
+    assert all(getattr(b.attn.c_attn.weight, "packed_weight", None) is not None for b in model.transformer.h)
     after = logits_and_gradients()
     # A run that is resumed may take its first forward pass before it decodes: the bits must not tell.
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, BertConfig, GPT2Config, GPT2ForSequenceC
 
 from config.configs import get_configs
 from config.user_error import UserError
+from models.cache import KVCache
 from models.generation import generate
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel, KVCache
+from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.weights.checkpoint import save_model
 from utils.tokenizer import get_tokenizer
 
