@@ -145,9 +145,7 @@ def decoding_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu:
 
 def _packed(x: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor | None:
     """The packed copy of a weight that decoding has left, where the product needs no gradient of it."""
-    # torch.compile cannot look into a packed tensor.
-    if "packing" in PLAIN or torch.compiler.is_compiling():
-        return None
-    if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
+    trains = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    if trains or torch.compiler.is_compiling():  # torch.compile cannot look into a packed tensor
         return None
     return find_kept(weight, "packed_weight", x.dtype)

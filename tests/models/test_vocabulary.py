@@ -8,7 +8,15 @@ from plain_formulas import entropy_from_logits, gather_logprobs
 from torch import nn
 
 from models import vocabulary
-from models.vocabulary import OutputTable, logits, token_logprobs, token_logprobs_and_entropy, token_loss_sum
+from models.vocabulary import (
+    OutputTable,
+    logits,
+    plain_token_logprobs,
+    token_logprobs,
+    token_logprobs_and_entropy,
+    token_loss_sum,
+)
+from utils.loss import entropy_from_logits, gather_logprobs
 
 N, D, V, ROWS = 37, 16, 100, 103  # three rows of the table are padding without logits
 
@@ -25,7 +33,15 @@ def setup(monkeypatch):
 
 
 def plain(hidden, table, tokens, tau=1.0):
-    return gather_logprobs(hidden @ table[:V].t(), tokens, tau)
+    return plain_token_logprobs(hidden, table, V, tokens, tau)[0]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+def test_the_definition_is_that_of_the_losses(setup, tau):
+    hidden, table, tokens, _ = setup
+    logp, entropy = plain_token_logprobs(hidden, table, V, tokens, tau)
+    torch.testing.assert_close(logp, gather_logprobs(hidden @ table[:V].t(), tokens, tau), atol=1e-12, rtol=0)
+    torch.testing.assert_close(entropy, entropy_from_logits(hidden @ table[:V].t(), tau), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.7])
@@ -81,8 +97,8 @@ def test_an_evaluation_makes_no_gradients(setup, monkeypatch):
 def test_entropy_and_logprobs_without_gradients(setup, tau):
     hidden, table, tokens, _ = setup
     logp, entropy = token_logprobs_and_entropy(hidden, table, V, tokens, tau)
-    torch.testing.assert_close(logp, plain(hidden, table, tokens, tau), atol=1e-12, rtol=0)
-    torch.testing.assert_close(entropy, entropy_from_logits(hidden @ table[:V].t(), tau), atol=1e-12, rtol=0)
+    for ours, theirs in zip((logp, entropy), plain_token_logprobs(hidden, table, V, tokens, tau), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
     assert not logp.requires_grad
 
 

@@ -2,6 +2,7 @@
 
     make bench                                                    # the peers' environment, then the whole table
     python src/experiments/main.py -t bench --only sampling_b8    # one row
+    python src/experiments/main.py -t bench --kernels             # what the forms of models/cpu gain, each by itself
     python src/experiments/main.py -t bench --device cuda         # every preset on a GPU under a 16 GB cap
     python src/experiments/main.py -t bench --merge A.json B.json # the ratios of several hosts, from their --json files
 
@@ -13,6 +14,7 @@ This file loads neither torch nor a peer: a process's peak memory begins with th
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -48,6 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling", action="store_true", help="cost against batch, response length and model size")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: every preset, ours alone")
     parser.add_argument("--memory-gb", type=float, default=16.0, help="cap of the GPU's memory, with --device cuda")
+    parser.add_argument("--kernels", action="store_true", help="only what each of the CPU's faster forms gains")
     parser.add_argument("--peers", default=str(PEERS_PYTHON), help="the peers' Python, made by `make bench`")
     parser.add_argument("--nanogpt", default="", metavar="FOLDER", help="a clone of nanoGPT, for its row")
 
@@ -68,6 +71,9 @@ def measure_all(flags: argparse.Namespace) -> int:
     machine, stolen = describe_machine(flags.rounds), Stolen()
     if machine["load"] > BUSY:
         print(f"warning: the load is {machine['load']:.1f}; other work makes these timings worthless", file=sys.stderr)
+    if flags.kernels:
+        print(importlib.import_module("experiments.bench.kernels").table(flags.rounds, machine))  # loads torch
+        return 0
     if flags.device == "cuda":
         rows = [measure_row(work, flags) for work in works]
         machine["stolen"] = told(stolen, "the whole run")

@@ -1,0 +1,154 @@
+"""What the faster forms behind `models.kernels` gain on this processor: each with and without, in turn.
+
+    python src/experiments/main.py -t bench --kernels
+
+The shapes are those that the modules of `models.cpu` quote. A form that does not serve on this processor or at a shape
+(a product in fp32 on an Intel processor, say) shows a gain of about 1: both columns are then torch's own way.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.bench.host import Stolen
+from models import kernels
+
+HEADS, HEAD, D, LAYERS = 12, 64, 768, 12  # GPT-2 124M
+
+
+@dataclass
+class Case:
+    """A row of the table: a kernel's name in RLHF_PLAIN, what is timed, and how that is made ready to be called."""
+
+    kernel: str
+    what: str
+    make: Callable[[], Callable[[], object]]
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+
+    def median(self, plain: bool) -> float:
+        """Median seconds of one call, by torch's own way or by the faster one."""
+        return statistics.median(self.seconds[plain])
+
+
+def random(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
+    """Random numbers of a shape."""
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def attention_case(rows: int, columns: int) -> Case:
+    """Causal attention of one layer, forward and backward."""
+
+    def make() -> Callable[[], object]:
+        q, k, v = (random(rows, HEADS, columns, HEAD, dtype=torch.bfloat16, grad=True) for _ in range(3))
+        grad = torch.ones_like(q)
+        return lambda: kernels.attention(q, k, v, None, causal=True).backward(grad)
+
+    return Case("attention", f"{rows} x {columns} tokens, bf16, forward and backward", make)
+
+
+def one_query_case(rows: int, keys: int, dtype: torch.dtype) -> Case:
+    """A query per row against keys in the cache, of all layers, as a decoding step has them."""
+
+    def make() -> Callable[[], object]:
+        q, cpu = random(rows, HEADS, 1, HEAD, dtype=dtype), torch.device("cpu")
+        cache = []
+        for _ in range(LAYERS):
+            k = kernels.empty_keys(rows, HEADS, keys + 1, HEAD, cpu, dtype).normal_()
+            cache.append((k[:, :, :keys], random(rows, HEADS, keys + 1, HEAD, dtype=dtype)[:, :, :keys]))
+        return lambda: [kernels.attention_of_one(q, k, v, None) for k, v in cache]
+
+    name = str(dtype).removeprefix("torch.")
+    return Case("attention", f"a query for each of {rows} rows, {keys} keys, {LAYERS} layers, {name}", make)
+
+
+def linear_case(rows: int) -> Case:
+    """A linear layer in fp32, forward and backward."""
+
+    def make() -> Callable[[], object]:
+        x, weight = (random(n, D, dtype=torch.float32, grad=True) for n in (rows, 4 * D))
+        bias, grad = random(4 * D, dtype=torch.float32, grad=True), torch.ones(rows, 4 * D)
+        return lambda: kernels.linear(x, weight, bias).backward(grad)
+
+    return Case("linear", f"{rows} x {D} -> {4 * D}, fp32, forward and backward", make)
+
+
+def gelu_case(rows: int) -> Case:
+    """GELU of a feed-forward layer, forward and backward."""
+
+    def make() -> Callable[[], object]:
+        x = random(rows, 4 * D, dtype=torch.bfloat16, grad=True)
+        grad = torch.ones_like(x)
+        return lambda: kernels.gelu(x).backward(grad)
+
+    return Case("gelu", f"{rows} x {4 * D} numbers, bf16, forward and backward", make)
+
+
+def packing_case(rows: int) -> Case:
+    """The products of all blocks in one decoding step."""
+
+    def make() -> Callable[[], object]:
+        inputs = {n: random(rows, n, dtype=torch.bfloat16) for n in (D, 4 * D)}
+        shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * LAYERS
+        weights = [kernels.decoding_table(random(*shape, dtype=torch.bfloat16)) for shape in shapes]
+        return lambda: [kernels.decoding_linear(inputs[w.shape[1]], w) for w in weights]
+
+    return Case("packing", f"products of {LAYERS} blocks with {rows} rows, bf16", make)
+
+
+def cases() -> list[Case]:
+    """The table's rows."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    return [
+        attention_case(4, 512), attention_case(8, 128), one_query_case(32, 127, fp32), one_query_case(32, 127, bf16),
+        linear_case(1024), gelu_case(1024), packing_case(8),
+    ]  # fmt: skip
+
+
+def measure(case: Case, rounds: int, least: float = 0.05) -> None:
+    """Time a case both ways in turn, each time at least once and for `least` seconds."""
+    before = kernels.PLAIN
+    try:
+        ways = {}
+        for plain in (True, False):
+            kernels.PLAIN = before - {case.kernel} | ({case.kernel} if plain else set())
+            torch.manual_seed(0)
+            ways[plain] = case.make()
+            ways[plain]()  # what is made at the first call
+        for _ in range(rounds):
+            for plain, once in ways.items():
+                kernels.PLAIN = before - {case.kernel} | ({case.kernel} if plain else set())
+                started, calls = time.perf_counter(), 0
+                while not calls or time.perf_counter() - started < least:
+                    once()
+                    calls += 1
+                case.seconds[plain].append((time.perf_counter() - started) / calls)
+    finally:
+        kernels.PLAIN = before
+
+
+def table(rounds: int, machine: dict[str, Any]) -> str:
+    """Measure all cases; the table as Markdown, and the machine of `describe_machine`."""
+    stolen, found = Stolen(), cases()
+    for case in found:
+        measure(case, rounds)
+    lines = ["| kernel | what | torch's own way | with it | gain |", "|---|---|---|---|---|"]
+    for case in found:
+        plain, fast = case.median(True), case.median(False)
+        lines.append(
+            f"| {case.kernel} | {case.what} | {1e3 * plain:.2f} ms | {1e3 * fast:.2f} ms | {plain / fast:.2f} |"
+        )
+    share = stolen.share()
+    lost = "" if share is None else f", {share:.0%} of the cores' time stolen by other guests of the host"
+    lines += [
+        "",
+        f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {machine['date']}; "
+        f"medians of {rounds} rounds; load {machine['load']:.1f} at the start{lost}.",
+    ]
+    return "\n".join(lines)
