@@ -91,9 +91,7 @@ class CausalLM(nn.Module):
         """Logits in fp32; those of column j predict column j + 1. With `targets` the loss of predicting these.
 
         Args:
-            ids, att, right_padded: see `hidden`.
-            at: [N] int64 indices into the B * L flattened columns; only those are projected onto the vocabulary, which
-                is most of the memory of a language model's loss.
+            ids, att, right_padded, at: see `hidden`; to project only the columns `at` saves most of a loss's memory.
             targets: [N] int64, the tokens behind the columns `at`. (A prepared module is called through its forward
                 pass, where precision and ranks are dealt with; so the loss of supervised fine-tuning is made here.)
 

@@ -18,31 +18,31 @@ from models.vocabulary import OutputTable
 
 
 class DecodingLinear:
-    """A linear layer (an `nn.Linear`, or a loralib one) for a few rows at a time; `gelu`: with GPT-2's GELU behind."""
+    """A linear layer (an `nn.Linear`, or a loralib one) for a few rows at a time."""
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype, gelu: bool = False) -> None:
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         self.weight = decoding_weight(layer.weight, dtype)
         self.bias = layer.bias.detach().to(dtype)
-        self.gelu = gelu
         self.down = None
         if getattr(layer, "r", 0):
             self.down = layer.lora_A.detach().to(dtype)  # (r, in)
             self.up = (layer.lora_B.detach() * layer.scaling).to(dtype).t()  # (r, out)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [B, in] of the product's type -> [B, out]."""
+    def __call__(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """x [B, in] of the product's type -> [B, out], with GPT-2's GELU behind it when asked for."""
         if self.down is None:
-            return decoding_linear(x, self.weight, self.bias, self.gelu)
+            return decoding_linear(x, self.weight, self.bias, gelu)
         y = torch.addmm(decoding_linear(x, self.weight, self.bias), F.linear(x, self.down), self.up)
-        return F.gelu(y, approximate="tanh") if self.gelu else y
+        return F.gelu(y, approximate="tanh") if gelu else y
 
 
 class Decoder:
     """Steps of a model in eval mode whose cache holds the prompts (`model.hidden(prompts, att, cache)`)."""
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
-        self.cache = cache
+        self.config, self.trunk, self.cache = model.config, model.trunk, cache
         self.dtype = product_dtype(model.token_table)
+        self.layers = {m: DecodingLinear(m, self.dtype) for m in model.blocks.modules() if isinstance(m, nn.Linear)}
         self.output = OutputTable.of(model.token_table, model.config.vocab_size, self.dtype)
         seen = cache.att[:, : cache.length]
         self.position = seen.sum(1)  # (B,) of the next token
@@ -74,6 +74,10 @@ class Decoder:
         """Final hidden states [B, d] of one more token [B]; bias [B, 1, 1, S], added to the scores, hides padding."""
         raise NotImplementedError
 
-    def normed(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    def linear(self, layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
+        """x [B, in] -> [B, out] through a layer of the blocks: see `DecodingLinear`."""
+        return self.layers[layer](x, gelu)
+
+    def norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         """x after a LayerNorm, in the product's type."""
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.dtype)

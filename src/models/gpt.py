@@ -1,16 +1,17 @@
 """GPT-2 by hand, with LoRA and a KV cache (Radford et al. 2019).
 
 Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head,
-d = nh * hd channels. N columns of the B * L flattened ones, where `at` asks for no others.
+d = nh * hd channels. With `at` [N], indices into the B * L flattened columns, only those are wanted.
 
-Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...). `models.cache` says what positions and mask are
-where rows are padded, `models.kernels` what attention, GELU and the projections are in torch's own words,
-`models.causal_lm` what stands on this trunk: logits, losses, sampling.
+Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...). Positions and mask of padded rows are made in
+`models.cache`; `models.kernels` says attention, GELU and projections in torch's own words; logits, losses and sampling
+stand on the trunk in `models.causal_lm`.
 """
 
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from config.configs import GPTConfig
 from models.cache import KVCache, model_inputs
 from models.causal_lm import CausalLM
-from models.decoding import Decoder, DecodingLinear
+from models.decoding import Decoder
 from models.kernels import attention, attention_of_one, gelu
 from models.lora import projection
 from models.roles import CriticRole, RewardRole
@@ -48,10 +49,7 @@ class MaskedMultiheadSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None = None
     ) -> Tensor:
-        """x [B, L, d] -> [B, L, d], or [N, d] at the flattened columns `at`.
-
-        mask: bool [B, 1, L, S], true where a query may look, or None for plain causal attention.
-        """
+        """x [B, L, d] -> [B, L, d] or [N, d]; mask: bool [B, 1, L, S], true where a query may look, None: causal."""
         B, L, d = x.shape
         qkv = self.c_attn(x).view(B, L, 3, self.n_head, d // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, L, hd)
@@ -90,7 +88,7 @@ class TransformerDecoderBlock(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None = None
     ) -> Tensor:
-        """x [B, L, d] -> [B, L, d], or [N, d] at the flattened columns `at`."""
+        """x [B, L, d] -> [B, L, d] or [N, d]; mask as in attention."""
         x = select_columns(x, at) + self.attn(self.ln_1(x), mask, cache, layer, at)
         return x + self.mlp(self.ln_2(x))
 
@@ -110,7 +108,7 @@ class TransformerDecoder(nn.Module):
     def forward(
         self, ids: Tensor, att: Tensor | None, cache: KVCache | None, right_padded: bool, at: Tensor | None = None
     ) -> Tensor:
-        """ids, att [B, L] -> final hidden states [B, L, d], or [N, d] at the flattened columns `at`."""
+        """ids, att [B, L] -> final hidden states [B, L, d] or [N, d]."""
         ids, positions, mask = model_inputs(ids, att, cache, right_padded, self.config.block_size)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, L, d)
         recompute = self.config.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
@@ -133,6 +131,11 @@ class TransformerDecoder(nn.Module):
 class GPT(CausalLM):
     """A GPT-2 language model."""
 
+    trunk = property(attrgetter("transformer"))
+    token_table = property(attrgetter("transformer.wte.weight"))
+    blocks = property(attrgetter("transformer.h"))
+    final_norm = property(attrgetter("transformer.ln_f"))
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.transformer = TransformerDecoder(config)
@@ -151,26 +154,6 @@ class GPT(CausalLM):
                 parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
             else:
                 parameter.normal_(0.0, std)
-
-    @property
-    def trunk(self) -> TransformerDecoder:
-        """All but a head."""
-        return self.transformer
-
-    @property
-    def token_table(self) -> nn.Parameter:
-        """`wte` [>= V, d]."""
-        return self.transformer.wte.weight
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """`h`."""
-        return self.transformer.h
-
-    @property
-    def final_norm(self) -> nn.LayerNorm:
-        """`ln_f`."""
-        return self.transformer.ln_f
 
     def decoder(self, cache: KVCache) -> GPTDecoder:
         """Steps of one token per row behind what the cache holds."""
@@ -198,34 +181,19 @@ class GPTRewardModel(RewardRole, GPT):
     """One score per sequence from a GPT-2 trunk with a scalar head."""
 
 
-class DecodingBlock:
-    """A block for one token per row: `TransformerDecoderBlock`, written flat."""
-
-    def __init__(self, block: TransformerDecoderBlock, dtype: torch.dtype) -> None:
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        self.c_attn = DecodingLinear(block.attn.c_attn, dtype)
-        self.out = DecodingLinear(block.attn.c_proj, dtype)
-        self.c_fc = DecodingLinear(block.mlp.c_fc, dtype, gelu=True)
-        self.c_proj = DecodingLinear(block.mlp.c_proj, dtype)
-
-
 class GPTDecoder(Decoder):
     """`GPT.hidden` for one column, written flat: see `models.decoding`."""
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        super().__init__(model, cache)
-        self.model = model
-        self.blocks = [DecodingBlock(block, self.dtype) for block in model.blocks]
-
     def hidden(self, token: Tensor, bias: Tensor | None) -> Tensor:
         """Final hidden states [B, d] of one more token [B]; bias [B, 1, 1, S]."""
-        B, nh, trunk = len(token), self.model.config.n_head, self.model.transformer
+        B, nh, trunk = len(token), self.config.n_head, self.trunk
         x = F.embedding(token, trunk.wte.weight) + F.embedding(self.position, trunk.wpe.weight)  # (B, d)
-        for layer, block in enumerate(self.blocks):
-            qkv = block.c_attn(self.normed(block.ln_1, x)).view(B, 3, nh, 1, -1)
+        for layer, block in enumerate(trunk.h):
+            qkv = self.linear(block.attn.c_attn, self.norm(block.ln_1, x)).view(B, 3, nh, 1, -1)
             q, k, v = qkv.unbind(1)  # each (B, nh, 1, hd)
             k, v = self.cache.append(layer, k, v)  # (B, nh, S, hd)
             y = attention_of_one(q.to(k.dtype), k, v, bias)  # (B, nh, 1, hd)
-            x = x + block.out(y.view(B, -1).to(self.dtype))
-            x = x + block.c_proj(block.c_fc(self.normed(block.ln_2, x)))
-        return self.normed(trunk.ln_f, x)
+            x = x + self.linear(block.attn.c_proj, y.view(B, -1).to(self.dtype))
+            y = self.linear(block.mlp.c_fc, self.norm(block.ln_2, x), gelu=True)
+            x = x + self.linear(block.mlp.c_proj, y)
+        return self.norm(trunk.ln_f, x)

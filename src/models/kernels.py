@@ -77,8 +77,12 @@ def empty_keys(B: int, nh: int, S: int, hd: int, device: torch.device, dtype: to
 
 
 def cache_dtype(device: str, product: torch.dtype) -> torch.dtype:
-    """Type of cached keys and values where matrix products are taken in `product`: the same."""
-    return product if "attention" in PLAIN or device != "cpu" else cpu_attention.cache_dtype(product)
+    """Type of cached keys and values where matrix products are taken in `product`: the same, but fp32 on a CPU.
+
+    Reading half as many bytes gains nothing there: with keys in bf16 sampling of 8 rows was a few percent slower, of 32
+    rows as fast (torch 2.13, GPT-2 124M, 2 cores of an AMD EPYC).
+    """
+    return product if "attention" in PLAIN or device != "cpu" else torch.promote_types(product, torch.float32)
 
 
 def gelu(x: Tensor) -> Tensor:

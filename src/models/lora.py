@@ -54,8 +54,7 @@ class PlainLinear(nn.Linear):
 def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:
     """A linear layer n_in -> n_out, with an adapter beside it when the config asks for one.
 
-    The adapter starts at zero (B = 0), so that a model with fresh adapters computes exactly what it computed without
-    them.
+    The adapter starts at zero (B = 0): a model with fresh adapters computes exactly what it computed without them.
     """
     if config.lora_rank == 0:
         return PlainLinear(n_in, n_out)

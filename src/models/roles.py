@@ -86,8 +86,8 @@ class CriticRole(ScalarRole):
     role = "critic"
 
     def forward(self, ids: Tensor, att: Tensor, right_padded: bool = False, at: Tensor | None = None) -> Tensor:
-        """Values [B, L] fp32; column j is the value after reading columns 0..j, before token j + 1 is chosen.
+        """Values [B, L] fp32, or [N] with `at`: see `CausalLM.hidden`.
 
-        With `at`, [N] int64 indices into the B * L flattened columns, only those: [N].
+        Column j is the value after reading columns 0..j, before token j + 1 is chosen.
         """
         return self.head(self.hidden(ids, att, right_padded=right_padded, at=at))

@@ -67,7 +67,7 @@ class ActorCritic(nn.Module):
             logp, entropy = self.actor.token_logprobs_and_entropy(h, batch.tokens, tau)
         else:
             logp, entropy = self.actor.token_logprobs(h, batch.tokens, tau), None
-        if self.critic.transformer is self.actor.transformer:  # --share-adapter
+        if self.critic.trunk is self.actor.trunk:  # --share-adapter
             values = self.critic.head(h)
         else:
             values = self.critic(batch.ids, batch.att, right_padded=True, at=batch.at)

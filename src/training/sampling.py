@@ -2,9 +2,9 @@
 
 Shapes: B rows, L columns of a row, T response columns, b rows and N response tokens of a micro-batch.
 
-Rows are compact, as in `utils.data.batching`, so that plain causal attention is right without a mask, and micro-batches
-are cut from rows sorted by length. Positions count from each row's first token, so this is the same arithmetic as a
-left-padded [P | T] layout (a test holds the two against each other) at a fraction of the padding.
+Rows are compact rows (`utils.data.batching`), so that plain causal attention is right without a mask, and micro-batches
+are cut from rows sorted by length. It is the same arithmetic as a left-padded [P | T] layout (a test holds the two
+against each other) at a fraction of the padding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cached_tokens(context: int, batch_size: int, max_tokens: int, recomputes: bo
 class MicroBatch:
     """Some rows, cut to the longest of them.
 
-    rows: [b] int64, where they stand in what they were cut from. ids, att: [b, L] right-padded.
+    rows: [b] int64, where they stand in what they were cut from. ids, att: [b, L] compact rows.
     rmask: [b, T] bool, real response tokens. at: [N] int64, indices into the b * L columns of the states in which the
     response tokens were chosen, row by row. tokens: [N] int64, the tokens chosen there.
     """
@@ -129,7 +129,7 @@ def state_columns(prompt_len: Tensor, n: Tensor, width: int) -> Tensor:
 
 
 def compact(generation: Generation, pad_id: int, device: torch.device) -> SampledRows:
-    """Rows moved from left-padded prompt and right-padded response to compact form."""
+    """Rows moved from left-padded prompt and right-padded response to compact rows."""
     prompt_len, n = generation.prompt_len.cpu(), generation.n.cpu()
     prompts, responses = generation.prompts.cpu(), generation.responses.cpu()
     length, P, T = prompt_len + n, prompts.shape[1], int(n.max())
