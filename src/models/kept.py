@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
 
 
-def kept_with(parameter: nn.Parameter, name: str, key: Any, make: Callable[[], Made]) -> Made:
+def kept_with(parameter: Tensor, name: str, key: Any, make: Callable[[], Made]) -> Made:
     """`make()`, remembered as attribute `name` of a parameter until that, or `key`, changes.
 
     Roles that share a parameter share what was made of it. Optimizers and loads change it in place, which its version
@@ -27,13 +27,13 @@ def kept_with(parameter: nn.Parameter, name: str, key: Any, make: Callable[[], M
     return kept[1]
 
 
-def find_kept(parameter: nn.Parameter, name: str, key: Any) -> Any:
+def find_kept(parameter: Tensor, name: str, key: Any) -> Any:
     """What `kept_with` would give without making it; None where there is nothing or it is out of date."""
     kept = getattr(parameter, name, None)
     return kept[1] if kept is not None and kept[0] == _state(parameter, key) else None
 
 
-def _state(parameter: nn.Parameter, key: Any) -> tuple:
+def _state(parameter: Tensor, key: Any) -> tuple:
     return parameter._version, parameter.data_ptr(), parameter.dtype, key
 
 

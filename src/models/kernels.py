@@ -124,19 +124,13 @@ def fill_rows(x: Tensor) -> Tensor:
     return x if "linear" in PLAIN or x.device.type != "cpu" else onednn.fill_rows(x)
 
 
-def decoding_weight(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+def decoding_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight [out, in] for `decoding_linear`: in the product's type, and where there is one in a packed layout."""
     if "packing" not in PLAIN and packing.serves(weight.device, dtype):
         return kept_with(weight, "packed_weight", dtype, lambda: packing.pack(weight.detach().to(dtype)))
     if weight.dtype == dtype:
         return weight.detach()
     return kept_with(weight, "decoding_weight", dtype, lambda: weight.detach().to(dtype))
-
-
-def decoding_table(weight: Tensor) -> Tensor:
-    """`decoding_weight` of a matrix that is in the product's type already and is kept elsewhere."""
-    packed = None if "packing" in PLAIN else packing.pack(weight)
-    return weight if packed is None else packed
 
 
 def decoding_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:

@@ -29,14 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.kept import kept_with
-from models.kernels import decoding_linear, decoding_table, fill_rows, product, product_dtype
+from models.kernels import decoding_linear, decoding_weight, fill_rows, product, product_dtype
 
 BLOCK = 2**28
 """Bytes of the logits that exist at the same time: 1,335 positions of GPT-2's vocabulary, or twice as many where half
@@ -91,11 +90,6 @@ class OutputTable:
             out.copy_(part - mean)
         return cls(weight, (rows, mean))
 
-    @cached_property
-    def packed(self) -> Tensor:
-        """`weight` in the layout in which a few rows are multiplied fastest, made when it is first asked for."""
-        return decoding_table(self.weight)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """[c, V] in fp32 (fp64 stays fp64) from hidden states [c, d]; in half precision up to a constant per row."""
         first, rest = self.rounded(hidden.to(self.weight.dtype), twice=True)
@@ -126,7 +120,7 @@ class OutputTable:
         """
         if self.exact is None:
             return self.logits(hidden)
-        z = decoding_linear(hidden, self.packed).float()
+        z = decoding_linear(hidden, decoding_weight(self.weight, self.weight.dtype)).float()
         at, token = (z > SURE).nonzero(as_tuple=True)
         if len(at) > 128 * len(z):
             return self.logits(hidden)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +24,13 @@ from models import kernels
 HEADS, HEAD, D, LAYERS = 12, 64, 768, 12  # GPT-2 124M
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
     """A row of the table: a kernel's name in RLHF_PLAIN, what is timed, and how that is made ready to be called."""
 
     kernel: str
     what: str
     make: Callable[[], Callable[[], object]]
-    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
-
-    def median(self, plain: bool) -> float:
-        """Median seconds of one call, by torch's own way or by the faster one."""
-        return statistics.median(self.seconds[plain])
 
 
 def random(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
@@ -96,7 +92,8 @@ def packing_case(rows: int) -> Case:
     def make() -> Callable[[], object]:
         inputs = {n: random(rows, n, dtype=torch.bfloat16) for n in (D, 4 * D)}
         shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * LAYERS
-        weights = [kernels.decoding_table(random(*shape, dtype=torch.bfloat16)) for shape in shapes]
+        plain = [random(*shape, dtype=torch.bfloat16) for shape in shapes]
+        weights = [kernels.decoding_weight(weight, torch.bfloat16) for weight in plain]
         return lambda: [kernels.decoding_linear(inputs[w.shape[1]], w) for w in weights]
 
     return Case("packing", f"products of {LAYERS} blocks with {rows} rows, bf16", make)
@@ -111,36 +108,42 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def measure(case: Case, rounds: int, least: float = 0.05) -> None:
-    """Time a case both ways in turn, each time at least once and for `least` seconds."""
+@contextmanager
+def left_out(kernel: str, out: bool) -> Iterator[None]:
+    """Within it the kernel is left out, or in use."""
     before = kernels.PLAIN
+    kernels.PLAIN = before - {kernel} | ({kernel} if out else set())
     try:
-        ways = {}
-        for plain in (True, False):
-            kernels.PLAIN = before - {case.kernel} | ({case.kernel} if plain else set())
-            torch.manual_seed(0)
-            ways[plain] = case.make()
-            ways[plain]()  # what is made at the first call
-        for _ in range(rounds):
-            for plain, once in ways.items():
-                kernels.PLAIN = before - {case.kernel} | ({case.kernel} if plain else set())
-                started, calls = time.perf_counter(), 0
-                while not calls or time.perf_counter() - started < least:
-                    once()
-                    calls += 1
-                case.seconds[plain].append((time.perf_counter() - started) / calls)
+        yield
     finally:
         kernels.PLAIN = before
 
 
+def measure(case: Case, rounds: int, least: float = 0.05) -> tuple[float, float]:
+    """Median seconds of a call by torch's own way and by ours, in turn, each time at least once and for `least`."""
+    ways, spent = {}, {True: [], False: []}
+    for plain in spent:
+        torch.manual_seed(0)
+        with left_out(case.kernel, plain):
+            ways[plain] = case.make()
+            ways[plain]()  # what is made at the first call
+    for _ in range(rounds):
+        for plain, once in ways.items():
+            with left_out(case.kernel, plain):
+                started, calls = time.perf_counter(), 0
+                while not calls or time.perf_counter() - started < least:
+                    once()
+                    calls += 1
+                spent[plain].append((time.perf_counter() - started) / calls)
+    return statistics.median(spent[True]), statistics.median(spent[False])
+
+
 def table(rounds: int, machine: dict[str, Any]) -> str:
     """Measure all cases; the table as Markdown, and the machine of `describe_machine`."""
-    stolen, found = Stolen(), cases()
-    for case in found:
-        measure(case, rounds)
+    stolen = Stolen()
     lines = ["| kernel | what | torch's own way | with it | gain |", "|---|---|---|---|---|"]
-    for case in found:
-        plain, fast = case.median(True), case.median(False)
+    for case in cases():
+        plain, fast = measure(case, rounds)
         lines.append(
             f"| {case.kernel} | {case.what} | {1e3 * plain:.2f} ms | {1e3 * fast:.2f} ms | {plain / fast:.2f} |"
         )
