@@ -1,6 +1,7 @@
 # make demo   vanilla -> SFT -> reward model -> PPO on the offline world, ends with a table; exit 1 when RLHF did not work
 # make test   the whole test suite, on two processes of one thread each
-# make lint   ruff
+# make test-fast   without what is marked slow: under a minute on two cores
+# make lint   ruff, and the directions of imports (pyproject.toml)
 # make bench  speed and memory beside transformers and TRL; installs these into .venv-bench
 # Each builds .venv from the pinned requirements when it is missing or the pins have changed.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,7 +14,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.txt requirements-de
 BENCH  := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed-$(shell cat requirements-bench.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-fast lint bench clean
 .DEFAULT_GOAL := demo
 
 $(PY):
@@ -42,8 +43,12 @@ demo: $(RUN_STAMP)
 test: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
+test-fast: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
+
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check .
+	PYTHONPATH=src $(VENV)/bin/lint-imports --no-cache
 
 bench: $(RUN_STAMP) $(BENCH_STAMP)
 	$(PY) src/experiments/main.py -t bench

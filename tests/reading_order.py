@@ -24,6 +24,8 @@ CORE = [
     ("models/lora.py", "adapters, freezing, one frozen base for all roles"),
     ("models/roles.py", "a trunk with a scalar head: critic, reward model"),
     ("models/vocabulary.py", "log-probabilities from the output projection, block by block"),
+    ("models/causal_lm.py", "what all families share: log-probabilities, loading, sampling"),
+    ("models/cache.py", "keys and values of what was read"),
     ("models/generation.py", "sampling a batch of responses"),
     ("utils/loss.py", "every formula: rewards, advantages, clipped losses"),
     ("training/trainers.py", "the three loops; read `PPOTrainer.fit` first"),

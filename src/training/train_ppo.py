@@ -48,8 +48,8 @@ def main() -> int:
     for data in splits.values():
         print(data.report.summary())
     report_reward_model(roles, config)
-    sources = {**record_origins(sft=roles.sft, rm=roles.rm), "data": splits["train"].fingerprint}
-    run = open_run("ppo", config, roles.actor, runtime, resumption, sources)
+    origins = record_origins(sft=roles.sft, rm=roles.rm)
+    run = open_run("ppo", config, roles.actor, runtime, resumption, splits["train"], origins)
     print(
         f"{roles.actor.config.name} from {roles.sft} on {runtime.describe()}; shared between the roles: "
         f"{roles.shared_bytes / 1e6:.1f} MB"

@@ -43,8 +43,7 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    sources = {**record_origins(sft=source), "data": splits["train"].fingerprint}
-    run = open_run("rm", config, model, runtime, resumption, sources)
+    run = open_run("rm", config, model, runtime, resumption, splits["train"], record_origins(sft=source))
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = RewardModelTrainer(
         config, model, runtime.place(sft), tokenizer, splits["train"], splits["validation"], run, runtime,

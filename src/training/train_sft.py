@@ -43,7 +43,7 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
-    run = open_run("sft", config, model, runtime, resumption, {"pretrain": source, "data": splits["train"].fingerprint})
+    run = open_run("sft", config, model, runtime, resumption, splits["train"], {"pretrain": source})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     if model.config.dropout:
         print(dropout_in_words(config, model.config.dropout, resumption))

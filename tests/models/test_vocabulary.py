@@ -16,7 +16,6 @@ from models.vocabulary import (
     token_logprobs_and_entropy,
     token_loss_sum,
 )
-from utils.loss import entropy_from_logits, gather_logprobs
 
 N, D, V, ROWS = 37, 16, 100, 103  # three rows of the table are padding without logits
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from killing import Album, Camera, assert_same_run
@@ -19,6 +20,7 @@ from training.storage.resuming import Resumption, find_resumption, open_run
 from utils.runs.folder import find_checkpoint, step_checkpoints, write_hyperparams
 from utils.runs.manifest import fault_of
 
+ROWS = SimpleNamespace(fingerprint="rows", earlier_fingerprint="")
 SETTINGS = dict(save_every=2, eval_every=2, log_every=1, eval_examples=6, batch_size=2, global_batch_size=8, seed=5)
 
 
@@ -49,7 +51,7 @@ class Stage:
             shutil.rmtree(run), run.mkdir()
             return self.start(run)
         resumption = find_resumption(self.name, replace(config, resume=str(run)))
-        open_run(self.name, config, None, Runtime("cpu", "fp32", 5), resumption, {"data": "rows"})
+        open_run(self.name, config, None, Runtime("cpu", "fp32", 5), resumption, ROWS, {})
         return self.trainer(run, resumption)
 
 

@@ -134,7 +134,12 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def answer(result: dict[str, Any]) -> None:
+    """What a child process found, as its last line of output."""
+    print("\n" + json.dumps(result), flush=True)
+
+
 def run_child(measure: Callable[[Work], dict[str, Any]]) -> None:
-    """Body of a child process, `script.py WORK`: measure, and answer in the last line of output."""
+    """Body of a child process, `script.py WORK`: measure and answer."""
     result = measure(Work.from_json(sys.argv[1]))
-    print("\n" + json.dumps({"peak_gb": peak_gb()} | result), flush=True)
+    answer({"peak_gb": peak_gb()} | result)

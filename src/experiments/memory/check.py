@@ -126,4 +126,4 @@ def gpu_peak_gb() -> float:
 
 
 if __name__ == "__main__":
-    answer(**check(Case(**json.loads(sys.argv[1]))))
+    answer(check(Case(**json.loads(sys.argv[1]))))

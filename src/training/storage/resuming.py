@@ -22,6 +22,7 @@ from config.user_error import UserError
 from models.weights.checkpoint import describe
 from training.engine.runtime import Runtime
 from training.storage.saving import STATE, load_state, newest_whole
+from utils.dataset import TokenDataset
 from utils.reward_function import moved
 from utils.runs.durable import Disk, set_aside, standing, sweep, write_file
 from utils.runs.folder import (
@@ -263,16 +264,22 @@ def open_run(
     model: nn.Module,
     runtime: Runtime,
     resumption: Resumption | None,
-    extra: dict[str, Any],
+    data: TokenDataset,
+    origins: dict[str, Any],
 ) -> Path:
-    """The run's folder, made and described unless it is there already; `extra` says what the run starts from.
+    """The run's folder, made and described unless it is there already, with what it starts from.
 
     Raises:
-        UserError: no room, or a run to go on with was training on other data (`extra["data"]`, a fingerprint), or
-            elsewhere with --deterministic.
+        UserError: no room, or a run to go on with was training on other data, or elsewhere with --deterministic.
     """
     if resumption is not None:
-        if resumption.hyperparams.get("data") != extra["data"]:
+        recorded = resumption.hyperparams.get("data")
+        if recorded == data.earlier_fingerprint:
+            print(
+                "note: the run was started before batches were of one size and splits went by conversation; SFT and "
+                "reward model see a few rows twice in this epoch, and a few may have changed sides of a split"
+            )
+        elif recorded != data.fingerprint:
             raise UserError(
                 f"--resume {resumption.run}: --dataset {config.dataset} gives other rows than when it was started; "
                 "put the old data back, or start a new run"
@@ -281,7 +288,7 @@ def open_run(
         _take_up(config, resumption)
         return resumption.run
     run = create_run(stage, config.name, config.runs_dir)
-    extra = {"runs_on": runtime.describe(), **extra}
+    extra = {"runs_on": runtime.describe(), **origins, "data": data.fingerprint}
     try:
         write_hyperparams(run, stage, resolved(config), resolved(model.config), extra)
     except OSError as error:
