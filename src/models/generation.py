@@ -1,4 +1,4 @@
-"""Batched sampling with a KV cache: used by PPO's rollouts, by evaluation and by chat.
+"""Batched sampling with a KV cache: used by PPO's rollouts, by evaluation and by `-t gpt`.
 
 Shapes: B prompts, P padded prompt width, T longest response, V vocabulary.
 

@@ -1,11 +1,11 @@
-"""GPT-2 by hand, with LoRA and a KV cache (Radford et al. 2019).
+"""GPT-2 by hand (Radford et al. 2019): the trunk of a language model.
 
 Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head,
 d = nh * hd channels. With `at` [N], indices into the B * L flattened columns, only those are wanted.
 
 Parameter names are GPT-2's own (`wte`, `wpe`, `h.0.attn.c_attn`, ...). Positions and mask of padded rows are made in
-`models.cache`; `models.kernels` says attention, GELU and projections in torch's own words; logits, losses and sampling
-stand on the trunk in `models.causal_lm`.
+`models.cache`; `models.kernels` says attention, GELU and projections in torch's own words. The forward pass with its
+logits (the output projection is `wte`), losses and sampling stand on the trunk in `models.causal_lm`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class TransformerDecoder(nn.Module):
                 # Non-reentrant: the reentrant form gives adapters no gradient when the embeddings are frozen.
                 x = checkpoint(block, x, mask, None, 0, wanted, use_reentrant=False)
             elif cache is None:
-                x = block(x, mask, None, 0, wanted)  # the number is the cache's; torch.compile tells blocks apart by it
+                x = block(x, mask, None, 0, wanted)  # always 0: for each other number torch.compile would begin anew
             else:
                 # Never compiled (`training.engine.compiling`): a cache has another shape at every call.
                 x = block.forward(x, mask, cache, layer, wanted)
@@ -143,7 +143,10 @@ class GPT(CausalLM):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """GPT-2's: N(0, init_std), residual projections divided by sqrt(2 * n_layer). Adapters are loralib's."""
+        """As in transformers: N(0, init_std), residual projections divided by sqrt(2 * n_layer) as in GPT-2's paper.
+
+        (OpenAI's own code starts `wpe` at 0.01.) Adapters are loralib's.
+        """
         std = self.config.init_std
         for name, parameter in self.transformer.named_parameters():
             if name.endswith(("lora_A", "lora_B")) or ".ln_" in name or name.startswith("ln_"):

@@ -32,7 +32,8 @@ class Experience(SampledRows):
 
     logp: [B, T] log-probabilities of the policy that sampled, by the training forward, at the sampling temperature.
     logp_ref: [B, T] those of the reference. values: [B, T] of the critic, before token t.
-    entropy: [B, T] of the policy, exact. scores: [B] normalised reward of the response, without any penalty.
+    entropy: [B, T] of the policy, exact. scores: [B] reward of the response, without any penalty: the reward model's,
+    which is normalised, and the reward function's.
     """
 
     logp: Tensor

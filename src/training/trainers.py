@@ -197,7 +197,7 @@ class RewardModelTrainer:
         self.interrupt = Interrupt()
 
     def fit(self) -> int:
-        """Train one epoch, normalise, save; returns the exit code."""
+        """Train all epochs, normalise, save; returns the exit code."""
         config = self.config
         bar = tqdm(total=self.total_steps, initial=self.step, desc="RM", unit="step")
         with self.interrupt.watch(), self.log, bar:

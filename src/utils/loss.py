@@ -110,7 +110,7 @@ def masked_whiten(
     Args:
         x: [...] for instance the advantages [B, T] of a whole rollout.
         mask: [...] bool, same shape.
-        shift_mean: False adds the mean back, which keeps the sign and the sum; meant for rewards.
+        shift_mean: False adds the mean back, so that it stays what it was; meant for rewards.
         eps: added to the variance.
         stats: `Moments` already summed over the processes, so that all whiten alike; None takes those of x itself.
 
@@ -129,8 +129,9 @@ def masked_whiten(
 
 
 def target_mask(prompt_len: Tensor, length: Tensor, width: int) -> Tensor:
-    """Which of the columns `ids[:, 1:]` are targets of supervised fine-tuning: the response with its EOS.
+    """Which of the columns `ids[:, 1:]` are a response with its EOS: what supervised fine-tuning aims at, [B, L - 1].
 
+    Training has the same columns as indices (`training.sampling.state_columns`), so that only they are computed.
     Made of lengths and not of `ids != pad`, so that no choice of the pad id can hide the EOS.
 
     Args:
@@ -157,8 +158,9 @@ def response_mask(n: Tensor, width: int) -> Tensor:
 def temper(logits: Tensor, tau: float = 1.0) -> Tensor:
     """Return logits / tau in float32: cast first, for dividing bfloat16 logits loses what the cast cannot give back.
 
-    The one place where the sampling temperature enters; policy, old policy and reference all come through here (OAI
-    policy.py and sample.py). Raises ValueError for tau <= 0: greedy decoding has no log-probabilities.
+    How the sampler takes the temperature; `models.vocabulary` takes it alike for policy, old policy and reference, a
+    block of logits at a time (OAI policy.py and sample.py). Raises ValueError for tau <= 0: greedy decoding has no
+    log-probabilities.
     """
     if not tau > 0:
         raise ValueError(f"tau must be positive, not {tau}")
@@ -459,7 +461,8 @@ def value_loss(
         old_values: [B, T] of the critic at the rollout.
         returns: [B, T] from `gae`.
         mask: [B, T] bool.
-        clip_eps: how far a value may move in one iteration, in units of the normalised reward; math.inf: no clip.
+        clip_eps: beyond this distance from its old value a value gets no gradient that leads farther away, in units of
+            the normalised reward; math.inf: no clip.
         denom: number of tokens of the whole minibatch.
     """
     values, old_values = _keep(values, mask), _keep(old_values.detach(), mask)
@@ -483,6 +486,6 @@ def value_loss(
 def kl_stop_reached(approx_kl: float, kl_stop: float | None) -> bool:
     """Whether the remaining epochs of this rollout should be skipped: approx_kl > 1.5 * kl_stop. None: never.
 
-    Source: OpenAI Spinning Up, ppo.py `target_kl`.
+    After OpenAI Spinning Up, ppo.py `target_kl`, which takes k1 where this takes k2 (`approx_kl_sum`).
     """
     return kl_stop is not None and approx_kl > 1.5 * kl_stop

@@ -139,7 +139,7 @@ def test_merged_model_computes_what_the_adapted_one_does(make_model, batch, cls,
     merged = merge_lora(model)
     assert type(merged) is cls and merged.config.lora_rank == 0 and not merged.training
     assert not any(is_adapter(key) for key in merged.state_dict())
-    torch.testing.assert_close(merged(*batch), outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merged(*batch), outputs, atol=5e-5, rtol=1e-5)  # logits of about 10
     assert (zero_b(copy.deepcopy(model))(*batch) - outputs).abs().max() > 0.1  # the adapters do matter here
     assert same(bits(model), before)
     merged.transformer.wte.weight.data.zero_()

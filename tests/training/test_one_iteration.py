@@ -16,8 +16,13 @@ LAYERS = ("config", "utils", "models", "inference", "training")
 # Entered as well, but nothing that a reader must follow to know what the batch becomes.
 BESIDE = {
     "config/configs.py": "holds settings",
-    "utils/tokenizer.py": "says which id is PAD",
+    "utils/tokenizers/interface.py": "says which id is PAD",
     "utils/data/batching.py": "pads lists of ids and cuts lists of rows, without arithmetic on the batch",
+    "models/causal_lm.py": "hands calls on, to the trunk in gpt.py and to vocabulary.py",
+    "models/cache.py": "keeps keys and values; makes masks, which compact rows need not",
+    "models/lora.py": "calls torch's matrix product by way of kernels.py",
+    "models/kernels.py": "one line of torch for each operation, and which faster form serves",
+    "models/kept.py": "remembers what was made of a weight",
     "models/decoding.py": "GPT.hidden for one column: tests/models/test_decoding.py holds the two against each other",
     "models/cpu/attention.py": "torch's attention, faster on a CPU",
     "models/cpu/linear.py": "torch's matrix product, faster on a CPU",
