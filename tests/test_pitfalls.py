@@ -74,9 +74,8 @@ def test_every_forward_pass_of_training_goes_through_the_module_itself(make_mode
     parts = split_minibatches(experience.lengths, 1, 2, np.random.default_rng(0))[0]
     rollouts.evaluate_roles(experience, parts)
     assert calls == dict.fromkeys(modules, len(parts)) == dict.fromkeys(modules, 3)
-    inside = {"hidden", "lm_head", "transformer", "actor", "critic"}  # of a prepared module; unwrap() names exceptions
-    # Inside a forward pass; and a trial of what is about to be compiled, which trains nothing.
-    within_a_forward = {("experience.py", "self"), ("sampling.py", "model"), ("compiling.py", "model")}
+    inside = {"hidden", "lm_head", "trunk", "transformer", "actor", "critic"}  # a prepared module; unwrap(): exceptions
+    within_a_forward = {("experience.py", "self"), ("sampling.py", "model")}
     for path, tree in trees("training").items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in inside:

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
+from config.configs import GPTConfig
 from models.causal_lm import CausalLM
 
 # Rows and columns of the trials: lengths vary from batch to batch, and few tokens take other ways (models.kernels).
@@ -28,16 +29,16 @@ def compile_blocks(module: nn.Module, autocast: Callable[[], AbstractContextMana
     Returns:
         Whether the blocks are compiled now; if not, a line on stderr says why.
     """
-    # Actor and critic may have one trunk (--share-adapter): of those with the same, one.
-    models = {m.trunk: m for m in module.modules() if isinstance(m, CausalLM)}.values()
-    blocks = [block for model in models for block in model.blocks]
+    # By trunk: actor and critic may have the same (--share-adapter).
+    models = {m.trunk: m for m in module.modules() if isinstance(m, CausalLM)}
+    blocks = [block for model in models.values() for block in model.blocks]
     for block in blocks:
         block.compile(dynamic=True)
     try:
-        for model in models:
+        for trunk, model in models.items():
             device = model.token_table.device
             with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-                _try(model, device, autocast)
+                _try(trunk, model.config, device, autocast)
     except Exception as error:  # whatever a compiler may say
         for block in blocks:
             block._compiled_call_impl = None
@@ -50,11 +51,13 @@ def compile_blocks(module: nn.Module, autocast: Callable[[], AbstractContextMana
     return True
 
 
-def _try(model: CausalLM, device: torch.device, autocast: Callable[[], AbstractContextManager]) -> None:
+def _try(
+    trunk: nn.Module, config: GPTConfig, device: torch.device, autocast: Callable[[], AbstractContextManager]
+) -> None:
     for rows, columns in _TRIALS:
-        columns = min(columns, model.config.block_size)
-        ids = torch.arange(rows * columns, device=device).view(rows, columns) % model.config.vocab_size
+        columns = min(columns, config.block_size)
+        ids = torch.arange(rows * columns, device=device).view(rows, columns) % config.vocab_size
         for at in (None, torch.arange(0, rows * columns, 3, device=device)):  # the last block's two forms
             with autocast():
-                out = model.hidden(ids, right_padded=True, at=at)
+                out = trunk(ids, None, None, True, at)
             out.float().sum().backward()
