@@ -20,10 +20,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
-from experiments.bench.bounds import half_type, matrix_flops, synchronise
+from config.devices import choose_dtype
+from experiments.bench.bounds import weight_bytes
 from experiments.bench.work import NOT_AN_ID, PRODUCT, Work, median_seconds, peak_gb, run_child
+from models.cpu.packing import pack, packed_linear
 from models.generation import generate
 from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import save_model
@@ -50,6 +53,18 @@ def random_ids(rows: int, length: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size - 1, (rows, length)).astype(np.int32)
 
 
+def made_up_rows(stage: str, ids: np.ndarray, prompt: int) -> Rows:
+    """Rows of a stage from ids [N, L] whose first `prompt` columns are the prompt: N of SFT, N / 2 ranked pairs, or the
+    prompts alone for PPO."""
+    prompts, responses = ids[:, :prompt], ids[:, prompt:]
+    if stage == "ppo":
+        return Rows(list(prompts), prompt)
+    if stage == "sft":
+        return Rows([SFTExample(p, r) for p, r in zip(prompts, responses)], ids.shape[1])
+    pairs = zip(*(np.split(part, len(ids) // 2) for part in (prompts, responses)))
+    return Rows([RankedExample(tuple(p), tuple(r)) for p, r in pairs], ids.shape[1])
+
+
 def made_up_tokenizer(vocab_size: int) -> Tokenizer:
     """A byte-level BPE of any size, so that no vocabulary has to be downloaded: single bytes, then pairs of bytes."""
     tokens = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
@@ -66,6 +81,17 @@ def steps_of(config: RunConfig, work: Work) -> dict[str, Any]:
     """Settings of a stage for a work: all rows in one optimizer step, in micro-batches no larger than the recipe's."""
     rows = {"batch_size": min(config.batch_size, work.batch), "global_batch_size": work.batch}
     return rows | {"device": work.device, "dtype": "bf16" if work.device == "cpu" else "auto"}  # fp16 on a T4
+
+
+def half_type(device: str) -> torch.dtype:
+    """bf16, or fp16 on a GPU that only emulates it."""
+    return torch.float16 if choose_dtype("auto", device) == "fp16" else torch.bfloat16
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU, so that a clock read afterwards has seen all work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def profiled(work: Work, once: Callable[[], Any]) -> dict[str, Any]:
@@ -109,16 +135,10 @@ def training_step(work: Work) -> dict[str, Any]:
     model = freeze((GPTRewardModel if ranks else GPT)(options), config, runtime.matrix_dtype)
     tokenizer = made_up_tokenizer(options.vocab_size)
     ids = random_ids((1 + ranks) * work.batch, work.prompt + work.new, options.vocab_size)
-    prompts, responses = ids[:, : work.prompt], ids[:, work.prompt :]
+    data = made_up_rows(work.kind, ids, work.prompt)
+    # The SFT model only measures the reward's scale, which no step does: a single block stands in for it.
+    models = [model, GPT(replace(options, n_layer=1, lora_rank=0))] if ranks else [model]
     with tempfile.TemporaryDirectory() as folder:
-        if ranks:
-            pairs = zip(np.split(prompts, work.batch), np.split(responses, work.batch))
-            data = Rows([RankedExample(tuple(p), tuple(r)) for p, r in pairs], ids.shape[1])
-            # The SFT model only measures the reward's scale, which no step does: a single block stands in for it.
-            models = [model, GPT(replace(options, n_layer=1, lora_rank=0))]
-        else:
-            data = Rows([SFTExample(p, r) for p, r in zip(prompts, responses)], ids.shape[1])
-            models = [model]
         trainer_type = RewardModelTrainer if ranks else SFTTrainer
         trainer = trainer_type(config, *models, tokenizer, data, data, Path(folder), runtime, {})
 
@@ -166,7 +186,7 @@ def ppo(work: Work) -> dict[str, Any]:
         roles = ppo_start(config, None, runtime.matrix_dtype)
         tokenizer = endless(load_tokenizer(roles.sft))
         ids = random_ids(work.batch * config.iterations, work.prompt, tokenizer.vocab_size)
-        prompts = Rows(list(ids), work.prompt)
+        prompts = made_up_rows("ppo", ids, work.prompt)
         trainer = PPOTrainer(
             config, roles.actor, roles.critic, runtime.place(roles.reference), runtime.place(roles.reward_model),
             tokenizer, prompts, prompts, folder, runtime, {},
@@ -208,6 +228,57 @@ def rollout(work: Work) -> dict[str, Any]:
     return {"value": tokens / median_seconds(work, once)} | profiled(work, once)
 
 
+def probe_seconds(once: Callable[[], Any], device: str = "cpu") -> float:
+    """Median duration of what measures the hardware."""
+
+    def finished() -> None:
+        once()
+        synchronise(device)
+
+    return median_seconds(Work("bounds", "bounds", "", warmup=2, repeats=7), finished)
+
+
+def matrix_flops(device: str = "cpu") -> float:
+    """Measured FLOP/s of a product of two square matrices in half precision."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=half_type(device)) for _ in range(2))
+    return 2 * n**3 / probe_seconds(lambda: a @ b, device)
+
+
+def read_bandwidth(count: int) -> float:
+    """Measured bytes/s of reading `count` bytes, more than the caches hold, once per pass."""
+    data = torch.ones(count // 4)
+    return 4 * len(data) / probe_seconds(data.sum)
+
+
+def weights_pass(sizes: dict[str, int], batch: int, packed: bool = False) -> float:
+    """Measured seconds of the matrix products of one decoding step and nothing else, each weight read once.
+
+    The plain read's bound takes arithmetic for free; this one does not. `packed`: in the layout that oneDNN reads
+    fastest (`models.cpu.packing`), where there is one; else as `F.linear` does it, which rearranges a weight at every
+    call.
+    """
+    d = sizes["n_embd"]
+    shapes = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)] * sizes["n_layer"] + [(sizes["vocab_size"], d)]
+    inputs = {n: torch.randn(batch, n, dtype=torch.bfloat16) for n in (d, 4 * d)}
+    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    pairs = [(inputs[w.shape[1]], pack(w) if packed else None, w) for w in weights]
+    return probe_seconds(
+        lambda: [F.linear(x, w) if layout is None else packed_linear(x, layout, None) for x, layout, w in pairs]
+    )
+
+
+@torch.no_grad()
+def bounds(work: Work) -> dict[str, Any]:
+    """Bandwidth, matrix rate, and the weights' products at batch 8 and 32 in tokens/s."""
+    return {
+        "bandwidth": read_bandwidth(int(weight_bytes(work))),
+        "matrix_flops": matrix_flops(),
+        "products_tokens_s": {str(b): b / weights_pass(work.sizes, b) for b in (8, 32)},
+        "packed_tokens_s": {str(b): b / weights_pass(work.sizes, b, packed=True) for b in (8, 32)},
+    }
+
+
 def measure(work: Work) -> dict[str, Any]:
     """Do the work; on a GPU under the memory cap, with the GPU's own peak and matrix rate."""
     if work.memory_gb:
@@ -221,7 +292,9 @@ def measure(work: Work) -> dict[str, Any]:
     return result | {"versions": {p: metadata.version(p) for p in ("torch", "loralib", "accelerate")}}
 
 
-KINDS = {"sampling": sampling, "sft": training_step, "rm": training_step, "ppo": ppo, "rollout": rollout}
+KINDS = {
+    "sampling": sampling, "sft": training_step, "rm": training_step, "ppo": ppo, "rollout": rollout, "bounds": bounds,
+}  # fmt: skip
 
 if __name__ == "__main__":
     run_child(measure)

@@ -34,7 +34,7 @@ from utils.runs.folder import REPO
 
 HERE = Path(__file__).resolve().parent
 PEERS_PYTHON = REPO / ".venv-bench/bin/python"
-OURS, PEERS, BOUNDS = "ours.py", "peers.py", "bounds.py"
+OURS, PEERS = "ours.py", "peers.py"
 BUSY = 0.7  # a load above this means that somebody else is computing
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """What `training.engine.host_memory` sets for ours, for a tuned peer: freed memory is kept (man mallopt)."""
@@ -196,8 +196,8 @@ def sizes_of(preset: str) -> dict[str, int]:
 
 
 def measure_bounds() -> dict[str, Any]:
-    """What `bounds.py` measures, with the sizes of GPT-2 124M."""
-    return child(BOUNDS, replace(WORKS[0], sizes=sizes_of("gpt2")), sys.executable)
+    """What the hardware does at the sizes of GPT-2 124M."""
+    return child(OURS, Work("bounds", "bounds", "", sizes=sizes_of("gpt2")), sys.executable)
 
 
 def middle(bounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

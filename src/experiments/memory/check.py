@@ -17,11 +17,10 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np
 import torch
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
-from experiments.bench.ours import Rows, endless, made_up_tokenizer, random_ids, write_in_a_process_of_its_own
+from experiments.bench.ours import endless, made_up_rows, made_up_tokenizer, random_ids, write_in_a_process_of_its_own
 from experiments.bench.work import Work, answer, peak_gb
 from training.engine.runtime import Runtime
 from training.memory.device import base_bytes
@@ -29,7 +28,6 @@ from training.memory.plan import plan_memory
 from training.memory.sources import plan_sources
 from training.start import freeze, ppo_start, rm_start, sft_start
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
-from utils.data.examples import RankedExample, SFTExample
 from utils.tokenizer import load_tokenizer
 
 STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
@@ -82,27 +80,22 @@ def run_stage(case: Case, config: RunConfig, folder: Path) -> int:
     """Train as the stage's script does, on made-up rows that are all of full length."""
     runtime = Runtime(config.device, config.dtype, config.seed)
     tokenizer = made_up_tokenizer(50257)
-    prompt = case.length - case.response
     ids = random_ids(4 * case.rows, case.length, tokenizer.vocab_size)
     run = folder / "run"
     run.mkdir()
+    data = made_up_rows(case.stage, ids, case.length - case.response)
     if case.stage == "sft":
         model, *_ = sft_start(config, None)
         freeze(model, config, runtime.matrix_dtype)
-        data = Rows([SFTExample(row[:prompt], row[prompt:]) for row in ids], case.length)
         return SFTTrainer(config, model, tokenizer, data, data, run, runtime, {}).fit()
     if case.stage == "rm":
         model, sft, *_ = rm_start(config, None, runtime.matrix_dtype)
         sft = runtime.place(sft)
-        pairs = np.split(ids, len(ids) // 2)
-        examples = [RankedExample(tuple(p[:, :prompt]), tuple(p[:, prompt:])) for p in pairs]
-        data = Rows(examples, case.length)
         return RewardModelTrainer(config, model, sft, tokenizer, data, data, run, runtime, {}).fit()
     roles = ppo_start(config, None, runtime.matrix_dtype)
-    prompts = Rows(list(ids[:, :prompt]), prompt)
     return PPOTrainer(
         config, roles.actor, roles.critic, runtime.place(roles.reference), runtime.place(roles.reward_model),
-        endless(load_tokenizer(roles.sft)), prompts, prompts, run, runtime, {},
+        endless(load_tokenizer(roles.sft)), data, data, run, runtime, {},
     ).fit()  # fmt: skip
 
 
