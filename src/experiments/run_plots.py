@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 
 from experiments.doctor.ranges import ALARM, ENDS, KEEPS_LENGTH, SAMPLER_DRIFT, SAMPLER_FP32, SAMPLER_HALF, Range
 from experiments.doctor.record import STAGES, read_series
+from experiments.markdown import table
 
 _COLOURS = ("#1f77b4", "#d99000", "#7a7a7a")
 _HEALTHY, _SHADE = "#2e8b57", 0.13
@@ -188,13 +189,13 @@ def read_metrics(run: Path) -> Metrics:
 def reading_table(stage: str, run: Path) -> str:
     """A Markdown table, one row a panel: its tags, the last value of the first, the healthy range, how to read it."""
     metrics = read_metrics(run)
-    rows = ["| curve | tags | last value | healthy | how to read it |", "|---|---|---|---|---|"]
+    rows = []
     for curve in CURVES[stage]:
         logged = [tag for tag in curve.tags if tag in metrics]
         last = f"{metrics[logged[0]][1][-1]:.3g}" if logged else "none"
         tags = ", ".join(f"`{tag}`" for tag in (logged or curve.tags))
-        rows.append(f"| {curve.title} | {tags} | {last} | {curve.healthy or ''} | {curve.reading} |")
-    return "\n".join(rows) + "\n"
+        rows.append((curve.title, tags, last, curve.healthy or "", curve.reading))
+    return table("curve | tags | last value | healthy | how to read it", rows) + "\n"
 
 
 def draw_run(stage: str, run: Path) -> Figure:

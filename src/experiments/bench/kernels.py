@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments import markdown
 from experiments.bench.host import Stolen
 from models import kernels
 
@@ -141,17 +142,14 @@ def measure(case: Case, rounds: int, least: float = 0.05) -> tuple[float, float]
 def table(rounds: int, machine: dict[str, Any]) -> str:
     """Measure all cases; the table as Markdown, and the machine of `describe_machine`."""
     stolen = Stolen()
-    lines = ["| kernel | what | torch's own way | with it | gain |", "|---|---|---|---|---|"]
+    rows = []
     for case in cases():
         plain, fast = measure(case, rounds)
-        lines.append(
-            f"| {case.kernel} | {case.what} | {1e3 * plain:.2f} ms | {1e3 * fast:.2f} ms | {plain / fast:.2f} |"
-        )
+        rows.append((case.kernel, case.what, f"{1e3 * plain:.2f} ms", f"{1e3 * fast:.2f} ms", f"{plain / fast:.2f}"))
     share = stolen.share()
     lost = "" if share is None else f", {share:.0%} of the cores' time stolen by other guests of the host"
-    lines += [
-        "",
-        f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {machine['date']}; "
-        f"medians of {rounds} rounds; load {machine['load']:.1f} at the start{lost}.",
-    ]
-    return "\n".join(lines)
+    return (
+        markdown.table("kernel | what | torch's own way | with it | gain", rows)
+        + f"\n\n{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, {machine['date']}; "
+        f"medians of {rounds} rounds; load {machine['load']:.1f} at the start{lost}."
+    )

@@ -20,6 +20,7 @@ from pathlib import Path
 from config.configs import SFTConfig, get_configs, stage_defaults
 from config.devices import choose_device, choose_dtype
 from config.user_error import UserError
+from experiments import markdown
 from experiments.memory.check import STAGES, Case
 from training.memory.device import CUDA_CONTEXT
 from training.memory.plan import Sources
@@ -77,16 +78,15 @@ def cell(stage: str, preset: str, gb: float) -> Cell:
 
 def table(gb: float) -> str:
     """Markdown: planned peaks of all presets and stages."""
-    lines = ["| preset | tokens per pass | SFT | RM | PPO |", "|---|---|---|---|---|"]
+    rows = []
     for preset in presets():
         tokens = stage_defaults(SFTConfig, preset).tokens_per_micro_batch
-        peaks = " | ".join(str(cell(stage, preset, gb)) for stage in STAGES)
-        lines.append(f"| `{preset}` | {tokens:,} | {peaks} |")
+        rows.append((f"`{preset}`", f"{tokens:,}", *(cell(stage, preset, gb) for stage in STAGES)))
     note = (
         f"Planned peaks in GB (1e9 bytes) on a GPU of {gb:g} GB in bf16, with rows of up to 1,024 tokens; in brackets "
         f'the largest `--tokens-per-micro-batch` that leaves {MARGIN:.0%} free. "no": it does not fit.'
     )
-    return "\n".join([*lines, "", note])
+    return markdown.table("preset | tokens per pass | SFT | RM | PPO", rows) + f"\n\n{note}"
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
