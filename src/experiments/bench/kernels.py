@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,74 +40,58 @@ def random(*shape: int, dtype: torch.dtype, grad: bool = False) -> Tensor:
     return torch.randn(shape).to(dtype).requires_grad_(grad)
 
 
-def attention_case(rows: int, columns: int) -> Case:
+def attention_case(rows: int, columns: int) -> Callable[[], object]:
     """Causal attention of one layer, forward and backward."""
-
-    def make() -> Callable[[], object]:
-        q, k, v = (random(rows, HEADS, columns, HEAD, dtype=torch.bfloat16, grad=True) for _ in range(3))
-        grad = torch.ones_like(q)
-        return lambda: kernels.attention(q, k, v, None, causal=True).backward(grad)
-
-    return Case("attention", f"{rows} x {columns} tokens, bf16, forward and backward", make)
+    q, k, v = (random(rows, HEADS, columns, HEAD, dtype=torch.bfloat16, grad=True) for _ in range(3))
+    grad = torch.ones_like(q)
+    return lambda: kernels.attention(q, k, v, None, causal=True).backward(grad)
 
 
-def one_query_case(rows: int, keys: int, dtype: torch.dtype) -> Case:
+def one_query_case(rows: int, keys: int, dtype: torch.dtype) -> Callable[[], object]:
     """A query per row against keys in the cache, of all layers, as a decoding step has them."""
-
-    def make() -> Callable[[], object]:
-        q, cpu = random(rows, HEADS, 1, HEAD, dtype=dtype), torch.device("cpu")
-        cache = []
-        for _ in range(LAYERS):
-            k = kernels.empty_keys(rows, HEADS, keys + 1, HEAD, cpu, dtype).normal_()
-            cache.append((k[:, :, :keys], random(rows, HEADS, keys + 1, HEAD, dtype=dtype)[:, :, :keys]))
-        return lambda: [kernels.attention_of_one(q, k, v, None) for k, v in cache]
-
-    name = str(dtype).removeprefix("torch.")
-    return Case("attention", f"a query for each of {rows} rows, {keys} keys, {LAYERS} layers, {name}", make)
+    q, cpu = random(rows, HEADS, 1, HEAD, dtype=dtype), torch.device("cpu")
+    cache = []
+    for _ in range(LAYERS):
+        k = kernels.empty_keys(rows, HEADS, keys + 1, HEAD, cpu, dtype).normal_()
+        cache.append((k[:, :, :keys], random(rows, HEADS, keys + 1, HEAD, dtype=dtype)[:, :, :keys]))
+    return lambda: [kernels.attention_of_one(q, k, v, None) for k, v in cache]
 
 
-def linear_case(rows: int) -> Case:
+def linear_case(rows: int) -> Callable[[], object]:
     """A linear layer in fp32, forward and backward."""
-
-    def make() -> Callable[[], object]:
-        x, weight = (random(n, D, dtype=torch.float32, grad=True) for n in (rows, 4 * D))
-        bias, grad = random(4 * D, dtype=torch.float32, grad=True), torch.ones(rows, 4 * D)
-        return lambda: kernels.linear(x, weight, bias).backward(grad)
-
-    return Case("linear", f"{rows} x {D} -> {4 * D}, fp32, forward and backward", make)
+    x, weight = (random(n, D, dtype=torch.float32, grad=True) for n in (rows, 4 * D))
+    bias, grad = random(4 * D, dtype=torch.float32, grad=True), torch.ones(rows, 4 * D)
+    return lambda: kernels.linear(x, weight, bias).backward(grad)
 
 
-def gelu_case(rows: int) -> Case:
+def gelu_case(rows: int) -> Callable[[], object]:
     """GELU of a feed-forward layer, forward and backward."""
-
-    def make() -> Callable[[], object]:
-        x = random(rows, 4 * D, dtype=torch.bfloat16, grad=True)
-        grad = torch.ones_like(x)
-        return lambda: kernels.gelu(x).backward(grad)
-
-    return Case("gelu", f"{rows} x {4 * D} numbers, bf16, forward and backward", make)
+    x = random(rows, 4 * D, dtype=torch.bfloat16, grad=True)
+    grad = torch.ones_like(x)
+    return lambda: kernels.gelu(x).backward(grad)
 
 
-def packing_case(rows: int) -> Case:
+def packing_case(rows: int) -> Callable[[], object]:
     """The products of all blocks in one decoding step."""
-
-    def make() -> Callable[[], object]:
-        inputs = {n: random(rows, n, dtype=torch.bfloat16) for n in (D, 4 * D)}
-        shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * LAYERS
-        plain = [random(*shape, dtype=torch.bfloat16) for shape in shapes]
-        weights = [kernels.decoding_weight(weight, torch.bfloat16) for weight in plain]
-        return lambda: [kernels.decoding_linear(inputs[w.shape[1]], w) for w in weights]
-
-    return Case("packing", f"products of {LAYERS} blocks with {rows} rows, bf16", make)
+    inputs = {n: random(rows, n, dtype=torch.bfloat16) for n in (D, 4 * D)}
+    shapes = [(3 * D, D), (D, D), (4 * D, D), (D, 4 * D)] * LAYERS
+    plain = [random(*shape, dtype=torch.bfloat16) for shape in shapes]
+    weights = [kernels.decoding_weight(weight, torch.bfloat16) for weight in plain]
+    return lambda: [kernels.decoding_linear(inputs[w.shape[1]], w) for w in weights]
 
 
 def cases() -> list[Case]:
     """The table's rows."""
-    fp32, bf16 = torch.float32, torch.bfloat16
+    both, query = "forward and backward", f"a query for each of 32 rows, 127 keys, {LAYERS} layers"
     return [
-        attention_case(4, 512), attention_case(8, 128), one_query_case(32, 127, fp32), one_query_case(32, 127, bf16),
-        linear_case(1024), gelu_case(1024), packing_case(8),
-    ]  # fmt: skip
+        Case("attention", f"4 x 512 tokens, bf16, {both}", partial(attention_case, 4, 512)),
+        Case("attention", f"8 x 128 tokens, bf16, {both}", partial(attention_case, 8, 128)),
+        Case("attention", f"{query}, float32", partial(one_query_case, 32, 127, torch.float32)),
+        Case("attention", f"{query}, bfloat16", partial(one_query_case, 32, 127, torch.bfloat16)),
+        Case("linear", f"1024 x {D} -> {4 * D}, fp32, {both}", partial(linear_case, 1024)),
+        Case("gelu", f"1024 x {4 * D} numbers, bf16, {both}", partial(gelu_case, 1024)),
+        Case("packing", f"products of {LAYERS} blocks with 8 rows, bf16", partial(packing_case, 8)),
+    ]
 
 
 @contextmanager

@@ -108,12 +108,7 @@ class Sign:
 
 def lasting(bad: np.ndarray, count: int) -> int | None:
     """The index at which `bad` [N] holds for the first time and then for `count` points in a row, or None."""
-    run = 0
-    for i, holds in enumerate(bad):
-        run = run + 1 if holds else 0
-        if run == count:
-            return i - count + 1
-    return None
+    return next((i for i in range(len(bad) - count + 1) if count and bad[i : i + count].all()), None)
 
 
 def trailing_mean(values: np.ndarray, count: int) -> np.ndarray:
