@@ -49,9 +49,8 @@ def flops(work: Work) -> float:
     attention = work.sizes["n_layer"] * work.sizes["n_embd"] * (work.prompt + work.new)
     if work.kind == "sampling":
         return 2 * (blocks + head) + 2 * attention
-    if work.kind in ("sft", "rm"):
-        weights = blocks + (0 if work.kind == "rm" else head)
-        return (4 if lora else 6) * weights + 6 * attention
+    if work.kind != "ppo":
+        return (4 if lora else 6) * (blocks + (0 if work.kind == "rm" else head)) + 6 * attention
     tokens, answers = work.batch * (work.prompt + work.new), work.batch * work.new
     trunk, logits = tokens * (2 * blocks + 2 * attention), answers * 2 * head
     passes = 2 if lora else 3  # forward and backward in units of the forward pass

@@ -70,19 +70,16 @@ class Row:
         """The figures by the names that they have in the JSON file."""
         return {"ours": self.ours, "peer": self.peer, "plain": self.plain}
 
-    def over(self, other: Figures) -> float | None:
-        """How many times as fast ours is as the other side; None when one of them was not measured."""
-        return self._times(other.value)
+    def over(self, other: float | None) -> float | None:
+        """How many times as fast ours is as another figure; None when one of them was not measured."""
+        if self.ours.value is None or other is None:
+            return None
+        return self.ours.value / other if self.work.faster_is_larger else other / self.ours.value
 
     def bound_share(self, hardware: Hardware | None) -> tuple[float | None, float | None]:
         """The hardware's bound in the work's unit, and how much of it ours reaches (1: all)."""
         limit = bound(self.work, hardware) if hardware else None
-        return limit, self._times(limit)
-
-    def _times(self, other: float | None) -> float | None:
-        if self.ours.value is None or other is None:
-            return None
-        return self.ours.value / other if self.work.faster_is_larger else other / self.ours.value
+        return limit, self.over(limit)
 
     @property
     def utilisation(self) -> float | None:
@@ -97,12 +94,12 @@ class Row:
             "work": self.work.name,
             "ours": self.ours.value,
             "peer": self.peer.value,
-            "ratio": self.over(self.peer),
+            "ratio": self.over(self.peer.value),
             "unit": self.work.unit,
             "ours_peak_gb": self.ours.peak,
             "peer_peak_gb": self.peer.peak,
             "plain": self.plain.value,
-            "plain_ratio": self.over(self.plain),
+            "plain_ratio": self.over(self.plain.value),
             "plain_peak_gb": self.plain.peak,
             "aim": self.work.aim or None,
             "products": self.ours.products,
@@ -117,7 +114,7 @@ class Row:
     def against(self, other: Figures) -> tuple[str, str]:
         """A peer's figure and the ratio to it, as two cells."""
         figure = "missing" if other.missing else self.shown(other.value)
-        return figure if self.work.peer else "none", number(self.over(other), ".2f", "x")
+        return figure if self.work.peer else "none", number(self.over(other.value), ".2f", "x")
 
     def bound_cells(self, hardware: Hardware | None) -> tuple[str, str, str]:
         """The bound, ours as a share of it, our peak: three cells."""
@@ -169,7 +166,7 @@ def verdicts(rows: Sequence[Row], machine: dict[str, Any]) -> list[str]:
     aims = [
         f"{row.work.name} {ratio:.2f}x of {row.work.aim:g}x, {'met' if ratio >= row.work.aim else 'missed'}"
         for row in rows
-        if row.work.aim and (ratio := row.over(row.peer))
+        if row.work.aim and (ratio := row.over(row.peer.value))
     ]
     products = [f"{row.work.name} {row.ours.products:.0%}" for row in rows if row.ours.products is not None]
     threads = {figures.threads for row in rows for figures in row.sides().values() if figures.threads}
