@@ -23,7 +23,6 @@ from training.engine.runtime import Runtime
 from training.experience import split_minibatches
 from training.start import frozen
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
-from utils.data.batching import shard
 from utils.data.examples import RankedExample, SFTExample
 from utils.loss import penalise_missing_eos
 from utils.tokenizer import get_tokenizer
@@ -93,7 +92,7 @@ def trainers_of(folder: Path, runtime: Runtime, **ppo) -> tuple[SFTTrainer, Rewa
 def first_updates(folder: Path, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
     """Weights after one step of each stage, of this process's share of one and the same global batch."""
     order, seeds = loop.prompt_order, loop.row_seeds
-    loop.prompt_order = lambda *args: shard(order(*args), rank, world)
+    loop.prompt_order = lambda *args: order(*args)[rank::world]
     loop.row_seeds = lambda seed, purpose, rows: seeds(seed, purpose, rows * world)[rank::world]
     try:
         runtime = Runtime("cpu", "fp32", 3)
@@ -102,7 +101,7 @@ def first_updates(folder: Path, rank: int, world: int) -> dict[str, dict[str, to
         sft, rm, ppo = trainers_of(folder, runtime)
         figures = {}
         for name, trainer in (("sft", sft), ("rm", rm)):
-            metrics = trainer.train_step(shard(np.argsort(trainer.train.lengths, kind="stable"), rank, world))
+            metrics = trainer.train_step(np.argsort(trainer.train.lengths, kind="stable")[rank::world])
             figures |= {f"{name} {key}": metrics[f"train/{key}"] for key in ("loss", "grad_norm")}
         metrics = ppo.iteration(1)
         figures |= {f"ppo {key}": value for key, value in metrics.items() if key.split("/")[0] in SHARED}

@@ -57,18 +57,17 @@ def correlation(x: Tensor, y: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_margins(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = None) -> Tensor:
+def pair_margins(scores: Tensor, mask: Tensor) -> Tensor:
     """Score of the better minus score of the worse completion, for every pair.
 
     Args:
         scores: [B, K] best first; any other number of a completion will do, for instance its length.
         mask: [B, K] bool, which completions exist.
-        pair_mask: [B, K, K] bool "i was preferred to j", or None for the rank order.
 
     Returns: [M] float64 on the CPU, ordered by prompt, then i, then j.
     """
     scores = scores.detach().cpu().double()
-    pairs = preference_pairs(mask, pair_mask).cpu()
+    pairs = preference_pairs(mask).cpu()
     return (scores[:, :, None] - scores[:, None, :])[pairs]
 
 
@@ -78,12 +77,12 @@ def accuracy_of_margins(margins: Tensor) -> float:
     return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
 
 
-def ranking_accuracy(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = None) -> float:
+def ranking_accuracy(scores: Tensor, mask: Tensor) -> float:
     """Share of all pairs that the scores [B, K] order rightly, ties one half; arguments as `pair_margins`.
 
     Of the lengths of the completions it is the accuracy of the baseline "the longer one wins".
     """
-    return accuracy_of_margins(pair_margins(scores, mask, pair_mask))
+    return accuracy_of_margins(pair_margins(scores, mask))
 
 
 @torch.no_grad()
@@ -97,75 +96,44 @@ def right_and_all_pairs(scores: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([right, pairs.sum().float()])
 
 
-def kendall_tau(scores: Tensor, mask: Tensor, pair_mask: Tensor | None = None) -> float:
+def kendall_tau(scores: Tensor, mask: Tensor) -> float:
     """Kendall's tau-a between scores and ranking, mean over prompts that have a pair; arguments as `pair_margins`.
 
     Concordant minus discordant pairs over all pairs of the prompt: -1 reversed, 0 unrelated, 1 the same order. For one
     prompt it equals twice the accuracy minus 1.
     """
     scores, mask = scores.detach().cpu().double(), mask.cpu()
-    pairs = preference_pairs(mask, None if pair_mask is None else pair_mask.cpu())
+    pairs = preference_pairs(mask)
     tau = masked_mean((scores[:, :, None] - scores[:, None, :]).sign(), pairs, dim=(1, 2))  # (B)
     return float(tau[pairs.any(dim=2).any(dim=1)].mean())
-
-
-class Bucket(NamedTuple):
-    """Pairs whose key falls into one interval."""
-
-    lower: float
-    upper: float
-    count: int
-    confidence: float
-    """Mean of sigmoid(|margin|): the accuracy that the scores claim; nan for an empty bucket."""
-    accuracy: float
-    """Share of right pairs, ties one half; nan for an empty bucket."""
-
-
-def accuracy_by_bucket(margins: Tensor, keys: Tensor, edges: Sequence[float]) -> list[Bucket]:
-    """Accuracy of the pairs by a key of theirs, such as the difference in length or the confidence.
-
-    Args:
-        margins: [M] see `pair_margins`.
-        keys: [M] one number per pair.
-        edges: ascending; bucket k is [edges[k], edges[k+1]), the last one includes its upper edge. Use -inf and inf
-            to leave nothing out: a key outside the edges is in no bucket.
-    """
-    margins, keys = margins.cpu().double(), keys.cpu().double()
-    confidence = margins.abs().sigmoid()
-    buckets = []
-    for lower, upper in zip(edges[:-1], edges[1:], strict=True):
-        inside = (keys >= lower) & ((keys < upper) | ((keys == upper) & (upper == edges[-1])))
-        chosen = margins[inside]
-        claimed = float(confidence[inside].mean())
-        buckets.append(Bucket(lower, upper, len(chosen), claimed, accuracy_of_margins(chosen)))
-    return buckets
-
-
-def calibration(margins: Tensor, bins: int = 10) -> list[Bucket]:
-    """Reliability table: pairs by the confidence sigmoid(|margin|), in `bins` intervals of one width over [0.5, 1]."""
-    edges = [0.5 + 0.5 * k / bins for k in range(bins + 1)]
-    return accuracy_by_bucket(margins, margins.cpu().double().abs().sigmoid(), edges)
 
 
 def expected_calibration_error(margins: Tensor, bins: int = 10) -> float:
     """Mean over pairs of |accuracy - confidence| of the pair's bin (Guo et al. 2017, eq. 3); nan without pairs.
 
+    A pair's confidence, sigmoid(|margin|), is the accuracy that its scores claim; the bins divide [0.5, 1] evenly.
     0 means that a margin of m is right in sigmoid(m) of the cases, which is what the ranking loss aims at.
     """
     if len(margins) == 0:
         return math.nan
-    filled = [b for b in calibration(margins, bins) if b.count]
-    return sum(b.count * abs(b.accuracy - b.confidence) for b in filled) / len(margins)
+    margins = margins.cpu().double()
+    confidence = margins.abs().sigmoid()
+    inner_edges = torch.tensor([0.5 + 0.5 * k / bins for k in range(1, bins)], dtype=torch.float64)
+    bin_of = torch.bucketize(confidence, inner_edges, right=True)  # a pair on an edge is in the bin above it
+    gaps = 0.0
+    for k in bin_of.unique():
+        inside = bin_of == k
+        gaps += int(inside.sum()) * abs(accuracy_of_margins(margins[inside]) - float(confidence[inside].mean()))
+    return gaps / len(margins)
 
 
-def ranking_report(scores: Tensor, lengths: Tensor, mask: Tensor, pair_mask: Tensor | None = None) -> dict[str, float]:
+def ranking_report(scores: Tensor, lengths: Tensor, mask: Tensor) -> dict[str, float]:
     """All figures of a reward model on one evaluation set.
 
     Args:
         scores: [B, K] best first.
         lengths: [B, K] tokens of each response.
         mask: [B, K] bool, which completions exist.
-        pair_mask: [B, K, K] bool or None, see `pair_margins`.
 
     Returns:
         accuracy, over pairs, ties one half; nll, the ranking loss per prompt (ln 2 = 0.6931 knows nothing);
@@ -173,21 +141,20 @@ def ranking_report(scores: Tensor, lengths: Tensor, mask: Tensor, pair_mask: Ten
         length_corr, correlation of score and length; longer_wins, the accuracy of always choosing the longer one.
     """
     scores, lengths, mask = scores.detach().cpu().double(), lengths.cpu().double(), mask.cpu()
-    pair_mask = None if pair_mask is None else pair_mask.cpu()
-    margins = pair_margins(scores, mask, pair_mask)
-    ranked = preference_pairs(mask, pair_mask).any(dim=2).any(dim=1)  # (B) prompts that have a pair
+    margins = pair_margins(scores, mask)
+    ranked = preference_pairs(mask).any(dim=2).any(dim=1)  # (B) prompts that have a pair
     margin, score = summary(margins), summary(scores[mask])
     return {
         "accuracy": accuracy_of_margins(margins),
-        "nll": float(ranking_loss(scores, mask, pair_mask)[ranked].mean()),
+        "nll": float(ranking_loss(scores, mask)[ranked].mean()),
         "margin_mean": margin.mean,
         "margin_sd": margin.sd,
         "ece": expected_calibration_error(margins),
-        "kendall_tau": kendall_tau(scores, mask, pair_mask),
+        "kendall_tau": kendall_tau(scores, mask),
         "score_mean": score.mean,
         "score_sd": score.sd,
         "length_corr": correlation(scores[mask], lengths[mask]),
-        "longer_wins": ranking_accuracy(lengths, mask, pair_mask),
+        "longer_wins": ranking_accuracy(lengths, mask),
     }
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import tiktoken
 
 from config.user_error import UserError
+from utils.runs.folder import REPO
 from utils.tokenizers.bpe import EOS_TEXT, RANKS_FILE, TiktokenTokenizer, read_ranks
 from utils.tokenizers.huggingface import HuggingFaceTokenizer
 from utils.tokenizers.interface import IDENTITY_FILE, SAVED_FOLDER, Tokenizer
 
 __all__ = ["EOS_TEXT", "HuggingFaceTokenizer", "TiktokenTokenizer", "Tokenizer", "get_tokenizer", "load_tokenizer"]
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
-DEMO_FOLDER = REPO_ROOT / "assets" / "demo"
+DEMO_FOLDER = REPO / "assets" / "demo"
 DEMO_RANKS = DEMO_FOLDER / RANKS_FILE
 
 

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, tensor
 
 from utils.metrics import (
-    accuracy_by_bucket,
     accuracy_of_margins,
-    calibration,
     correlation,
     distinct_n,
     duplicate_rate,
@@ -121,23 +119,7 @@ def test_kendall_tau_of_known_orders() -> None:
     assert math.isnan(kendall_tau(scores, torch.zeros_like(mask)))
 
 
-def test_partial_rankings_count_the_given_pairs_only() -> None:
-    scores, mask = tensor([[1.0, 5.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
-    preferred = torch.zeros(1, 3, 3, dtype=torch.bool)
-    preferred[0, 1, 0] = preferred[0, 0, 2] = True  # 1 over 0 (right), 0 over 2 (wrong); nothing is said of 1 and 2
-    assert pair_margins(scores, mask, preferred).tolist() == [-2.0, 4.0]
-    assert ranking_accuracy(scores, mask, preferred) == 0.5
-    assert kendall_tau(scores, mask, preferred) == 0.0
-
-
 # --- calibration -----------------------------------------------------------------------------------------------------
-
-
-def test_confidence_vector() -> None:
-    margins = tensor([0.0, 0.5, 1.0, 2.0, 3.0])
-    buckets = [b for b in calibration(margins, bins=10) if b.count]
-    assert [round(b.confidence, 4) for b in buckets] == [0.5, 0.6225, 0.7311, 0.8808, 0.9526]
-    assert [b.accuracy for b in buckets] == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_a_calibrated_model_has_no_calibration_error_and_doubling_its_scores_makes_one() -> None:
@@ -158,23 +140,26 @@ def test_expected_calibration_error_matches_loops() -> None:
     assert expected_calibration_error(margins) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_bin_weighs_as_its_pairs_do(seed: int) -> None:
+    """Confidences on the edges of 4 bins over [0.5, 1] and beside them; a tie is half right, an edge opens its bin."""
+    rng = random.Random(seed)
+    confidence = [rng.choice([0.5, 0.625, 0.75, 0.875, 0.5 + 0.5 * rng.random()]) for _ in range(200)]
+    margins = [rng.choice([-1, 1]) * math.log(c / (1 - c)) for c in confidence]
+    claimed = tensor(margins, dtype=torch.float64).abs().sigmoid().tolist()
+    bins: dict[int, list[float]] = {}
+    for margin, c in zip(margins, claimed, strict=True):
+        right = 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+        bins.setdefault(min(int((c - 0.5) * 8), 3), []).append(right - c)
+    expected = sum(abs(sum(gaps)) for gaps in bins.values()) / 200
+    assert len(bins) == 4
+    assert expected_calibration_error(tensor(margins, dtype=torch.float64), 4) == pytest.approx(expected, abs=1e-12)
+
+
 def test_calibration_covers_every_pair() -> None:
-    margins = torch.cat([calibrated_margins(1000, scale=20.0), tensor([0.0, 1e6, -1e6]).double()])
-    buckets = calibration(margins)
-    assert len(buckets) == 10 and sum(b.count for b in buckets) == 1003  # sigmoid(1e6) = 1 is in the last one
-    assert (buckets[0].lower, buckets[-1].upper) == (0.5, 1.0)
+    assert expected_calibration_error(tensor([0.0, -1e6])) == 0.5  # the confidences 0.5 and 1 are in a bin each
     assert math.isnan(expected_calibration_error(torch.zeros(0)))
     assert expected_calibration_error(torch.full((4,), -1e6)) == 1.0  # sure and wrong
-
-
-def test_accuracy_by_length_difference() -> None:
-    margins, difference = tensor([1.0, -1.0, 2.0, 0.0, 3.0]), tensor([-9.0, -1.0, 0.0, 5.0, 30.0])
-    short, long, empty = accuracy_by_bucket(margins, difference, [-math.inf, 0.0, 30.0, math.inf])[:3]
-    assert (short.count, short.accuracy) == (2, 0.5)
-    assert (long.count, long.accuracy) == (2, 0.75)
-    assert (empty.count, empty.accuracy) == (1, 1.0)
-    (nothing,) = accuracy_by_bucket(margins, difference, [100.0, 200.0])
-    assert nothing.count == 0 and math.isnan(nothing.accuracy) and math.isnan(nothing.confidence)
 
 
 # --- report ----------------------------------------------------------------------------------------------------------
@@ -210,21 +195,16 @@ def test_ranking_report_leaves_out_what_does_not_exist() -> None:
     assert report["score_mean"] == pytest.approx(4.0)
 
 
-def test_ranking_report_of_preferences_instead_of_ranks() -> None:
-    """Completion 2 was preferred to 0 and 0 to 1: every figure of pairs is one of these two pairs."""
+def test_ranking_report_is_of_every_pair_of_a_ranking() -> None:
     scores, lengths = tensor([[1.0, 3.0, 2.0]]), tensor([[5, 9, 5]])
-    preferred = torch.zeros(1, 3, 3, dtype=torch.bool)
-    preferred[0, 2, 0] = preferred[0, 0, 1] = True
-    report = ranking_report(scores, lengths, everything(scores), preferred)
-    margins = [1.0 - 3.0, 2.0 - 1.0]
-    assert (report["accuracy"], report["kendall_tau"], report["longer_wins"]) == (0.5, 0.0, 0.25)
-    assert (report["margin_mean"], report["margin_sd"]) == (-0.5, 1.5)
-    assert report["nll"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 2)
+    report = ranking_report(scores, lengths, everything(scores))
+    margins = [1.0 - 3.0, 1.0 - 2.0, 3.0 - 2.0]
+    assert (report["accuracy"], report["kendall_tau"], report["longer_wins"]) == (1 / 3, pytest.approx(-1 / 3), 0.5)
+    assert report["margin_mean"] == pytest.approx(sum(margins) / 3)
+    assert report["nll"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 3)
     assert report["ece"] == expected_calibration_error(tensor(margins))
-    ranked = ranking_report(scores, lengths, everything(scores))
-    assert (ranked["accuracy"], ranked["kendall_tau"], ranked["longer_wins"]) == (1 / 3, pytest.approx(-1 / 3), 0.5)
-    nothing = ranking_report(scores, lengths, everything(scores), torch.zeros_like(preferred))
-    assert math.isnan(nothing["accuracy"]) and math.isnan(nothing["nll"]) and nothing["score_mean"] == 2.0
+    nothing = ranking_report(scores, lengths, tensor([[True, False, False]]))
+    assert math.isnan(nothing["accuracy"]) and math.isnan(nothing["nll"]) and nothing["score_mean"] == 1.0
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -148,53 +148,6 @@ def test_decode_of_half_a_character_and_of_unknown_ids(demo):
             demo.decode([wrong])
 
 
-def test_call_is_flat_for_one_text_and_batched_for_many(demo):
-    one = demo("a b c")
-    assert one == {"input_ids": demo.encode("a b c"), "attention_mask": [1] * len(demo.encode("a b c"))}
-    assert demo(["a b c"])["input_ids"] == [one["input_ids"]]
-    tensor = demo("a b c", return_tensors="pt")
-    assert tensor["input_ids"].tolist() == [one["input_ids"]] and tensor["input_ids"].dtype == torch.long
-
-
-@pytest.mark.parametrize("source", ["demo", "folder"])
-def test_call_pads_and_truncates(demo, exported, source):
-    tok = demo if source == "demo" else HuggingFaceTokenizer(exported)
-    long, short = tok.encode("one two three four"), tok.encode("one")
-    pad = tok.pad_id
-    out = tok(["one two three four", "one"], padding=True, return_tensors="pt")
-    assert out["input_ids"].tolist() == [long, short + [pad] * (len(long) - len(short))]
-    assert out["attention_mask"].sum(1).tolist() == [len(long), len(short)]
-    left = tok(["one two three four", "one"], padding="longest", padding_side="left")
-    assert left["input_ids"][1] == [pad] * (len(long) - len(short)) + short
-    assert left["attention_mask"][1] == [0] * (len(long) - len(short)) + [1] * len(short)
-    assert tok("one two three four", max_length=2, truncation=True)["input_ids"] == long[:2]
-    assert tok("one two three four", max_length=2, truncation=True, truncation_side="left")["input_ids"] == long[-2:]
-    assert tok("one", max_length=0, truncation=True, truncation_side="left")["input_ids"] == []
-    wide = tok(["one"], max_length=9, padding="max_length", return_tensors="pt")
-    assert wide["input_ids"].shape == (1, 9) and wide["attention_mask"].sum() == len(short)
-    assert tok("one two three four", max_length=2)["input_ids"] == long, "without truncation the limit changes nothing"
-
-
-def test_call_of_an_empty_batch(demo):
-    assert demo([], return_tensors="pt")["input_ids"].shape == (0, 0)
-
-
-@pytest.mark.parametrize("wrong, told", [
-    ({"padding": "left"}, "padding is"), ({"padding_side": "up"}, "padding_side is"),
-    ({"truncation": True}, "need a max_length"), ({"padding": "max_length"}, "need a max_length"),
-    ({"return_tensors": "np"}, "return_tensors is"), ({"max_length": -1}, "max_length is 0 or more"),
-    ({"truncation_side": "x"}, "truncation_side is"),
-])  # fmt: skip
-def test_call_refuses_wrong_arguments(demo, wrong, told):
-    with pytest.raises(ValueError, match=told):
-        demo("text", **wrong)
-
-
-def test_call_refuses_ragged_tensors(demo):
-    with pytest.raises(ValueError, match="padding=True"):
-        demo(["a", "a b c d e"], return_tensors="pt")
-
-
 def test_saved_tokenizers_come_back_without_names_or_network(demo, exported, tmp_path):
     for i, tok in enumerate((demo, HuggingFaceTokenizer(exported))):
         folder = tmp_path / str(i)

@@ -1,4 +1,4 @@
-"""From examples to batches: collation, the order of an epoch, micro-batches of like lengths, the part of each process.
+"""From examples to batches: collation, the order of an epoch, micro-batches of like lengths.
 
 Compact rows
     The layout of every batch that is trained or scored on: the prompt, then the response without a gap, then padding on
@@ -142,16 +142,6 @@ def micro_batches(
             count, longest = 0, 0
         count, longest = count + more, max(longest, length)
     return np.split(rows, starts[1:]) if len(rows) else []
-
-
-def shard(batch: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """The rows of one process: every `world_size`-th, so that all get rows of all lengths, still sorted.
-
-    Shares differ by at most one row; a batch of fewer rows than processes leaves some with none.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size}")
-    return batch[rank::world_size]
 
 
 def _collate(pairs: Sequence[tuple[np.ndarray, np.ndarray]], pad_id: int) -> Batch:

@@ -31,10 +31,11 @@ from config.user_error import UserError
 from utils.data.rows import FORMS, STAGES, BadRow, Row, open_binary, parse_row, read_jsonl
 from utils.data.splits import SplitOptions
 from utils.data.token_table import Counts
+from utils.runs.folder import REPO
 from utils.template import PromptTemplate
-from utils.tokenizer import DEMO_FOLDER, REPO_ROOT
+from utils.tokenizer import DEMO_FOLDER
 
-HH_SFT_FILE = REPO_ROOT / "runs" / "data" / "hh-sft.jsonl"
+HH_SFT_FILE = REPO / "runs" / "data" / "hh-sft.jsonl"
 
 _FEW_OPENINGS = 10
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.tokenizer import REPO_ROOT
+from utils.runs.folder import REPO
 
 _log = logging.getLogger(__name__)
 _TEMPORARY = ".partial"
@@ -24,7 +24,7 @@ _ABANDONED_SECONDS = 24 * 3600
 
 def default_cache_dir() -> Path:
     """`RLHF_CACHE_DIR` if it is set, else runs/.cache/tokens in the repository."""
-    return Path(os.path.expanduser(os.environ.get("RLHF_CACHE_DIR") or REPO_ROOT / "runs" / ".cache" / "tokens"))
+    return Path(os.path.expanduser(os.environ.get("RLHF_CACHE_DIR") or REPO / "runs" / ".cache" / "tokens"))
 
 
 def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:

@@ -12,7 +12,6 @@ from utils.data.batching import (
     left_pad,
     micro_batches,
     right_pad,
-    shard,
     steps_per_epoch,
 )
 from utils.data.examples import RankedExample, SFTExample
@@ -122,17 +121,6 @@ def test_the_order_of_lengths_is_random_from_batch_to_batch():
 def test_a_batch_of_no_rows_is_refused():
     with pytest.raises(ValueError, match="at least 1, not 0"):
         epoch_batches(np.ones(7, int), 0, 0, 0)
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_shards_partition_a_batch_and_stay_sorted(world):
-    batch = np.arange(100, 112)
-    shares = [shard(batch, rank, world) for rank in range(world)]
-    assert sorted(np.concatenate(shares)) == batch.tolist()
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert all(np.all(np.diff(share) > 0) for share in shares)
-    with pytest.raises(ValueError, match=f"rank {world} of {world}"):
-        shard(batch, world, world)
 
 
 @pytest.mark.parametrize("budget", [1, 20, 64, 1000])
