@@ -17,7 +17,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from config.user_error import UserError, run_main
 from utils.data.rows import Row
 from utils.data.sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
+from utils.runs.durable import whole_file
 from utils.template import PromptTemplate
 
 
@@ -77,14 +77,16 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     report = PrepareReport()
     rows = tqdm(_rows(hh, ("train",)), desc="HH-RLHF", unit=" rows", delay=1, disable=None)
     try:
-        _write_lines(config.out, _demonstrations(rows, seen_by_rm, report))
+        with whole_file(config.out) as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.writelines(_demonstrations(rows, seen_by_rm, report))
     except OSError as error:
         raise UserError(f"--out {config.out}: cannot be written: {error.strerror or error}") from None
     report.read, report.bad = hh.counts.read, hh.counts.bad
     return report
 
 
-def _demonstrations(rows: Iterator[Row], seen_by_rm: set[bytes], report: PrepareReport) -> Iterator[str]:
+def _demonstrations(rows: Iterator[Row], seen_by_rm: set[bytes], report: PrepareReport) -> Iterator[bytes]:
     """Lines of JSON for the rows to keep; counts the others, and complains at the end if nothing was kept."""
     written: set[bytes] = set()
     for row in rows:
@@ -98,7 +100,8 @@ def _demonstrations(rows: Iterator[Row], seen_by_rm: set[bytes], report: Prepare
         else:
             written.add(demonstration)
             report.written += 1
-            yield json.dumps({"prompt": row.prompts[0], "response": row.completions[0]}, ensure_ascii=False)
+            line = json.dumps({"prompt": row.prompts[0], "response": row.completions[0]}, ensure_ascii=False)
+            yield f"{line}\n".encode()
     if not written:
         raise UserError(
             f"--hh: no row is left to write: {report.in_rm_static} are of conversations in --rm-static, {report.empty} "
@@ -131,22 +134,6 @@ def _conversations(row: Row) -> set[bytes]:
 
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
-
-
-def _write_lines(path: Path, lines: Iterator[str]) -> None:
-    """Writes a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", encoding="utf-8", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_reward_models_own_pipeline(ppo_trainer, make_mo
     texts = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(300)]
     prompts = [f"\n\nHuman: {text}\n\nAssistant:" for text in texts[:100]]
     pairs = [(" " + a, " " + b + ".") for a, b in zip(texts[100:200], texts[200:])]
-    rows = [Row((p, p), pair, "") for p, pair in zip(prompts, pairs)]
+    rows = [Row((p, p), pair) for p, pair in zip(prompts, pairs)]
     table = tokenize_rows(rows, tokenizer, LengthLimits(192, None, 1), Counts(), "")
     examples = [
         RankedExample(tuple(table.prompts[table.prompt_of[m]] for m in (2 * i, 2 * i + 1)),

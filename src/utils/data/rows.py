@@ -56,8 +56,6 @@ class Row:
 
     prompts: tuple[str, ...]
     completions: tuple[str, ...]
-    where: str
-    """File and line, for messages."""
 
 
 def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Row | None:
@@ -74,19 +72,19 @@ def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Ro
     if not isinstance(data, dict):
         raise BadRow(f'{where}: is {_kind(data)}; a row is an object such as {{"prompt": ..., "response": ...}}')
     if stage == "text" or (stage == "sft" and "text" in data and "prompt" not in data and "chosen" not in data):
-        return Row(("",), (_text(data, "text", where, stage),), where)
+        return Row(("",), (_text(data, "text", where, stage),))
     form = _prompt_and_replies if "prompt" in data else _dialogues
     pairs = form(data, stage, where, template)
     prompts, responses = zip(*pairs, strict=True)
     if stage == "ppo":
-        return Row(prompts, (), where)
+        return Row(prompts, ())
     if stage == "sft" and not responses[0]:
         return None
     if len(set(pairs)) < len(pairs):
         raise BadRow(
             f"{where}: two of the ranked replies are identical, which ranks nothing; remove one of them or the row"
         )
-    return Row(prompts, responses, where)
+    return Row(prompts, responses)
 
 
 # A form gives (prompt, response) of each completion that the stage needs; for PPO one pair, whose response is not used.

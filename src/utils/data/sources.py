@@ -19,7 +19,6 @@ Malformed rows of a file stop with file and line, unless `skip_bad_rows`; those 
 mend, are always passed over. Either way the `DatasetReport` counts them.
 """
 
-import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
@@ -110,6 +109,16 @@ class RowSource(ABC):
         counts.empty += row is None
         return row
 
+    def _any_stage(self, data: Any) -> Row | None:
+        """What decides a row's split, read alike in all stages: also rows that are of no use to this one count."""
+        if not isinstance(data, dict):
+            return None
+        is_text = self.stage == "text" or ("prompt" not in data and "chosen" not in data)
+        try:
+            return parse_row(data, "text" if is_text else "ppo", "", self.template)
+        except BadRow:
+            return None
+
     def _key(self, row: Row) -> str:
         """What decides a row's split: the opening of its conversation, or the text itself."""
         return self.template.opening(row.prompts[0]) if row.prompts[0] else row.completions[0]
@@ -169,16 +178,6 @@ class JSONLDataset(RowSource):
         # A few openings over many prompts are a fixed preamble, not conversations that belong together.
         by_opening = len(openings) >= _FEW_OPENINGS or len(openings) == len(prompts)
         return (openings if by_opening else prompts), is_ranked, by_opening
-
-    def _any_stage(self, data: Any) -> Row | None:
-        """What decides a row's split, read alike in all stages: also rows that are of no use to this one count."""
-        if not isinstance(data, dict):
-            return None
-        is_text = self.stage == "text" or ("prompt" not in data and "chosen" not in data)
-        try:
-            return parse_row(data, "text" if is_text else "ppo", "", self.template)
-        except BadRow:
-            return None
 
 
 class HHSFTDataset(JSONLDataset):
@@ -261,11 +260,8 @@ class HubDataset(RowSource):
 
     def _tested(self) -> set[float]:
         """Hash points of the conversations in the hub's test split, whatever the stage can use of their rows."""
-        points = set()
-        for data in self.load("test"):
-            with contextlib.suppress(BadRow):
-                points.add(self.options.point(self._key(parse_row(data, "ppo", "", self.template))))
-        return points
+        rows = map(self._any_stage, self.load("test"))
+        return {self.options.point(self._key(row)) for row in rows if row is not None}
 
     def hub_rows(self, split: str) -> Iterator[Row]:
         """Every row of the hub's own split "train" or "test"; `counts` goes on counting."""

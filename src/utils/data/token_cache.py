@@ -9,16 +9,15 @@ built again.
 
 import logging
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from utils.runs.durable import PARTIAL, whole_file
 from utils.runs.folder import REPO
 
 _log = logging.getLogger(__name__)
-_TEMPORARY = ".partial"
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -46,26 +45,17 @@ def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:
 def write_arrays(folder: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     """Stores arrays under a key, whole or not at all. A cache that cannot be written costs time, not the run: it is
     logged."""
-    temporary = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=_TEMPORARY, delete=False) as file:
-            temporary = Path(file.name)
+        with whole_file(_path(folder, key)) as file:
             np.savez(file, label=np.frombuffer(_label(key, arrays).encode(), dtype=np.uint8), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(_path(folder, key))
     except OSError as error:
         _log.warning("token cache %s cannot be written (%s); the next run will tokenise again", folder, error)
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
     """Removes what processes that were killed while writing have left behind."""
-    for path in folder.glob("*" + _TEMPORARY):
+    for path in folder.glob("*" + PARTIAL):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             path.unlink(missing_ok=True)
 

@@ -31,11 +31,10 @@ POOLS = {"sft": 5, "pairs": 5, "ppo": 5, "validation": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue up to the last "Assistant:", and what its last human turn asks for in which phrasing."""
+    """A dialogue up to the last "Assistant:", and what its last human turn asks for."""
 
     text: str
     target: Target
-    phrasing: int
     turns: int
 
 
@@ -64,9 +63,9 @@ def _earlier_exchange(rng: random.Random, pool: str) -> tuple[Target, str]:
     return target, f"\n\nHuman: {rng.choice(facts.FIRST_TURN_LEADS)}{question(target, phrasing)}\n\nAssistant:{answer}"
 
 
-def sample_prompt(rng: random.Random, pool: str, two_turns: bool, harmful_rate: float = 0.18) -> Prompt:
+def sample_prompt(rng: random.Random, pool: str, two_turns: bool) -> Prompt:
     """Draw one prompt of a pool (`POOLS`) with one or two human turns."""
-    target, phrasing = _draw_question(rng, pool, harmful_rate)
+    target, phrasing = _draw_question(rng, pool, harmful_rate=0.18)
     earlier, leads = "", facts.FIRST_TURN_LEADS
     if two_turns:
         leads = facts.SECOND_TURN_LEADS
@@ -75,7 +74,7 @@ def sample_prompt(rng: random.Random, pool: str, two_turns: bool, harmful_rate: 
             asked, earlier = _earlier_exchange(rng, pool)
     lead = rng.choice(leads)
     text = f"{earlier}\n\nHuman: {lead}{question(target, phrasing)}\n\nAssistant:"
-    return Prompt(text, target, phrasing, 2 if two_turns else 1)
+    return Prompt(text, target, 2 if two_turns else 1)
 
 
 def sample_prompts(seed: int, pool: str, count: int, two_turn_rate: float = 0.3) -> list[Prompt]:
@@ -246,13 +245,13 @@ def sample_pair_rows(seed: int, split: str, prompts: list[Prompt], count: int) -
     return rows
 
 
-def best_possible_accuracy(rows: Iterable[Mapping[str, str | float]], scale: float = BT_SCALE) -> float:
+def best_possible_accuracy(rows: Iterable[Mapping[str, str | float]]) -> float:
     """Return the expected accuracy of a judge that knows the gold reward, on labels drawn by Bradley-Terry.
 
-    It picks the response of higher gold, and is right with probability max(p, 1 - p) = sigmoid(scale * |gap|). The mean
-    over the rows is the ceiling for any reward model on them (NaN for no rows).
+    It picks the response of higher gold, and is right with probability max(p, 1 - p) = sigmoid(BT_SCALE * |gap|). The
+    mean over the rows is the ceiling for any reward model on them (NaN for no rows).
     """
-    ceilings = [sigmoid(scale * abs(float(r["gold_chosen"]) - float(r["gold_rejected"]))) for r in rows]
+    ceilings = [sigmoid(BT_SCALE * abs(float(r["gold_chosen"]) - float(r["gold_rejected"]))) for r in rows]
     return sum(ceilings) / len(ceilings) if ceilings else math.nan
 
 

@@ -10,14 +10,17 @@ Between 3 and 4 there is no NAME; `standing` then finds NAME.old, and the next w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 Produce = Callable[[Path], object]
 
-WRITING, OLD, DELETING = ".writing", ".old", ".deleting"
+WRITING, OLD, DELETING, PARTIAL = ".writing", ".old", ".deleting", ".partial"
 
 
 class Disk:
@@ -125,6 +128,24 @@ def write_file(path: Path, data: bytes) -> None:
         fresh.unlink(missing_ok=True)
         raise
     disk.sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when the body ends: durably and whole, or not at all.
+
+    Unlike `write_file` it takes as much as is written to it, and several processes may write one path at once: each
+    has a temporary file of its own, *.partial, which stays only where a process is killed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PARTIAL, delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -86,8 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def export_huggingface(self, folder: str | Path) -> None:
         """See `Tokenizer.export_huggingface`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._tokenizer.save_pretrained(str(folder))
+        self._save_files(Path(folder))
 
 
 def _gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int, bytes] | None:

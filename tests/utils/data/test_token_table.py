@@ -57,7 +57,7 @@ def test_fit_drops_a_ranking_that_cutting_has_made_equal():
 
 
 def test_table_gives_back_the_ids_with_one_eos_and_no_separator(tok):
-    rows = [Row((T.format(["a"]),) * 2, (" yes", " no"), ""), Row((T.format(["b"]), T.format(["c"])), (" yes", ""), "")]
+    rows = [Row((T.format(["a"]),) * 2, (" yes", " no")), Row((T.format(["b"]), T.format(["c"])), (" yes", ""))]
     table, counts = table_of(rows, tok)
     assert (len(table), len(table.prompts), len(table.responses)) == (2, 3, 4)
     assert table.row_start.tolist() == [0, 2, 4] and table.prompt_of.tolist() == [0, 0, 1, 2]
@@ -72,17 +72,17 @@ def test_table_gives_back_the_ids_with_one_eos_and_no_separator(tok):
 
 
 def test_special_tokens_in_text_never_become_eos(tok):
-    table, _ = table_of([Row((T.format(["<|endoftext|>"]),), (" a <|endoftext|>",), "")], tok)
+    table, _ = table_of([Row((T.format(["<|endoftext|>"]),), (" a <|endoftext|>",))], tok)
     assert tok.eos_id not in table.prompts[0]
     assert (table.responses[0] == tok.eos_id).tolist() == [False] * (len(table.responses[0]) - 1) + [True]
 
 
 def test_counts_of_cut_dropped_and_duplicated_rows(tok):
     rows = [
-        Row((T.format(["word " * 200]),), (" a",), ""),
-        Row((T.format(["b"]),), (" word" * 200,), ""),
-        Row((T.format(["c"]),), (" d",), ""),
-        Row((T.format(["c"]),), (" d",), ""),
+        Row((T.format(["word " * 200]),), (" a",)),
+        Row((T.format(["b"]),), (" word" * 200,)),
+        Row((T.format(["c"]),), (" d",)),
+        Row((T.format(["c"]),), (" d",)),
     ]
     table, counts = table_of(rows, tok)
     assert (counts.kept, counts.cut, counts.dropped, counts.duplicates) == (3, 1, 1, 1)
@@ -94,10 +94,10 @@ def test_counts_of_cut_dropped_and_duplicated_rows(tok):
 def test_a_megabyte_in_a_row_costs_next_to_nothing_and_cuts_to_the_same_ids(tok):
     words = "one two three " * 80_000
     rows = [
-        Row((T.format([words]),), (" a",), ""),
-        Row((T.format(["x" * 2**20]),), (" a",), ""),
-        Row((T.format(["q" + " " * 2**20 + "q"]),), (" a",), ""),
-        Row((T.format(["q"]),), (words,), ""),
+        Row((T.format([words]),), (" a",)),
+        Row((T.format(["x" * 2**20]),), (" a",)),
+        Row((T.format(["q" + " " * 2**20 + "q"]),), (" a",)),
+        Row((T.format(["q"]),), (words,)),
     ]
     start = time.perf_counter()
     table, counts = table_of(rows, tok)
@@ -108,19 +108,19 @@ def test_a_megabyte_in_a_row_costs_next_to_nothing_and_cuts_to_the_same_ids(tok)
 
 def test_rows_across_chunks_keep_their_order(tok, monkeypatch):
     monkeypatch.setattr("utils.data.token_table._CHUNK", 3)
-    rows = [Row((T.format([str(i)]),), (f" {i}",), "") for i in range(10)]
+    rows = [Row((T.format([str(i)]),), (f" {i}",)) for i in range(10)]
     table, _ = table_of(iter(rows), tok)
     assert [tok.decode(table.responses[i]) for i in range(10)] == [f" {i}" for i in range(10)]
 
 
 def test_prompt_only_table(tok):
     prompts = [T.format(["a"]), T.format(["b", "c", "d"])]
-    table, _ = table_of([Row((prompt,), (), "") for prompt in prompts], tok)
+    table, _ = table_of([Row((prompt,), ()) for prompt in prompts], tok)
     assert len(table) == 2 and table.lengths.tolist() == [len(tok.encode(prompt)) for prompt in prompts]
 
 
 def test_arrays_round_trip_and_broken_ones_are_refused(tok):
-    table, _ = table_of([Row((T.format(["a"]),) * 2, (" yes", " no"), "")] * 3, tok)
+    table, _ = table_of([Row((T.format(["a"]),) * 2, (" yes", " no"))] * 3, tok)
     arrays = table.to_arrays()
     again = TokenTable.from_arrays(arrays, tok.vocab_size)
     assert all(np.array_equal(again.to_arrays()[name], arrays[name]) for name in arrays)
