@@ -119,10 +119,7 @@ def load_dataset(
     cache_dir: str | Path | None = None,
     skip_bad_rows: bool = False,
     limit: int | None = None,
-    validation_fraction: float = 0.05,
-    prompt_split: str = "disjoint",
-    ppo_fraction: float = 0.3,
-    split_seed: int = 0,
+    splits: SplitOptions | None = None,
     template: PromptTemplate | None = None,
 ) -> SFTDataset | RankedDataset | PromptDataset:
     """Reads, divides, tokenises and cuts a dataset, or takes the result of doing so from the cache.
@@ -138,17 +135,15 @@ def load_dataset(
         cache_dir: of the token cache; by default `utils.data.token_cache.default_cache_dir()`.
         skip_bad_rows: count malformed rows instead of stopping at the first.
         limit: use at most the first so many rows of the split.
-        validation_fraction, prompt_split, ppo_fraction, split_seed: see `SplitOptions`. They have to be the same in all
-            stages of an experiment; `split_seed` is not the run's seed.
+        splits: how rows are divided; the same in all stages of an experiment.
         template: how dialogues are written; by default HH-RLHF's way.
 
     Raises:
         UserError: there is no such dataset, it does not suit the stage, it cannot be read, or nothing of it is left.
     """
     _check_arguments(stage, split, max_length, max_prompt_length, limit)
-    options = SplitOptions(validation_fraction, prompt_split, ppo_fraction, split_seed)
-    template = template or PromptTemplate()
-    source = open_source(name_or_path, stage, template=template, options=options, skip_bad_rows=skip_bad_rows)
+    splits, template = splits or SplitOptions(), template or PromptTemplate()
+    source = open_source(name_or_path, stage, template=template, options=splits, skip_bad_rows=skip_bad_rows)
     if stage == "ppo" and max_prompt_length is None:
         max_prompt_length = max_length - 1
     limits = LengthLimits(max_length, max_prompt_length, len(tokenizer.encode(template.assistant)))
@@ -157,7 +152,7 @@ def load_dataset(
             f"max_prompt_length: {max_prompt_length} tokens do not hold the cue to answer ({limits.cue_length} tokens)"
         )
     content = source.fingerprint()
-    settings = [stage, split, skip_bad_rows, limit, asdict(options), template.to_dict(), asdict(limits)]
+    settings = [stage, split, skip_bad_rows, limit, asdict(splits), template.to_dict(), asdict(limits)]
     decides = [type(source).__name__, content, tokenizer.identity()["sha256"], settings]
     key, earlier = (_sha256([version, *decides]) for version in (_CACHE_VERSION, _EARLIER_VERSION))
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)

@@ -107,12 +107,7 @@ def epoch_batches(lengths: np.ndarray, global_batch_size: int, seed: int, epoch:
     Returns:
         Arrays of row indices, every index once, whose sizes differ by at most one. Each is a random sample of the rows,
         sorted by length, shortest first: slices of it are micro-batches of like lengths.
-
-    Raises:
-        ValueError: `global_batch_size` is below 1.
     """
-    if global_batch_size < 1:
-        raise ValueError(f"global_batch_size is at least 1, not {global_batch_size}")
     lengths = np.asarray(lengths)
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     steps = steps_per_epoch(len(order), global_batch_size)

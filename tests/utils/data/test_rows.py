@@ -27,7 +27,6 @@ def test_hh_form_in_every_stage():
     assert (parse(data, "rm").prompts, parse(data, "rm").completions) == ((Q, Q), (" good", " bad"))
     assert (parse(data, "sft").prompts, parse(data, "sft").completions) == ((Q,), (" good",))
     assert (parse(data, "ppo").prompts, parse(data, "ppo").completions) == ((Q,), ())
-    assert parse(data, "rm").where == "f.jsonl:7"
 
 
 def test_each_completion_keeps_its_own_prompt():

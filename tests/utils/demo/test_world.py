@@ -271,8 +271,8 @@ def test_best_possible_accuracy_two_ways(shipped, split):
 
 def test_best_possible_accuracy_by_hand():
     rows = [{"gold_chosen": 1.0, "gold_rejected": 0.0}, {"gold_chosen": 0.0, "gold_rejected": 2.0}]
-    expected = (1 / (1 + math.exp(-1.0)) + 1 / (1 + math.exp(-2.0))) / 2
-    assert world.best_possible_accuracy(rows, scale=1.0) == pytest.approx(expected)
+    expected = (1 / (1 + math.exp(-world.BT_SCALE)) + 1 / (1 + math.exp(-2 * world.BT_SCALE))) / 2
+    assert world.best_possible_accuracy(rows) == pytest.approx(expected)
     assert math.isnan(world.best_possible_accuracy([]))
 
 
