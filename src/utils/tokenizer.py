@@ -81,11 +81,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _check_model(path: Path, tokenizer: Tokenizer) -> None:
-    """Ids mean what the model beside the tokenizer learned: its model.json, if there is one, names this tokenizer.
-
-    Raises:
-        UserError: it names another one, or one of another size.
-    """
+    """Ids mean what the model beside the tokenizer learned: its model.json, if there is one, names this tokenizer."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         recorded, size = description.get("tokenizer"), description["model"]["vocab_size"]

@@ -120,11 +120,7 @@ def _read(name: str) -> tuple[GPT2Config, dict[str, Tensor]]:
 
 
 def _check_plain(name: str, source: GPT2Config) -> None:
-    """Refuse the options of transformers' GPT-2 that change what it computes.
-
-    Raises:
-        UserError: one is set.
-    """
+    """Refuse the options of transformers' GPT-2 that change what it computes."""
     if source.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
         raise UserError(f"-p {name}: activation {source.activation_function}; a GPT-2 with gelu_new is needed")
     if source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights:
@@ -134,11 +130,7 @@ def _check_plain(name: str, source: GPT2Config) -> None:
 
 
 def _check_sizes(name: str, source: GPT2Config) -> None:
-    """Refuse a folder whose config.json claims far more weights than it holds: they would be allocated first.
-
-    Raises:
-        UserError: it has less than a byte for each.
-    """
+    """Refuse a folder that holds less than a byte for each weight of its config.json: they would be allocated first."""
     width, rows = source.n_embd, source.vocab_size + source.n_positions
     files = [file for pattern in ("*.safetensors", "*.bin") for file in Path(name).glob(pattern)]
     held = sum(file.stat().st_size for file in files)

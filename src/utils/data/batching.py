@@ -31,12 +31,6 @@ class Batch:
     length: torch.Tensor
     """[B] int64: tokens of prompt and response, EOS included."""
 
-    @property
-    def response_mask(self) -> torch.Tensor:
-        """[B, L] bool: True on the columns of response tokens, EOS included."""
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (columns >= self.prompt_len[:, None]) & (columns < self.length[:, None])
-
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
         return Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})

@@ -35,7 +35,6 @@ class Prompt:
 
     text: str
     target: Target
-    turns: int
 
 
 def deal_phrasings(target_index: int) -> dict[str, tuple[int, ...]]:
@@ -74,7 +73,7 @@ def sample_prompt(rng: random.Random, pool: str, two_turns: bool) -> Prompt:
             asked, earlier = _earlier_exchange(rng, pool)
     lead = rng.choice(leads)
     text = f"{earlier}\n\nHuman: {lead}{question(target, phrasing)}\n\nAssistant:"
-    return Prompt(text, target, 2 if two_turns else 1)
+    return Prompt(text, target)
 
 
 def sample_prompts(seed: int, pool: str, count: int, two_turn_rate: float = 0.3) -> list[Prompt]:

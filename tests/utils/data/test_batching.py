@@ -29,14 +29,12 @@ def test_collate_lays_rows_out_compactly_with_masks_from_lengths(pad):
     assert batch.ids.tolist() == [[1, 2, 3, 4, EOS], [7, EOS, pad, pad, pad]]
     assert batch.att.tolist() == [[True] * 5, [True, True, False, False, False]]
     assert batch.prompt_len.tolist() == [2, 1] and batch.length.tolist() == [5, 2]
-    assert batch.response_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
     assert (batch.ids.dtype, batch.att.dtype, batch.length.dtype) == (torch.int64, torch.bool, torch.int64)
 
 
 def test_collate_of_plain_text_has_empty_prompts():
     batch = collate_sft([SFTExample(ids(), ids(3, EOS))], 9)
-    assert batch.ids.tolist() == [[3, EOS]] and batch.prompt_len.tolist() == [0]
-    assert batch.response_mask.all()
+    assert batch.ids.tolist() == [[3, EOS]] and batch.prompt_len.tolist() == [0] and batch.length.tolist() == [2]
 
 
 def test_collate_ranked_flattens_completions_and_marks_the_slots():

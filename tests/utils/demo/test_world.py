@@ -75,7 +75,7 @@ def test_sampled_prompts_are_distinct_and_a_pure_function_of_the_seed():
     assert once == world.sample_prompts(5, "validation", 200)
     assert once != world.sample_prompts(6, "validation", 200)
     assert len({p.text for p in once}) == 200
-    assert sum(p.turns == 2 for p in once) == 60
+    assert sum(p.text.count("\n\nHuman:") == 2 for p in once) == 60
     with pytest.raises(ValueError, match="fewer than"):
         world.sample_prompts(0, "validation", 2000, two_turn_rate=0.0)
 
