@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.runs.durable import Disk, delete_folder, replace_folder, set_aside, standing, sweep, write_file
+from utils.runs.durable import Disk, delete_folder, replace_folder, set_aside, standing, sweep, whole_file, write_file
 
 
 class Recorder(Disk):
@@ -117,3 +117,17 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch) -> None
     with pytest.raises(OSError, match="broken"):
         write_file(path, b"two")
     assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
+
+
+def test_two_may_write_one_file_and_whoever_ends_last_stands_whole(tmp_path) -> None:
+    path = tmp_path / "new folder" / "file"
+    with whole_file(path) as one:
+        one.write(b"one")
+        with whole_file(path) as two:
+            two.write(b"two")
+            assert not path.exists() and len(os.listdir(path.parent)) == 2
+        assert path.read_bytes() == b"two"
+    with pytest.raises(KeyError), whole_file(path) as three:
+        three.write(b"three")
+        raise KeyError
+    assert path.read_bytes() == b"one" and os.listdir(path.parent) == ["file"]
