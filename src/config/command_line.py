@@ -1,4 +1,4 @@
-"""The command line of a stage, made from its dataclass by tyro."""
+"""Command lines made from dataclasses by tyro: any script's, and that of a stage."""
 
 from __future__ import annotations
 
@@ -8,11 +8,36 @@ import io
 import re
 import sys
 from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import tyro
 
 from config.configs import PPOConfig, StageConfig, flag_of, stage_defaults
 from config.user_error import UserError
+
+Flags = TypeVar("Flags")
+
+
+class WrongFlags(UserError):
+    """What tyro says of a command line that is wrong: the text of its box, on one line."""
+
+
+def flags_of(kind: type[Flags], argv: list[str] | None, description: str, **options: Any) -> Flags:
+    """A command line as the dataclass `kind`, by `tyro.cli` with these options.
+
+    Raises:
+        WrongFlags: an unknown flag or a bad value.
+        SystemExit: with 0, after `--help`.
+    """
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(kind, args=argv, description=description, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box with a title; the contract is one line.
+        raise WrongFlags("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue())) from None
 
 
 def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
@@ -34,16 +59,10 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
     given = {word.split("=", 1)[0].replace("_", "-") for word in argv}
     if given & {"-b", "--batch-size"} and "--tokens-per-micro-batch" not in given:
         defaults = replace(defaults, tokens_per_micro_batch=0)  # whoever counts rows does not mean tokens
-    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
-            config = tyro.cli(stage, args=argv, default=defaults, description=stage.__doc__)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box with a title; the contract is one line.
-        words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue()).split())
-        words = re.sub(r"-{5,}", "", words).strip()
+        config = flags_of(stage, argv, stage.__doc__, default=defaults)
+    except WrongFlags as error:
+        words = re.sub(r"-{5,}", "", str(error)).strip()
         words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
         words = words.removeprefix("Error parsing ")
         raise UserError(re.split(" (?:For full|Argument) helptext", words)[0].strip()) from None

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from config.user_error import UserError
 from inference.answers import (
@@ -156,7 +154,7 @@ class Answering:
         """`sample_answers`, or what it gave before."""
         rows, _ = prompt_tokens(source, self.prompts, self.sampling.max_new_tokens)
         identity = {
-            "version": _CACHE_VERSION, "weights": weights_digest(source.model), "name": name, "draw": draw,
+            "version": _CACHE_VERSION, "weights": source.digest, "name": name, "draw": draw,
             "tokenizer": source.tokenizer.identity()["sha256"], "dtype": self.machine.dtype, **asdict(self.sampling),
             "prompts": hashlib.sha256(json.dumps([row.tolist() for row in rows]).encode()).hexdigest(),
         }  # fmt: skip
@@ -173,12 +171,3 @@ class Answering:
         parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
         texts = [source.tokenizer.decode(ids).strip() for ids in parts]
         return [Answer(*row) for row in zip(self.prompts, texts, rows, parts, arrays["ended"].tolist(), strict=True)]
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names and values of all tensors of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

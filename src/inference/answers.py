@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from config.devices import TORCH_TYPE, choose_device, choose_dtype, describe_device, sum_in_full_precision
 from config.user_error import UserError
 from models.generation import generate
+from models.weights.checkpoint import weights_digest
 from utils.data.batching import collate_sft
 from utils.data.examples import SFTExample
 from utils.data.rows import BadRow, parse_row, read_jsonl
@@ -68,6 +69,11 @@ class TextModel:
     def context(self) -> int:
         """Longest row in tokens."""
         return self.model.config.block_size
+
+    @cached_property
+    def digest(self) -> str:
+        """`weights_digest` of the model as it is when first asked for; reading a large one takes seconds."""
+        return weights_digest(self.model)
 
     def same_tokens(self, other: TextModel) -> bool:
         """Whether ids mean the same to both."""

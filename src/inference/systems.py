@@ -19,7 +19,7 @@ from models.weights.checkpoint import describe
 from utils.runs.folder import find_checkpoint
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
-from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+from utils.tokenizer import Tokenizer, load_tokenizer, tokenizer_beside
 
 _HUB_NAME = re.compile(r"(distil)?gpt2(-medium|-large|-xl)?|(?!runs/)[\w-][\w.-]*/[\w.-]+")
 _NAME = re.compile(r"\w[\w.-]*")
@@ -49,11 +49,7 @@ class System:
         """Its tokenizer; None for a file."""
         if self.kind == "file":
             return None
-        if self.kind == "huggingface":
-            folder = Path(self.source).expanduser()
-            own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-            return get_tokenizer(folder if own else "gpt2")
-        return load_tokenizer(self.source)
+        return tokenizer_beside(self.source) if self.kind == "huggingface" else load_tokenizer(self.source)
 
     @property
     def of_demo(self) -> bool:

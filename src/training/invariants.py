@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 
+from models.weights.checkpoint import weights_digest
 from training.experience import Experience
 from utils.loss import masked_mean
 
@@ -77,13 +76,9 @@ def check_sampler(experience: Experience, dtype: str) -> None:
         )
 
 
-def parameter_hash(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers of a model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def digests(models: dict[str, nn.Module]) -> dict[str, str]:
+    """`weights_digest` of each model, for `check_frozen`."""
+    return {name: weights_digest(model) for name, model in models.items()}
 
 
 def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,15 +35,14 @@ def kept_affine(model: nn.Module, description: dict[str, Any]) -> Iterator[None]
     description["normalised"] = noted
 
 
+@dataclass
 class RewardScale:
     """Measures gain and bias of a reward model, always on the same samples, drawn exactly as PPO draws its rollouts."""
 
-    def __init__(self, sft: nn.Module, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampler: Sampler) -> None:
-        """Args: `sft` is what PPO starts from; `prompts` leave room for a response in its context."""
-        self.sft = sft
-        self.prompts = prompts
-        self.seeds = seeds
-        self.sampler = sampler
+    sft: nn.Module  # what PPO starts from
+    prompts: Sequence[np.ndarray]  # they leave room for a response in its context
+    seeds: Sequence[int]
+    sampler: Sampler
 
     @classmethod
     def of(
@@ -78,7 +78,6 @@ class RewardScale:
         was_training = model.training
         model.eval()
         model.set_normalisation(1.0, 0.0)
-        assert model.normalisation == (1.0, 0.0)
         rows = np.argsort(self.samples.lengths, kind="stable")
         raw = torch.zeros(len(rows), device=self.sampler.runtime.device)
         sizes = (self.sampler.batch_size, self.sampler.max_tokens)

@@ -17,7 +17,7 @@ from models.weights.checkpoint import describe
 from training.storage.resuming import Resumption
 from utils.runs.folder import find_checkpoint
 from utils.template import PromptTemplate
-from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, tokenizer_beside
 
 
 def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:
@@ -39,15 +39,17 @@ def template_of(folder: Path) -> PromptTemplate:
         raise UserError(f"{folder}: model.json: {error}; give a checkpoint that one of the stages wrote") from None
 
 
+def freeze_method(config: SFTConfig | RMConfig | PPOConfig, model: GPTConfig) -> str:
+    """--freeze with auto resolved: lora for a model with adapters and none otherwise."""
+    return config.freeze if config.freeze != "auto" else "lora" if model.lora_rank else "none"
+
+
 def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig, dtype: torch.dtype) -> nn.Module:
-    """Apply --freeze, auto being lora for a model with adapters and none otherwise; round what it froze to `dtype`.
+    """Apply --freeze and round what it froze to `dtype`.
 
     Sets --activation-checkpointing, too: a resumed run may have saved its model with another choice.
     """
-    method = config.freeze
-    if method == "auto":
-        method = "lora" if model.config.lora_rank else "none"
-    freeze_weights(model, method)
+    freeze_weights(model, freeze_method(config, model.config))
     round_frozen(model, dtype)
     options = replace(model.config, activation_checkpointing=config.activation_checkpointing)
     model.config = model.transformer.config = options
@@ -76,7 +78,7 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
         model = GPT.from_checkpoint(folder, preset, adapters="fresh")
         return model, load_tokenizer(folder), template_of(folder), str(folder)
     source = preset.family if config.pretrain == "huggingface" else config.pretrain
-    tokenizer = _tokenizer_for(config.tokenizer, Path(source))
+    tokenizer = tokenizer_beside(source) if config.tokenizer == "auto" else get_tokenizer(config.tokenizer)
     model = GPT.from_pretrained(source, preset, tokenizer.vocab_size)
     return model, tokenizer, PromptTemplate(), source
 
@@ -93,14 +95,6 @@ def our_checkpoint(config: SFTConfig) -> Path | None:
         if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "sft_", "runs/")):
             raise
         return None
-
-
-def _tokenizer_for(wanted: str, folder: Path) -> Tokenizer:
-    """auto: the Hugging Face folder's own when it has one, else GPT-2's."""
-    if wanted != "auto":
-        return get_tokenizer(wanted)
-    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    return get_tokenizer(str(folder) if has_own else "gpt2")
 
 
 def rm_start(

@@ -31,7 +31,7 @@ from training.engine.runtime import Interrupt, Runtime, adamw, set_lr, trainable
 from training.engine.suspects import SuspectRow
 from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, split_minibatches
 from training.held_out import answer_prompts, evaluate_policy, evaluate_ranking, ranking_in_words
-from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, parameter_hash
+from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, digests
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
 from training.reward_scale import RewardScale, kept_affine
 from training.sampling import state_columns
@@ -342,7 +342,7 @@ class PPOTrainer:
     def fit(self) -> int:
         """Run all iterations, or up to a signal; returns the exit code."""
         config = self.config
-        before = {name: parameter_hash(model) for name, model in self.frozen.items()}
+        before = digests(self.frozen)
         bar = tqdm(total=self.total_steps, initial=self.step, desc="PPO", unit="it")
         with self.interrupt.watch(), self.log, bar:
             if self.step == 0:
@@ -363,7 +363,7 @@ class PPOTrainer:
                     self.evaluate()
                 if loop.save_or_stop(self, last):
                     return self.interrupt.exit_code
-            check_frozen(before, {name: parameter_hash(model) for name, model in self.frozen.items()})
+            check_frozen(before, digests(self.frozen))
             tqdm.write(self.phases.summary())
             return loop.finished(self)
 

@@ -11,9 +11,7 @@ answered in SFT. What is kept is written as {"prompt", "response"} of the chosen
 stream through, and only 8-byte hashes stay in memory.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import sys
@@ -24,9 +22,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import tyro
 from tqdm import tqdm
 
+from config.command_line import flags_of
 from config.user_error import UserError, run_main
 from utils.data.rows import Row
 from utils.data.sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
@@ -138,16 +136,7 @@ def _hash(text: str) -> bytes:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; `argv` is for tests."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(PrepareConfig, args=argv, description=__doc__)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box over several lines; a wrong flag gets one line, like all wrong input.
-        words = " ".join("".join(" " if c in "─│╭╮╰╯" else c for c in complaint.getvalue()).split())
-        raise UserError(words) from None
+    config = flags_of(PrepareConfig, argv, __doc__)
     report = prepare(config)
     print(
         f"{config.out}: {report.written:,} demonstrations from {report.read:,} rows; left out: "

@@ -15,7 +15,10 @@ from utils.tokenizers.bpe import EOS_TEXT, RANKS_FILE, TiktokenTokenizer, read_r
 from utils.tokenizers.huggingface import HuggingFaceTokenizer
 from utils.tokenizers.interface import IDENTITY_FILE, SAVED_FOLDER, Tokenizer
 
-__all__ = ["EOS_TEXT", "HuggingFaceTokenizer", "TiktokenTokenizer", "Tokenizer", "get_tokenizer", "load_tokenizer"]
+__all__ = [
+    "EOS_TEXT", "HuggingFaceTokenizer", "TiktokenTokenizer", "Tokenizer", "get_tokenizer", "load_tokenizer",
+    "tokenizer_beside",
+]  # fmt: skip
 
 DEMO_FOLDER = REPO / "assets" / "demo"
 DEMO_RANKS = DEMO_FOLDER / RANKS_FILE
@@ -45,6 +48,13 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
     raise UserError(
         f"tokenizer {name}: not known; choose gpt2, demo, or the path of a folder with a Hugging Face tokenizer"
     )
+
+
+def tokenizer_beside(model: str | Path) -> Tokenizer:
+    """The tokenizer in the folder of a Hugging Face model; GPT-2's where it has none, or the model is a hub's name."""
+    folder = Path(model).expanduser()
+    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return get_tokenizer(folder if has_own else "gpt2")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -8,9 +8,10 @@ import pytest
 
 from config.user_error import UserError
 from inference import answer_sets
-from inference.answer_sets import Answering, weights_digest
+from inference.answer_sets import Answering
 from inference.answers import Machine, Sampling
 from inference.systems import find_systems, load_reward_model
+from models.weights.checkpoint import weights_digest
 from utils.template import PromptTemplate
 
 PROMPTS = [PromptTemplate().prompt(text) for text in ("What is tea?", "How many legs does a crab have?", "Hi!")]

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from models.gpt import GPT, GPTActor
 from training import trainers
 from training.engine.runtime import Runtime
-from training.invariants import InvariantError, check_first_minibatch, check_frozen, parameter_hash
+from training.invariants import InvariantError, check_first_minibatch, check_frozen, digests
 
 
 def watched_iteration(trainer, monkeypatch, update: int = 1) -> tuple[dict, dict, dict]:
@@ -181,10 +181,10 @@ def test_a_frozen_model_that_changes_stops_the_run(ppo_trainer, monkeypatch) -> 
 
 def test_the_hash_sees_every_bit_of_parameters_and_buffers(make_model) -> None:
     model = make_model(GPT)
-    before = {"model": parameter_hash(model)}
-    check_frozen(before, {"model": parameter_hash(make_model(GPT))})
+    before = digests({"model": model})
+    check_frozen(before, digests({"model": make_model(GPT)}))
     bias = model.transformer.ln_f.bias
     with torch.no_grad():
         bias[3] = torch.nextafter(bias[3], torch.tensor(9.0))
     with pytest.raises(InvariantError, match="model"):
-        check_frozen(before, {"model": parameter_hash(model)})
+        check_frozen(before, digests({"model": model}))

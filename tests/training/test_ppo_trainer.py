@@ -10,10 +10,9 @@ from setups import EOS, assert_equal_weights, ppo_models, prompt_examples, read_
 
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, is_adapter, share_base
-from models.weights.checkpoint import describe
+from models.weights.checkpoint import describe, weights_digest
 from training import trainers
 from training.engine.runtime import Runtime
-from training.invariants import parameter_hash
 from utils.loss import masked_mean, masked_var
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,13 +285,13 @@ def test_both_rates_can_be_warmed_up(ppo_trainer) -> None:
 def test_critic_warmup_leaves_every_bit_of_the_actor(ppo_trainer) -> None:
     trainer = ppo_trainer(critic_warmup=2, iterations=3, weight_decay=0.1)
     models = ppo_models(trainer)
-    before, critic_before = parameter_hash(models.actor), parameter_hash(models.critic)
+    before, critic_before = weights_digest(models.actor), weights_digest(models.critic)
     hashes = []
     iteration = trainer.iteration
-    trainer.iteration = lambda update: (iteration(update), hashes.append(parameter_hash(models.actor)))[0]
+    trainer.iteration = lambda update: (iteration(update), hashes.append(weights_digest(models.actor)))[0]
     trainer.fit()
     assert hashes[0] == hashes[1] == before != hashes[2]
-    assert parameter_hash(models.critic) != critic_before
+    assert weights_digest(models.critic) != critic_before
     lines = [line for line in read_metrics(trainer.run) if "actor_lr" in line]
     assert [line["update_ratio/actor"] > 0 for line in lines] == [False, False, True]
     assert [line["objective/kl"] for line in lines] == [0, 0, 0]
@@ -353,12 +352,12 @@ def test_the_value_coefficient_is_almost_nothing_to_separate_networks(ppo_traine
 def test_frozen_models_have_no_gradient_and_do_not_change(ppo_trainer) -> None:
     trainer = ppo_trainer(iterations=2)
     models = ppo_models(trainer)
-    before = {name: parameter_hash(getattr(models, name)) for name in ("reference", "reward_model")}
+    before = {name: weights_digest(getattr(models, name)) for name in ("reference", "reward_model")}
     trainer.fit()
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     for name, value in before.items():
         model = getattr(models, name)
-        assert parameter_hash(model) == value and not model.training
+        assert weights_digest(model) == value and not model.training
         assert all(not p.requires_grad and p.grad is None and id(p) not in held for p in model.parameters())
 
 

@@ -9,6 +9,7 @@ Loads are strict: keys may be missing only where a role is started from another 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: cannot be read ({error}); take another checkpoint of the run") from None
     check_finite(state, f"{path}: holds NaN or infinity; take an earlier checkpoint of the run")
     return state
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and values of all parameters and buffers of a model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_finite(state: dict[str, Tensor], complaint: str) -> None:

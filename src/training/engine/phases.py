@@ -40,7 +40,8 @@ class Phases:
         spent = sum(self.seconds.values()) or 1e-9
         figures = {"time/tokens_s": tokens / spent}
         for name, seconds in self.seconds.items():
-            figures |= _figures(name, seconds, spent, tokens)
+            rate = tokens / max(seconds, 1e-9)
+            figures |= {f"time/{name}_s": seconds, f"time/{name}_share": seconds / spent, f"time/{name}_tokens_s": rate}
             self.total[name] = self.total.get(name, 0.0) + seconds
         self.seconds, self.tokens = {}, self.tokens + tokens
         return figures
@@ -56,8 +57,3 @@ class Phases:
     def _now(self) -> float:
         self.wait()
         return time.perf_counter()
-
-
-def _figures(name: str, seconds: float, spent: float, tokens: int) -> dict[str, float]:
-    rate = tokens / max(seconds, 1e-9)
-    return {f"time/{name}_s": seconds, f"time/{name}_share": seconds / spent, f"time/{name}_tokens_s": rate}

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from config.configs import RunConfig
-from config.devices import TORCH_TYPE, choose_device, choose_dtype
+from config.devices import TORCH_TYPE, choose_device, choose_dtype, describe_device, sum_in_full_precision
 from config.user_error import UserError
 from training.engine.compiling import compile_blocks
 from training.engine.determinism import cost_of_determinism, set_deterministic
@@ -56,9 +56,7 @@ class Runtime:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
-        # cuBLAS may else add up partial sums in half precision, which log-probabilities do not survive.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        sum_in_full_precision()
         self._memory = HostMemory()
         # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
         set_seed(seed + 100003 * self.rank)
@@ -79,8 +77,7 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for the start of a run."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        return f"{self.device.type} ({name}), {self.dtype}"
+        return describe_device(self.device, self.dtype)
 
     def prepare(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool = False

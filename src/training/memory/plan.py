@@ -15,7 +15,6 @@ A run goes through phases, and its peak is the largest of them:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +27,7 @@ from models.vocabulary import BLOCK, slice_size
 from training.memory import counts
 from training.memory.counts import Weights, count_weights
 from training.sampling import SFT_SAMPLES, cached_tokens
+from training.start import freeze_method
 
 PHASES = ("load", "rollout", "score", "pass", "step")
 ALWAYS = ("rollout", "score", "pass", "step")
@@ -132,11 +132,6 @@ def plan_memory(config: RunConfig, sources: Sources, device: str, dtype: str, ba
     items += _rollout(config, roles, rows, product, device)
     items += _passes(config, roles, rows, product, device)
     return MemoryPlan(tuple(item for item in items if item.bytes), rows.longest, sources.notes)
-
-
-def freeze_method(config: SFTConfig | RMConfig | PPOConfig, model: GPTConfig) -> str:
-    """--freeze with auto resolved."""
-    return config.freeze if config.freeze != "auto" else "lora" if model.lora_rank else "none"
 
 
 def roles_of(config: RunConfig, sources: Sources) -> list[Role]:
@@ -301,13 +296,3 @@ def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dty
         shares = counts.HEAP_HOLES_OF_ADAPTERS if roles[-1].config.lora_rank else counts.HEAP_HOLES
         items.append(Item("holes in the heap", shares[product.itemsize] * activations, ("pass",)))
     return items
-
-
-def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest number in [low, high] for which the monotone `fits` holds; None when not even `low` does."""
-    if not fits(low):
-        return None
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from config.configs import RunConfig, flag_of, get_configs
 from config.user_error import UserError
 from training.memory.device import available_bytes, base_bytes, target
-from training.memory.plan import MemoryPlan, Rows, Sources, freeze_method, largest, plan_memory
+from training.memory.plan import MemoryPlan, Rows, Sources, plan_memory
 from training.memory.sources import plan_sources
+from training.start import freeze_method
 from training.storage.resuming import Resumption
 from utils.runs.folder import step_checkpoints
 
@@ -71,9 +73,10 @@ class Planner:
 
     def largest_passes(self, config: RunConfig) -> int | None:
         """The largest --tokens-per-micro-batch that fits, None if not even the longest row alone does."""
-        low, high = (tokens // _GRAIN for tokens in self.token_budgets(config))
-        found = largest(lambda n: self.fits(replace(config, tokens_per_micro_batch=n * _GRAIN)), low, high)
-        return None if found is None else found * _GRAIN
+        low, high = self.token_budgets(config)
+        budgets = range(low, high + 1, _GRAIN)
+        fitting = bisect_left(budgets, True, key=lambda n: not self.fits(replace(config, tokens_per_micro_batch=n)))
+        return budgets[fitting - 1] if fitting else None
 
 
 def preflight(config: RunConfig, resumption: Resumption | None = None) -> RunConfig:

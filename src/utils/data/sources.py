@@ -228,6 +228,25 @@ class DemoDataset(RowSource):
         return digest.hexdigest()
 
 
+def load_from_hub(repository: str, split: str, told: str, instead: str) -> Any:
+    """A split of a dataset as a `datasets.Dataset`, from the local cache or downloaded; UserError where neither works.
+
+    Args:
+        told, instead: begin and end of the error: what was asked for, and what else the user may do.
+    """
+    import datasets  # takes a second, and most commands do without
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # its retries would print a line each; the failure is told once, below
+    try:
+        return datasets.load_dataset(repository, split=split)
+    except Exception as error:  # hub, network, file and value errors alike
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{told} could not be loaded ({reason}); go online, set HF_HOME to a cache that has it, or {instead}"
+        ) from None
+
+
 class HubDataset(RowSource):
     """A dataset of the Hugging Face hub, memory-mapped by `datasets`, so that rows stream from disk."""
 
@@ -273,18 +292,8 @@ class HubDataset(RowSource):
         Raises:
             UserError: it is neither in the local cache nor can it be downloaded.
         """
-        import datasets
-        from huggingface_hub.utils import logging as hub_logging
-
-        hub_logging.set_verbosity_error()  # its retries would print a line each; the failure is told once, below
-        try:
-            return datasets.load_dataset(self.repository, split=split)
-        except Exception as error:  # hub, network, file and value errors alike
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(
-                f"{self.flag} {self.name}: {self.repository} could not be loaded ({reason}); go online, set HF_HOME to "
-                "a cache that has it, or give the path of a local .jsonl file"
-            ) from None
+        told = f"{self.flag} {self.name}: {self.repository}"
+        return load_from_hub(self.repository, split, told, "give the path of a local .jsonl file")
 
     def fingerprint(self) -> str:
         """The revision that `datasets` has on disk."""

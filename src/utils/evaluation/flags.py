@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import UseAppendAction, arg
 
+from config.command_line import WrongFlags, flags_of
+from config.configs import flag_of
 from config.user_error import UserError
 from utils.judging.requests import DEFAULT_JUDGE_MODEL
 
@@ -70,7 +69,7 @@ class EvaluateConfig:
         lowest = {"limit": 0, "concurrency": 1, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "max_cost": 0}
         for field, low in lowest.items():
             if not getattr(self, field) >= low:
-                raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)}: must be at least {low}")
+                raise UserError(f"{flag_of(field)} {getattr(self, field)}: must be at least {low}")
         if not (self.temperature == -1 or 0 <= self.temperature < float("inf")):
             raise UserError(f"--temperature {self.temperature}: 0 is greedy, -1 the PPO run's; otherwise above 0")
         if not self.name or set(self.name) & set("/\\"):
@@ -98,13 +97,7 @@ class EvaluateConfig:
 
 def parse_flags(argv: list[str] | None, description: str) -> EvaluateConfig:
     """The command line of evaluate.py; UserError for a flag or a value that is wrong, SystemExit(0) after --help."""
-    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(EvaluateConfig, args=argv, description=description)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box over several lines; a wrong flag gets one line, like all wrong input.
-        words = " ".join("".join(" " if c in "─│╭╮╰╯┄" else c for c in complaint.getvalue()).split())
-        raise UserError(words.split(" For full helptext")[0]) from None
+        return flags_of(EvaluateConfig, argv, description)
+    except WrongFlags as error:
+        raise UserError(str(error).split(" For full helptext")[0]) from None

@@ -23,6 +23,7 @@ from typing import Any
 
 from config.user_error import UserError
 from utils.data.rows import BadRow, open_binary, parse_row, read_jsonl
+from utils.data.sources import load_from_hub
 from utils.runs.folder import REPO
 from utils.template import PromptTemplate
 
@@ -120,20 +121,9 @@ def _text(path: Path) -> Iterator[str]:
 
 
 def _hub_rows(spec: str) -> Iterator[tuple[str, Any]]:
-    """Rows of the hub's training split, from the local cache or downloaded."""
-    import datasets  # takes a second, and most evaluations do without
-    from huggingface_hub.utils import logging as hub_logging
-
+    """Rows of the hub's training split."""
     name = spec.removeprefix("hub:")
-    hub_logging.set_verbosity_error()  # its retries would print a line each; the failure is told once, below
-    try:
-        rows = datasets.load_dataset(name, split="train")
-    except Exception as error:  # hub, network, file and value errors alike
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"{FLAG} {spec}: could not be loaded ({reason}); go online, set HF_HOME to a cache that has it, "
-            "or give a local file"
-        ) from None
+    rows = load_from_hub(name, "train", f"{FLAG} {spec}:", "give a local file")
     if "prompt" not in rows.column_names:
         raise UserError(f'{FLAG} {spec}: has no column "prompt" (columns: {", ".join(rows.column_names)})')
     for i, prompt in enumerate(rows["prompt"]):

@@ -11,7 +11,7 @@ from models.generation import generate
 from models.gpt import GPT, GPTRewardModel, KVCache
 from models.weights.checkpoint import save_model
 from training.engine.runtime import adamw, trainable
-from training.memory.plan import ALWAYS, MemoryPlan, Rows, Sources, largest, plan_memory
+from training.memory.plan import ALWAYS, MemoryPlan, Rows, Sources, plan_memory
 from training.memory.sources import plan_sources
 from training.start import ppo_start
 from utils.template import PromptTemplate
@@ -142,8 +142,3 @@ def test_the_table_adds_up() -> None:
     assert lines[0] == ["load", *ALWAYS] and lines[-1][:2] == ["sum,", "GB"]
     assert [float(x) for x in lines[-1][2:]] == [round(made.of_phase(p) / GB, 3) for p in ("load", *ALWAYS)]
     assert f"{made.peak / GB:.2f} GB" in made.summary() and made.peak_phase in made.summary()
-
-
-@pytest.mark.parametrize("top", range(-1, 12))
-def test_largest(top) -> None:
-    assert largest(lambda n: n <= top, 0, 9) == (None if top < 0 else min(top, 9))

@@ -28,6 +28,13 @@ def planner(gb: float, preset: str = "gpt2", device: str = "cuda", dtype: str = 
     return Planner(Sources(sizes, sizes), device, dtype, 0.5e9, gb * 1e9)
 
 
+@pytest.mark.parametrize("top", [0, 63, 64, 65, 100, 128, 575, 576, 577, 999])
+def test_the_largest_passes_that_fit(top, monkeypatch) -> None:
+    monkeypatch.setattr(Planner, "token_budgets", lambda self, config: (64, 576))
+    monkeypatch.setattr(Planner, "fits", lambda self, config: config.tokens_per_micro_batch <= top)
+    assert planner(16).largest_passes(SFTConfig()) == (min(top // 64 * 64, 576) or None)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_plan_prints_the_table_and_leaves_nothing_behind(stage, tmp_path) -> None:
     result = call(stage, "--plan", tmp_path)
