@@ -126,11 +126,7 @@ PRESETS = tuple(size + ("/" + variant if variant else "") for size in _SIZES for
 
 
 def get_configs(name: str) -> GPTConfig:
-    """The model preset called `name` (`gpt2`, `gpt2-medium/lora`, ...).
-
-    Raises:
-        UserError: the name is unknown; the message lists every preset.
-    """
+    """The model preset called `name` (`gpt2`, `gpt2-medium/lora`, ...); UserError for another."""
     if name not in PRESETS:
         raise UserError(f"--config {name}: no such preset; there are {', '.join(PRESETS)}")
     size, _, variant = name.partition("/")
@@ -447,11 +443,7 @@ _LORA_RECIPES: dict[str, dict[type, dict[str, Any]]] = {
 
 
 def stage_defaults(stage: type[StageConfig], preset: str) -> StageConfig:
-    """The default configuration of a stage for a model preset.
-
-    Raises:
-        UserError: the preset is unknown.
-    """
+    """The default configuration of a stage for a model preset; UserError for one that is unknown."""
     model = get_configs(preset)
     family = "gpt2-nano" if preset.startswith("gpt2-nano") else "gpt2"
     values = {"tokens_per_micro_batch": _TOKENS_PER_PASS.get(model.family, 0), **_RECIPES[family][stage]}

@@ -10,11 +10,7 @@ TORCH_TYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def choose_device(wanted: str) -> str:
-    """The device type for --device: auto takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: the device is not there.
-    """
+    """The device type for --device: auto takes CUDA, then MPS, then the CPU. UserError where it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(name for name, present in there.items() if present)

@@ -101,8 +101,7 @@ class Answering:
     def answer_sets(self, systems: Sequence[System]) -> list[AnswerSet]:
         """The answers of all systems, in their order; beside the SFT model, one language model at a time is loaded.
 
-        Raises:
-            UserError: a model cannot be loaded, or a file lacks an answer.
+        UserError where one cannot be, or a file lacks an answer.
         """
         # What takes no time is checked first.
         files = {s.name: self._from_file(s) for s in systems if s.kind == "file"}

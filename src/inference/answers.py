@@ -93,8 +93,7 @@ class Machine:
     def chosen(cls, device: str, dtype: str, batch_size: int, seed: int) -> Self:
         """What --device, --dtype and --seed ask for; the seed is that of all random numbers of the process.
 
-        Raises:
-            UserError: the device is not there, or does not compute in that precision.
+        UserError as `choose_device` and `choose_dtype` raise it.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)

@@ -40,10 +40,7 @@ def best_of_n_estimate(proxy: Sequence, values: Sequence, n: int) -> np.ndarray:
         proxy: [..., N], what ranks the samples. values: [..., N], what is estimated: the gold reward, or the proxy.
 
     Returns:
-        [...], one estimate per prompt.
-
-    Raises:
-        ValueError: the shapes differ, or n is not between 1 and N.
+        [...], one estimate per prompt. ValueError where the shapes differ, or n is not between 1 and N.
     """
     proxy, values = np.asarray(proxy, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if proxy.shape != values.shape or proxy.ndim == 0:

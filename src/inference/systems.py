@@ -186,10 +186,8 @@ def run_around(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
 def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple[Path | None, str]:
     """The reward model's checkpoint and a line on where it comes from: -c, or the one that the PPO run names.
 
-    The one that a run names is found again after runs were moved, see `utils.runs.origins`.
-
-    Raises:
-        UserError: -c names no reward model.
+    The one that a run names is found again after runs were moved, see `utils.runs.origins`. UserError where -c names no
+    reward model.
     """
     if argument:
         checkpoint = find_checkpoint(argument, runs_dir, "-c")

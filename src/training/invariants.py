@@ -1,4 +1,7 @@
-"""What must hold while PPO runs. A violation stops the run with an explanation: a curve would only hint at it."""
+"""What must hold while PPO runs, else `InvariantError`.
+
+A violation stops the run, and the message lists its usual causes: a curve would only hint at it.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,7 @@ def check_first_minibatch(policy: dict[str, Tensor], value: dict[str, Tensor], d
     """Before the first step of an iteration the policy is the one that sampled: ratio 1, nothing clipped, V unchanged.
 
     Args:
-        policy, value: means of PolicyStats and ValueStats over the first minibatch.
-        dtype: fp32, bf16 or fp16.
-
-    Raises:
-        InvariantError: it does not hold; the message lists the usual causes.
+        policy, value: means of PolicyStats and ValueStats over the first minibatch. dtype: fp32, bf16 or fp16.
     """
     figures = policy["ratio_drift"], policy["ratio_mean"] - 1, policy["clipfrac"], value["value_drift"]
     drift, mean_off, clipfrac, value_drift = torch.stack(figures).tolist()
@@ -46,11 +45,7 @@ def check_first_minibatch(policy: dict[str, Tensor], value: dict[str, Tensor], d
 
 
 def check_reference(experience: Experience, dtype: str) -> None:
-    """At the first iteration policy and reference are one model: the KL is 0 for every token.
-
-    Raises:
-        InvariantError: they differ.
-    """
+    """At the first iteration policy and reference are one model: the KL is 0 for every token."""
     gap = float((experience.logp - experience.logp_ref).abs().max())
     if not gap <= _DRIFT[dtype]:
         raise InvariantError(
@@ -61,11 +56,7 @@ def check_reference(experience: Experience, dtype: str) -> None:
 
 
 def check_sampler(experience: Experience, dtype: str) -> None:
-    """Responses were sampled from the policy that is trained: mean |log-probability then - now| over their tokens.
-
-    Raises:
-        InvariantError: they were not.
-    """
+    """Responses were sampled from the policy that is trained: mean |log-probability then - now| over their tokens."""
     gap = float(masked_mean((experience.logp - experience.sampler_logp).abs(), experience.rmask))
     if not gap <= _SAMPLER_GAP[dtype]:
         raise InvariantError(
@@ -82,11 +73,7 @@ def digests(models: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def check_frozen(before: dict[str, str], after: dict[str, str]) -> None:
-    """The reference and the reward model must end with the bits they started with.
-
-    Raises:
-        InvariantError: one of them changed.
-    """
+    """The reference and the reward model must end with the bits they started with."""
     changed = [name for name in before if before[name] != after[name]]
     if changed:
         raise InvariantError(

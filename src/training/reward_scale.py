@@ -72,8 +72,7 @@ class RewardScale:
     def measure(self, model: nn.Module) -> Tensor:
         """Set the affine of `model` and return the raw scores [N] of the samples, taken with gain 1 and bias 0.
 
-        Raises:
-            ValueError: the scores do not vary, or are not finite.
+        ValueError where they do not vary, or are not finite.
         """
         was_training = model.training
         model.eval()

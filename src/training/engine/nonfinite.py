@@ -58,11 +58,7 @@ class NonFiniteRollout(FloatingPointError):
 
 
 def check_rollout(experience: Any, names: Sequence[str], cause: NonFiniteReward | None = None) -> None:
-    """Check the tensors `names` ([B] or [B, T]) of an `Experience`; the host waits for the device once.
-
-    Raises:
-        NonFiniteRollout: one is not finite somewhere.
-    """
+    """NonFiniteRollout unless the tensors `names` ([B] or [B, T]) of an `Experience` are finite; one wait for them."""
     broken = [~getattr(experience, name).isfinite() for name in names]
     by_row = torch.stack([x.reshape(len(experience), -1).any(dim=1) for x in broken]).cpu()  # (names, B)
     if by_row.any():
@@ -169,11 +165,7 @@ class Guard:
             )
 
     def evaluation(self, step: int, loss: float, rows: Iterable[int], alone: Callable[[int], SuspectRow]) -> None:
-        """Check a held-out loss; a run that skips goes on without a model for best/.
-
-        Raises:
-            RunStopped: it is not finite, and the run does not skip.
-        """
+        """Stop the run (RunStopped) for a held-out loss that is not finite; one that skips goes on without a best/."""
         if not math.isfinite(loss):
             self._stop_or_skip(step, "the held-out loss", rows_to_blame(rows, alone), drop=False)
 

@@ -60,7 +60,7 @@ class Role:
     logprobs: bool = False
 
     def weights(self, dtype: torch.dtype) -> Weights:
-        """Counted."""
+        """What it holds where matrix products are of this type."""
         return count_weights(self.kind, self.config, self.method, dtype)
 
 

@@ -82,10 +82,7 @@ class Planner:
 def preflight(config: RunConfig, resumption: Resumption | None = None) -> RunConfig:
     """Print the plan; returns the config with `--tokens-per-micro-batch auto` resolved.
 
-    With --plan the whole table is printed, and the caller should end.
-
-    Raises:
-        UserError: over budget; the message names flags that would fit.
+    With --plan the whole table is printed, and the caller should end. UserError where the plan is over budget.
     """
     planner = Planner.of(config, resumption)
     if config.tokens_per_micro_batch == "auto":

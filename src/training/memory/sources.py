@@ -20,8 +20,7 @@ from utils.tokenizer import get_tokenizer
 def plan_sources(config: RunConfig, resumption: Resumption | None = None) -> Sources:
     """Sizes of the models that a run starts from.
 
-    Raises:
-        UserError: a model is not there. With --plan its sizes are then the preset's, and a note says so.
+    UserError where one is not there; with --plan its sizes are then the preset's, and a note says so.
     """
     preset = get_configs(config.config)
     if isinstance(config, SFTConfig):

@@ -269,8 +269,7 @@ def open_run(
 ) -> Path:
     """The run's folder, made and described unless it is there already, with what it starts from.
 
-    Raises:
-        UserError: no room, or a run to go on with was training on other data, or elsewhere with --deterministic.
+    UserError: no room, or a run to go on with was training on other data, or elsewhere with --deterministic.
     """
     if resumption is not None:
         recorded = resumption.hyperparams.get("data")

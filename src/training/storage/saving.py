@@ -49,22 +49,17 @@ class Saver:
     log: MetricsLog | None = None  # the run's figures; on the medium before a checkpoint that counts on them
     disk: Disk = field(default_factory=Disk)
     saved_step: int = field(default=-1, init=False)  # of the newest step checkpoint that this process wrote
-    _seen_whole: set[Path] = field(default_factory=set, init=False)
 
     def save_step(self, step: int, state: dict[str, Any]) -> bool:
         """Write checkpoints/step_XXXXXXXX and delete all whole ones but the newest `keep`.
 
-        Returns:
-            False when it could not be written and the run goes on without it.
-
-        Raises:
-            RunStopped: it could not be written and the run is to stop.
+        Where it could not be written: RunStopped, or False with --on-save-error continue.
         """
         if not self._write(self.run / "checkpoints" / f"step_{step:08d}", state, {"step": step}, self.on_error):
             return False
         self.saved_step = step
         # A torn one is not counted, and stays for its owner to look at.
-        whole = [p for p in step_checkpoints(self.run) if self._is_whole(p)]
+        whole = [p for p in step_checkpoints(self.run) if fault_of(p) is None]
         for old in whole[: -self.keep]:
             delete_folder(old, self.disk)
         return True
@@ -74,11 +69,7 @@ class Saver:
         return self._write(self.run / "best", None, {"step": step, metric: value}, self.on_error)
 
     def save_final(self, step: int, state: dict[str, Any]) -> Path:
-        """Write final/ and return it.
-
-        Raises:
-            RunStopped: it could not be written; there is nothing left to go on with.
-        """
+        """Write final/ and return it; RunStopped where it could not be written: there is nothing to go on with."""
         self._write(self.run / "final", state, {"step": step}, "stop")
         return self.run / "final"
 
@@ -97,7 +88,6 @@ class Saver:
         except OSError as error:
             self._failed(folder, needed, error, on_error)
             return False
-        self._seen_whole.add(folder)
         return True
 
     def _parts(self, state: dict[str, Any] | None, extra: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -115,17 +105,10 @@ class Saver:
 
     def _make_way(self, folder: Path) -> None:
         """Give a torn checkpoint that stands where the new one belongs another name: nobody deletes it unasked."""
-        if not folder.exists() or self._is_whole(folder):
+        if not folder.exists() or fault_of(folder) is None:
             return
         aside = set_aside(folder, "torn", self.disk)
         tqdm.write(f"{folder} is not whole and is kept as {aside.name}", file=sys.stderr)
-
-    def _is_whole(self, folder: Path) -> bool:
-        """Whether a checkpoint is what was saved; one that this process wrote or has looked at is not read again."""
-        if fault_of(folder, contents=folder not in self._seen_whole) is not None:
-            return False
-        self._seen_whole.add(folder)
-        return True
 
     def _failed(self, folder: Path, needed: int, error: OSError, on_error: str) -> None:
         """Tell what is missing and what is left; raises RunStopped unless the run goes on."""
@@ -134,7 +117,7 @@ class Saver:
             why = f"it needs {_size(needed)} and {_size(free)} are free, so {_size(needed - free)} are missing"
         else:
             why = f"it needs {_size(needed)}: {os.strerror(error.errno) if error.errno else error}"
-        whole = next((p for p in reversed(step_checkpoints(self.run)) if self._is_whole(p)), None)
+        whole, _ = newest_whole(self.run)
         left = f"the newest whole checkpoint is {whole}" if whole else "no checkpoint has been saved yet"
         told = f"{folder}: could not be saved; {why}; {left}"
         if on_error == "stop":
@@ -203,11 +186,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """trainer_state.pt of a checkpoint; nothing in it is unpickled.
-
-    Raises:
-        UserError: missing or unreadable.
-    """
+    """trainer_state.pt of a checkpoint; nothing in it is unpickled. UserError where it cannot be read."""
     path = checkpoint / STATE
     try:
         with warnings.catch_warnings():  # torch tells of a file that is no state of ours in lines of its own

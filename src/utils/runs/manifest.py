@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import lru_cache
 from pathlib import Path
 
 from config.user_error import UserError
@@ -27,20 +26,15 @@ def write_manifest(path: Path) -> None:
     path.write_text(json.dumps({"files": files}, indent=1) + "\n")
 
 
-def fault_of(checkpoint: Path, contents: bool = True) -> str | None:
-    """Why a checkpoint is not whole, in words that follow its name; None when it is.
-
-    Args:
-        checkpoint: the folder with the manifest.
-        contents: False looks at names and sizes only.
-    """
+def fault_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint, the folder with the manifest, is not whole, in words that follow its name; None when it is."""
     try:
         files = _listed(checkpoint)
     except FileNotFoundError:
         return f"has no {MANIFEST}: it is half copied, or an older version wrote it"
     except (OSError, ValueError) as error:
         return f"has a {MANIFEST} that cannot be read ({error})"
-    return next(filter(None, (_fault_of_file(checkpoint, name, files, contents) for name in files)), None)
+    return next(filter(None, (_fault_of_file(checkpoint, name, files) for name in files)), None)
 
 
 def check_files(folder: Path, names: tuple[str, ...], sealed: bool) -> None:
@@ -66,7 +60,7 @@ def check_files(folder: Path, names: tuple[str, ...], sealed: bool) -> None:
             raise UserError(f"{folder}: has no {MANIFEST}, so it is half copied; copy the whole checkpoint folder")
         return
     for name in names:
-        if fault := _fault_of_file(root, prefix + name, files, True):
+        if fault := _fault_of_file(root, prefix + name, files):
             raise UserError(f"{root}: {fault}; take another checkpoint of the run")
 
 
@@ -83,7 +77,7 @@ def _listed(folder: Path) -> dict[str, dict]:
     return files
 
 
-def _fault_of_file(root: Path, name: str, files: dict[str, dict], contents: bool) -> str | None:
+def _fault_of_file(root: Path, name: str, files: dict[str, dict]) -> str | None:
     if name not in files:
         return f"{MANIFEST} lists no {name}"
     path, listed = root / name, files[name]
@@ -91,7 +85,7 @@ def _fault_of_file(root: Path, name: str, files: dict[str, dict], contents: bool
         size = path.stat().st_size
         if size != listed["size"]:
             return f"{name} has {size} bytes, {MANIFEST} says {listed['size']}"
-        if contents and digest_of(path) != listed["sha256"]:
+        if digest_of(path) != listed["sha256"]:
             return f"{name} is not what was saved (its SHA-256 is not that of {MANIFEST})"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -100,14 +94,17 @@ def _fault_of_file(root: Path, name: str, files: dict[str, dict], contents: bool
     return None
 
 
+_digests: dict[tuple[int, ...], str] = {}
+
+
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; read once for a file that stays as it is, whatever it is renamed to.
+
+    A resume looks at a checkpoint first and loads it then, and a run looks at its own checkpoints at every save.
+    """
     status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@lru_cache(maxsize=256)
-def _digest(path: Path, size: int, changed_ns: int, inode: int) -> str:
-    """Read once for a file that stays as it is: a resume looks at a checkpoint first and loads it then."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    known_by = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if known_by not in _digests:
+        with path.open("rb") as file:
+            _digests[known_by] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digests[known_by]

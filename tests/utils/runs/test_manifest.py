@@ -56,11 +56,13 @@ def test_every_change_is_told(checkpoint, name: str, harm, told: str) -> None:
         cls.from_checkpoint(folder)
 
 
-def test_sizes_alone_are_looked_at_when_that_is_enough(checkpoint) -> None:
-    flip(checkpoint / "state")
-    assert fault_of(checkpoint, contents=False) is None and fault_of(checkpoint) is not None
-    cut(checkpoint / "state")
-    assert fault_of(checkpoint, contents=False) is not None
+def test_a_file_is_read_once_whatever_it_is_renamed_to_and_again_when_it_changes(checkpoint, monkeypatch) -> None:
+    moved = checkpoint.rename(checkpoint.with_name("moved"))
+    with monkeypatch.context() as patch:
+        patch.delattr("hashlib.file_digest")
+        assert fault_of(moved) is None
+    flip(moved / "state")
+    assert "is not what was saved" in fault_of(moved)
 
 
 @pytest.mark.parametrize(
