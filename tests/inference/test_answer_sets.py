@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from config.user_error import UserError
-from inference import answer_sets
+from inference import answer_sets, answers
 from inference.answer_sets import Answering
 from inference.answers import Machine, Sampling
 from inference.systems import find_systems, load_reward_model
@@ -92,6 +92,13 @@ def test_answers_are_sampled_once(answering, systems, monkeypatch):
     answering(temperature=0.8).answer_sets(systems[:2])
     answering(prompts=PROMPTS[:2]).answer_sets(systems[:2])
     assert asked == ["vanilla", "sft"] * 2
+
+
+def test_weights_are_hashed_once_for_all_draws(answering, systems, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(answers, "weights_digest", lambda model: hashed.append(model) or weights_digest(model))
+    answering().answer_sets(systems)
+    assert len(hashed) == 3  # of vanilla, sft and ppo; best of 4 draws four times
 
 
 def test_other_weights_give_another_digest(systems):

@@ -55,7 +55,6 @@ class Runtime:
         self.device = self.accelerator.device
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
         sum_in_full_precision()
         self._memory = HostMemory()
         # Each rank draws its own numbers (lm_human_preferences core.py `set_mpi_seed`).
