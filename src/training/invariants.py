@@ -1,6 +1,6 @@
-"""What must hold while PPO runs, else `InvariantError`.
+"""What must hold while PPO runs. A violation stops the run: a curve would only hint at it.
 
-A violation stops the run, and the message lists its usual causes: a curve would only hint at it.
+Every check raises `InvariantError`, whose message lists the usual causes.
 """
 
 from __future__ import annotations
