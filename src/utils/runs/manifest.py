@@ -98,12 +98,13 @@ _digests: dict[tuple[int, ...], str] = {}
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; read once for a file that stays as it is, whatever it is renamed to.
+    """SHA-256 of a file, in hexadecimal; read once for a file that stays as it is, whatever its folder is renamed to.
 
     A resume looks at a checkpoint first and loads it then, and a run looks at its own checkpoints at every save.
     """
     status = path.stat()
-    known_by = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    # Nobody can set the time of the last change of any kind; a copy may keep that of the contents.
+    known_by = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
     if known_by not in _digests:
         with path.open("rb") as file:
             _digests[known_by] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,7 +61,9 @@ def test_a_file_is_read_once_whatever_it_is_renamed_to_and_again_when_it_changes
     with monkeypatch.context() as patch:
         patch.delattr("hashlib.file_digest")
         assert fault_of(moved) is None
+    written = (moved / "state").stat().st_mtime_ns
     flip(moved / "state")
+    os.utime(moved / "state", ns=(written, written))
     assert "is not what was saved" in fault_of(moved)
 
 
