@@ -19,6 +19,7 @@ from training.engine.phases import Phases
 from training.engine.runtime import Runtime
 from training.sampling import MicroBatch, SampledRows, Sampler
 from utils.data.batching import micro_batches
+from utils.loss import Moments, masked_moments, masked_whiten
 from utils.reward_function import NonFiniteReward
 from utils.tokenizer import Tokenizer
 
@@ -91,6 +92,12 @@ def split_minibatches(
     shuffled = generator.permutation(len(length))
     by_length = [rows[np.argsort(length[rows], kind="stable")] for rows in np.array_split(shuffled, minibatches)]
     return [micro_batches(rows, length, micro_batch, max_tokens) for rows in by_length]
+
+
+def whiten_over_ranks(x: Tensor, mask: Tensor, runtime: Runtime, shift_mean: bool = True) -> Tensor:
+    """`masked_whiten` of x [B, T] by mean and variance over the rollouts of all ranks."""
+    stats = Moments(*runtime.sum_over_ranks(torch.stack(masked_moments(x, mask))))
+    return masked_whiten(x, mask, shift_mean, stats=stats)
 
 
 class Rollouts:

@@ -29,7 +29,7 @@ from training.engine.nonfinite import Guard, NonFiniteRollout, again_after_overf
 from training.engine.phases import Phases
 from training.engine.runtime import Interrupt, Runtime, adamw, set_lr, trainable
 from training.engine.suspects import SuspectRow
-from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, split_minibatches
+from training.experience import ActorCritic, Experience, Rollouts, ScoreTexts, split_minibatches, whiten_over_ranks
 from training.held_out import answer_prompts, evaluate_policy, evaluate_ranking, ranking_in_words
 from training.invariants import check_first_minibatch, check_frozen, check_reference, check_sampler, digests
 from training.ppo_metrics import add_all, rollout_metrics, update_metrics, value_metrics
@@ -39,14 +39,11 @@ from training.storage.saving import Saver
 from utils.data.batching import Batch, RankedBatch, collate_ranked, collate_sft
 from utils.dataset import PromptDataset, RankedDataset, SFTDataset
 from utils.loss import (
-    Moments,
     PolicyStats,
     ValueStats,
     adaptive_kl_coef,
     gae,
     kl_stop_reached,
-    masked_moments,
-    masked_whiten,
     penalise_missing_eos,
     per_token_rewards,
     policy_loss,
@@ -393,11 +390,9 @@ class PPOTrainer:
         n = experience.n.to(penalised.device)
         rewards = per_token_rewards(penalised, experience.logp, experience.logp_ref, n, self.kl_coef)
         if config.whiten_rewards:
-            stats = Moments(*self.runtime.sum_over_ranks(torch.stack(masked_moments(rewards, experience.rmask))))
-            rewards = masked_whiten(rewards, experience.rmask, shift_mean=False, stats=stats)
+            rewards = whiten_over_ranks(rewards, experience.rmask, self.runtime, shift_mean=False)
         advantages, returns = gae(rewards, experience.values, experience.rmask, config.gamma, config.lam)
-        stats = Moments(*self.runtime.sum_over_ranks(torch.stack(masked_moments(advantages, experience.rmask))))
-        whitened = masked_whiten(advantages, experience.rmask, stats=stats)
+        whitened = whiten_over_ranks(advantages, experience.rmask, self.runtime)
         metrics = rollout_metrics(experience, penalised, self.kl_coef)
         self.guard.check_kl(update, experience, rows, metrics["objective/kl"], config.max_kl)
         metrics |= value_metrics(experience.values, returns, advantages, experience.rmask)
