@@ -29,6 +29,8 @@ from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
 from utils import reward_function
 from utils.runs.folder import REPO
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = REPO / "docs" / "bad-input.md"
 CASES = [(title, case) for title, cases in SECTIONS.items() for case in cases]
 

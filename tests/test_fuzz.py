@@ -32,6 +32,8 @@ from utils.runs.manifest import MANIFEST
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 DATA_CASES, LOAD_CASES, SEALED_CASES, BARE_CASES = 1200, 200, 500, 500
 ROWS = 12
 

@@ -11,6 +11,8 @@ import pytest
 
 from utils.template import PromptTemplate
 
+pytestmark = pytest.mark.slow
+
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 

@@ -32,6 +32,8 @@ from utils.runs.folder import REPO
 from utils.runs.manifest import MANIFEST, fault_of, write_manifest
 from utils.tokenizer import get_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:

@@ -23,6 +23,8 @@ from utils import evaluate
 from utils.judging import judges
 from utils.runs.folder import REPO
 
+pytestmark = pytest.mark.slow
+
 SECRETS = {
     name: f"{name}-0123456789"
     for name in ("password", "parameter", "variable", "keyfile", "proxy", "hftoken", "hubuser", "path")

@@ -123,6 +123,7 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(tmp_path) -> None:
     """Sums and counts go over all processes: no mean of means, no loss that grows with their number."""
     with socket.socket() as free:

@@ -11,6 +11,8 @@ from config.user_error import UserError, run_main
 from experiments import main as script
 from experiments.demo import run as demo
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -108,7 +108,7 @@ def test_models_that_cannot_speak(runs):
 
 
 def test_hub_failures_name_the_flag(runs, monkeypatch):
-    monkeypatch.setattr("inference.systems.get_tokenizer", lambda name: get_tokenizer("demo"))
+    monkeypatch.setattr("inference.systems.tokenizer_beside", lambda source: get_tokenizer("demo"))
     with pytest.raises(UserError, match="^-m gpt2-xl: cannot be loaded from Hugging Face"):
         look("gpt", "-m", "gpt2-xl", "--runs-dir", runs)
 

@@ -20,6 +20,8 @@ from experiments.run_plots import (
     reading_table,
 )
 
+pytestmark = pytest.mark.slow
+
 CURVE = Curve("KL", {"a": "first", "b": "second"}, "Read it.", Range(0, 15), alarm=(30,), shows=(0.0,))
 
 

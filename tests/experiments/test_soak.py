@@ -10,6 +10,8 @@ from config.user_error import UserError
 from experiments import main as script
 from experiments import soak
 
+pytestmark = pytest.mark.slow
+
 # Stands in for train_ppo.py: a run of ten iterations that saves after each, and takes a while.
 SCRIPT = """
 import json, sys, time

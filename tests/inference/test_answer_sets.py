@@ -14,6 +14,8 @@ from inference.systems import find_systems, load_reward_model
 from models.weights.checkpoint import weights_digest
 from utils.template import PromptTemplate
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [PromptTemplate().prompt(text) for text in ("What is tea?", "How many legs does a crab have?", "Hi!")]
 
 

@@ -51,6 +51,7 @@ def by_hand(model: GPT, prompt: torch.Tensor, seed: int, T: int, **options) -> t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_batch_with_cache_is_each_row_by_hand(model, prompts, temperature):

@@ -52,6 +52,7 @@ def test_logprobs_and_gradients_are_the_plain_ones(setup, tau):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradcheck(setup):
     hidden, table, tokens, _ = setup
     hidden, tokens = hidden.detach()[:5].requires_grad_(), tokens[:5]

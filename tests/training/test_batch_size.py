@@ -10,6 +10,8 @@ from setups import assert_equal_weights, ranked_examples, weights
 
 from models.gpt import GPT
 
+pytestmark = pytest.mark.slow
+
 ROWS = 8  # of an optimizer step
 
 

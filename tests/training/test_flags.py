@@ -12,6 +12,8 @@ import training
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig
 from training import loop
 
+pytestmark = pytest.mark.slow
+
 SRC = Path(training.__file__).resolve().parents[1]
 # The plan only foretells: what it alone reads has no influence on the run.
 PLANNING = ("plan.py", "sources.py", "preflight.py", "device.py")

@@ -18,6 +18,8 @@ from utils.runs.folder import step_checkpoints
 from utils.runs.manifest import fault_of
 from utils.runs.metrics_log import MetricsLog
 
+pytestmark = pytest.mark.slow
+
 # A checkpoint of gpt2-nano with its optimizer takes 9 MB: two fit on the disk below, three do not.
 ARGUMENTS = "--max-steps 6 --save-every 2 --eval-every 100 --keep 1 -b 4"
 

@@ -16,6 +16,8 @@ from models.weights.checkpoint import describe
 from utils.dataset import load_dataset
 from utils.tokenizer import get_tokenizer, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SHORTER = "--response-length 6 --eval-examples 4"
 
 

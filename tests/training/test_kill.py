@@ -20,6 +20,8 @@ from training.storage.resuming import Resumption, find_resumption, open_run
 from utils.runs.folder import find_checkpoint, step_checkpoints, write_hyperparams
 from utils.runs.manifest import fault_of
 
+pytestmark = pytest.mark.slow
+
 ROWS = SimpleNamespace(fingerprint="rows", earlier_fingerprint="")
 SETTINGS = dict(save_every=2, eval_every=2, log_every=1, eval_examples=6, batch_size=2, global_batch_size=8, seed=5)
 

@@ -12,6 +12,8 @@ from scripts import call, newest
 from experiments.run_plots import CURVES, STAGES, read_metrics, reading_table
 from utils.runs.folder import REPO
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = REPO / "tensorboard.ipynb"
 WHERE = 'RUNS_DIR = "runs"'
 

@@ -465,6 +465,7 @@ def test_fewer_prompts_than_a_rollout(ppo_trainer) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_toy_learns_to_say_a_letter(ppo_trainer, make_model, lora_rank: int) -> None:
     """Reward: how often "A" (id 17) is said. The score must rise clearly while the KL stays finite."""

@@ -7,6 +7,8 @@ from setups import ranked_examples, read_metrics, runtime_on, sft_examples
 
 from models.gpt import GPT, GPTRewardModel
 
+pytestmark = pytest.mark.slow
+
 HALF = [("cpu", "bf16"), *(pytest.param(("cuda", dtype), marks=NEEDS_CUDA) for dtype in ("bf16", "fp16"))]
 
 

@@ -16,6 +16,8 @@ from training import trainers
 from training.storage.saving import load_state
 from utils.runs.folder import step_checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -21,6 +21,8 @@ from training.storage.saving import Saver, load_state
 from utils.runs.durable import Disk
 from utils.runs.folder import step_checkpoints
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 SOURCES = {"sft": "", "rm": "-p sft_base", "ppo": "-a sft_base -c rm_base"}
 STEPS = {"sft": 6, "rm": 6, "ppo": 4}

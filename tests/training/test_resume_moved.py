@@ -17,6 +17,8 @@ from inference.systems import System, find_reward_model
 from training.storage.resuming import Resumption, find_resumption
 from utils.runs import folder as run_folder
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"rm": RMConfig, "ppo": PPOConfig}
 FLAGS = {"rm": {"sft": ("-p", "pretrain")}, "ppo": {"sft": ("-a", "actor"), "rm": ("-c", "critic")}}
 

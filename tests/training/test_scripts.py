@@ -16,6 +16,8 @@ from training.storage.saving import STATE
 from utils.runs.manifest import MANIFEST, write_manifest
 from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
 
+pytestmark = pytest.mark.slow
+
 ROLES_OF_PPO = {"": GPTActor, "critic": GPTCritic}
 
 

@@ -121,6 +121,7 @@ def test_sum_of_logprobs_is_the_sft_loss(sft_trainer, make_model) -> None:
         assert float(logp[row].sum()) == pytest.approx(-naive_loss(trainer.model.eval(), [example])[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_stepped_once_an_optimizer_step(sft_trainer) -> None:
     """Peak 1e-4, end 1e-5, 10 steps of warm-up, 110 in all; with two micro-batches a step."""
     trainer = sft_trainer(

@@ -15,6 +15,8 @@ from scripts import call, newest
 
 from utils.runs.folder import REPO, step_checkpoints
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = {
     "sft": "--config gpt2-nano/dropout --max-steps 8 --warmup-steps 2 --eval-every 4 --save-every 3 -b 2",
     "rm": "-p sft_base --config gpt2-nano/lora --max-steps 8 --warmup-steps 2 --eval-every 4 --save-every 3",

@@ -6,6 +6,8 @@ import torch
 from setups import assert_equal_weights, ranked_examples, sft_examples, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.slow
+
 BUDGETS = [1, 25, 60, 100_000]
 
 

@@ -20,6 +20,8 @@ from utils.dataset import PromptDataset, RankedDataset, SFTDataset, load_dataset
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 
+pytestmark = pytest.mark.slow
+
 T = PromptTemplate()
 SHARED = SplitOptions(prompt_split="shared")
 

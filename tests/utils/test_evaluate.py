@@ -21,6 +21,8 @@ from utils.evaluation.flags import parse_flags
 from utils.judging import judges
 from utils.runs.folder import REPO
 
+pytestmark = pytest.mark.slow
+
 TIME = "20260101000000"
 PROMPTS = ["What is tea?", "How many legs does a crab have?", "Hi!", "What colour is grass?", "Why?"]
 

@@ -13,6 +13,8 @@ from config.user_error import UserError
 from utils.prepare_sft_dataset import PrepareConfig, main, prepare
 from utils.template import PromptTemplate
 
+pytestmark = pytest.mark.slow
+
 T = PromptTemplate()
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,6 +11,8 @@ from config.user_error import UserError
 from utils.tokenizer import HuggingFaceTokenizer, TiktokenTokenizer, get_tokenizer, load_tokenizer
 from utils.tokenizers.bpe import byte_alphabet, read_ranks, recover_merges, write_ranks
 
+pytestmark = pytest.mark.slow
+
 EDGE_CASES = [
     "", " ", "  ", "\n", "\n\n", " \n ", "\t\t", "a", " a", "a ", "  a  b   c ", "don't I'll we've it's I'D", "'s's",
     "\n\nHuman: Hi\n\nAssistant: Hello.", "12345 1,000.50", "x" * 300, " " * 300,

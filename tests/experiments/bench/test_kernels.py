@@ -8,6 +8,8 @@ from experiments.bench import kernels as bench
 from experiments.bench import run
 from models import kernels
 
+pytestmark = pytest.mark.slow
+
 MACHINE = {"cpu": "a processor", "date": "2026-01-01", "load": 0.0}
 
 

@@ -25,6 +25,8 @@ from experiments.bench.work import SECONDS, WORKS, Work, gpu_works, scaling_work
 from experiments.main import Parser
 from models.gpt import GPT
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 KEYS = ["work", "ours", "peer", "ratio", "unit", "ours_peak_gb", "peer_peak_gb"]
 KEYS += ["plain", "plain_ratio", "plain_peak_gb", "aim", "products", "stolen"]

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from experiments.demo.picture import draw_kl_ablation
 from experiments.run_plots import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def new_run(root, name, start):
     """A run whose held-out figures nobody can take for one another's, nor for another run's."""

@@ -23,6 +23,8 @@ from utils.demo.world import best_possible_accuracy
 from utils.statistics import paired_bootstrap, seed_bootstrap, win_scores
 from utils.template import PromptTemplate
 
+pytestmark = pytest.mark.slow
+
 
 def graded(gold, tokens):
     gold = np.array(gold, dtype=float)

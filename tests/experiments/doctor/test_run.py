@@ -19,6 +19,8 @@ from experiments.doctor.record import read_run
 from experiments.doctor.run import examine
 from experiments.doctor.table import RULES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKED = Path(__file__).parent / "runs"
 NAMES = [path.name.removesuffix(".tar.gz") for path in sorted(PACKED.glob("*.tar.gz"))]

@@ -9,6 +9,8 @@ from config.user_error import UserError
 from experiments.memory import run as memory
 from experiments.memory.run import STAGES, cases, cell, presets, table
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs/memory.md"
 
 

@@ -10,6 +10,8 @@ from experiments.overoptimisation.curves import overoptimisation_curves
 from experiments.overoptimisation.fit import RL
 from inference.best_of_n import best_of_n_estimate, best_of_n_kl
 
+pytestmark = pytest.mark.slow
+
 N = 300
 
 

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from experiments.overoptimisation.fit import BEST_OF_N, RL
 from experiments.overoptimisation.picture import draw_overoptimisation
 
+pytestmark = pytest.mark.slow
+
 
 def fit(curve, a, b, last, peak):
     d = np.linspace(0, last, 20)

@@ -22,6 +22,8 @@ from experiments.overoptimisation.run import (
 from inference.answers import Machine, Sampling
 from inference.best_of_n import best_of_n_kl
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--prompts", "12", "--best-of", "4", "--device", "cpu"]
 
 

@@ -63,6 +63,7 @@ def test_the_folder_is_enough_to_rebuild_the_model(make_model, tmp_path):
     assert set(load_file(tmp_path / "model.safetensors")) == set(make_model(GPTRewardModel).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [GPTRewardModel, GPTCritic])
 @pytest.mark.parametrize("preset", [PLAIN, LORA, DROPOUT], ids=lambda preset: preset.name)
 @pytest.mark.parametrize("sft_rank", [0, 16])
@@ -150,6 +151,7 @@ def test_memory_and_dropout_options_are_the_presets(make_model, tmp_path):
     assert (loaded.config.n_embd, loaded.config.vocab_size) == (16, 50)  # sizes stay the folder's
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_plain(make_model, batch, tmp_path):
     model = make_model()
     save_model(torch.compile(model), tmp_path)

@@ -16,6 +16,8 @@ from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.weights.checkpoint import save_model
 from utils.tokenizer import get_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # (layers, heads, channels, context, vocabulary)
 SHAPES = [(2, 3, 24, 40, 61), (1, 5, 40, 32, 50), (3, 4, 32, 48, 97), (2, 1, 16, 33, 30)]
 LENGTHS = [11, 4, 17, 1]

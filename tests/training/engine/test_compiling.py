@@ -1,9 +1,12 @@
 """--compile: the same results, or a word and none of it."""
 
+import pytest
 import torch
 
 from models.gpt import TransformerDecoderBlock
 from training.engine.compiling import compile_blocks
+
+pytestmark = pytest.mark.slow
 
 
 def blocks(model) -> list[TransformerDecoderBlock]:

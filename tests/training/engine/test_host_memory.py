@@ -8,6 +8,8 @@ import pytest
 
 from utils.runs.folder import REPO
 
+pytestmark = pytest.mark.slow
+
 # Each step wants three large blocks, the first one five, and frees them; with "holes" each leaves something small
 # behind every block, so that its place is never used again.
 STEPS = """

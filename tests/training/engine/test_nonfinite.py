@@ -24,6 +24,8 @@ from training.engine import nonfinite
 from training.engine.runtime import Overflow
 from utils.reward_function import load_reward_function
 
+pytestmark = pytest.mark.slow
+
 STEADY = dict(min_lr_ratio=1.0, eval_every=100, save_every=100, log_every=1)
 
 

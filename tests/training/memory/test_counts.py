@@ -9,6 +9,8 @@ from models.gpt import GPT, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, round_frozen
 from training.memory.counts import blocks_that_keep, count_weights, kept_per_token, stream_per_token
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH = 3, 40
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

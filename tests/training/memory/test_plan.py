@@ -16,6 +16,8 @@ from training.memory.sources import plan_sources
 from training.start import ppo_start
 from utils.template import PromptTemplate
 
+pytestmark = pytest.mark.slow
+
 GB = 1e9
 
 

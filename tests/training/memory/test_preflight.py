@@ -20,6 +20,8 @@ from training.memory.plan import Sources
 from training.memory.preflight import MARGIN, Planner, fit, is_out_of_memory, over_budget, ways_out
 from utils.runs.folder import step_checkpoints
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
 
 

@@ -194,6 +194,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monk
         read(tmp_path / "f.jsonl")
 
 
+@pytest.mark.slow
 def test_mutated_rows_give_a_row_or_a_one_line_complaint(tmp_path):
     """Random damage to a good file: never another exception, and what is read is well-formed."""
     rng = random.Random(0)

@@ -23,6 +23,8 @@ from utils.demo.facts import (
 )
 from utils.demo.world import PAIR_MIXTURE, POOLS, SFT_MIXTURE, sample_prompts, sample_response
 
+pytestmark = pytest.mark.slow
+
 
 def ask(target, phrasing=0):
     """Return a one-turn prompt for a target."""

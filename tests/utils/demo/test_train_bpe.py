@@ -10,6 +10,8 @@ from tokenizers import ByteLevelBPETokenizer
 from utils.demo.train_bpe import DEMO_FOLDER, VOCAB_SIZE, corpus_texts, train_bpe
 from utils.tokenizers.bpe import EOS_TEXT, GPT2_PATTERN, byte_alphabet, write_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def read_ranks(path):
     """Read a tiktoken file."""

@@ -19,6 +19,8 @@ from utils.demo.gold import HIGHEST, explain, find_target, gold_reward
 from utils.demo.make import SEED, SIZES, TEST_SEED, make_demo
 from utils.demo.train_bpe import DEMO_FOLDER
 
+pytestmark = pytest.mark.slow
+
 SMALL = {name: max(40, size // 60) for name, size in SIZES.items()}
 TRAINING_POOLS = ("sft", "pairs", "ppo")
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,6 +9,8 @@ from utils.evaluation import picture as evaluation_picture
 from utils.evaluation.picture import _BETTER, _UNDECIDED, _WORSE, colour, draw_evaluation
 from utils.evaluation.report import Evaluation
 
+pytestmark = pytest.mark.slow
+
 
 def evaluation(comparisons) -> Evaluation:
     return Evaluation("x", {"prompt_count": 9}, {"kind": "gold"}, comparisons, {}, [], {})

@@ -20,6 +20,8 @@ from utils.judging.pairwise import Comparison, Question, Verdict, both_orders, c
 from utils.judging.requests import JudgeOptions
 from utils.runs.folder import REPO
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-test-0123456789abcdef"
 FIRST, SECOND, TIE, UNPARSED, FAILED = Verdict
 

@@ -7,6 +7,8 @@ import torch
 from utils.judging.length_control import length_controlled_win_rate
 from utils.statistics import bootstrap_interval
 
+pytestmark = pytest.mark.slow
+
 
 def answers(n=800, seed=0, longer_by=15):
     """Lengths in words; those of a are longer on average."""
