@@ -51,7 +51,6 @@ def by_hand(model: GPT, prompt: torch.Tensor, seed: int, T: int, **options) -> t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_batch_with_cache_is_each_row_by_hand(model, prompts, temperature):
@@ -64,6 +63,29 @@ def test_batch_with_cache_is_each_row_by_hand(model, prompts, temperature):
         torch.testing.assert_close(generation.logprobs[b, :n], torch.tensor(logprobs), atol=1e-4, rtol=0)
     if temperature == 1.0:  # or the test would show little
         assert int(generation.ended.sum()) >= 3 and len(set(generation.n.tolist())) > 3
+
+
+@pytest.mark.parametrize(
+    ("row", "n", "ended", "padded"),
+    [
+        ([11, 12, EOS, 13, 14], 3, True, [11, 12, EOS, PAD, PAD]),
+        ([11, 12, 13, 14, 15], 5, False, [11, 12, 13, 14, 15]),
+        ([11, 12, 13, 14, EOS], 5, True, [11, 12, 13, 14, EOS]),
+        ([EOS, 12, 13, 14, 15], 1, True, [EOS, PAD, PAD, PAD, PAD]),
+        ([11, EOS, 13, EOS, 15], 2, True, [11, EOS, PAD, PAD, PAD]),
+    ],
+)
+def test_a_row_ends_at_its_first_eos(model, monkeypatch, row, n, ended, padded):
+    """`row` would be sampled beside one that never ends; behind its EOS it leaves the batch."""
+    wanted = iter(zip(row, [1, 2, 3, 4, 5]))
+
+    def scripted(logits, *_):
+        return torch.tensor(next(wanted)[-len(logits) :]), torch.full((len(logits),), -1.0)
+
+    monkeypatch.setattr("models.generation.sample", scripted)
+    g = generate(model, [torch.tensor([7, 8]), torch.tensor([9])], max_new_tokens=5, eos_id=EOS)
+    assert g.responses.tolist() == [padded, [1, 2, 3, 4, 5]] and g.ended.tolist() == [ended, False]
+    assert g.n.tolist() == [n, 5] and g.logprobs[0].tolist() == [-1.0] * n + [0.0] * (5 - n)
 
 
 @torch.no_grad()

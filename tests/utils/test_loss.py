@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_formulas import entropy_from_logits, gather_logprobs, pad_after_eos, response_lengths
+from plain_formulas import entropy_from_logits, gather_logprobs
 from torch import Tensor, tensor
 
 from models.vocabulary import token_loss_sum
@@ -185,36 +185,16 @@ def test_whitening_survives_a_large_offset_and_a_single_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "n", "has_eos", "mask", "padded"),
-    [
-        ([11, 12, EOS, 13, 14], 3, True, [1, 1, 1, 0, 0], [11, 12, EOS, PAD, PAD]),
-        ([11, 12, 13, 14, 15], 5, False, [1, 1, 1, 1, 1], [11, 12, 13, 14, 15]),
-        ([11, 12, 13, 14, EOS], 5, True, [1, 1, 1, 1, 1], [11, 12, 13, 14, EOS]),
-        ([EOS, 12, 13, 14, 15], 1, True, [1, 0, 0, 0, 0], [EOS, PAD, PAD, PAD, PAD]),
-        ([11, EOS, 13, EOS, 15], 2, True, [1, 1, 0, 0, 0], [11, EOS, PAD, PAD, PAD]),
-    ],
+    ("n", "mask"), [(3, [1, 1, 1, 0, 0]), (5, [1, 1, 1, 1, 1]), (1, [1, 0, 0, 0, 0]), (0, [0, 0, 0, 0, 0])]
 )
-def test_response_lengths_and_masks(row: list, n: int, has_eos: bool, mask: list, padded: list) -> None:
-    lengths, found = response_lengths(tensor([row]), EOS)
-    assert (lengths.tolist(), found.tolist()) == ([n], [has_eos])
-    assert response_mask(lengths, 5).tolist() == [[bool(m) for m in mask]]
-    assert pad_after_eos(tensor([row]), lengths, PAD).tolist() == [padded]
-    again, _ = response_lengths(tensor([padded]), EOS)
-    assert again.tolist() == [n]  # padding does not change a length
-    assert padded[n - 1] == row[n - 1]  # the position that is scored: the EOS, or the last token of a cut row
-
-
-def test_response_lengths_of_a_batch() -> None:
-    lengths, found = response_lengths(tensor([[1, EOS, 3], [1, 2, 3]]), EOS)
-    assert lengths.dtype == torch.int64 and found.dtype == torch.bool
-    assert (lengths.tolist(), found.tolist()) == ([2, 3], [True, False])
+def test_the_response_mask_counts_the_eos_and_nothing_behind_it(n: int, mask: list) -> None:
+    assert response_mask(tensor([n]), 5).tolist() == [[bool(m) for m in mask]]
 
 
 def test_the_eos_is_trained_even_when_it_is_the_only_token() -> None:
     logits = torch.zeros(1, 5, 7, requires_grad=True)
     tokens = tensor([[6, 7, 7, 7, 7]])  # EOS = 6, PAD = 7 lies outside the vocabulary
-    n, _ = response_lengths(tokens, 6)
-    gather_logprobs(logits, tokens, mask=response_mask(n, 5)).sum().backward()
+    gather_logprobs(logits, tokens, mask=response_mask(tensor([1]), 5)).sum().backward()
     assert bool((logits.grad[0, 0] != 0).all())
     assert bool((logits.grad[0, 1:] == 0).all())
 

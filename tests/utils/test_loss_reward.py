@@ -9,7 +9,6 @@ import random
 
 import pytest
 import torch
-from plain_formulas import response_lengths
 from torch import Tensor, tensor
 
 from utils.loss import (
@@ -270,8 +269,7 @@ def test_adaptive_kl_coefficient_depends_on_episodes_and_not_on_how_they_are_cut
 
 
 def test_score_lands_on_the_eos() -> None:
-    tokens = tensor([[11, 12, 99, 13, 14]])  # EOS = 99 in column 2
-    n, _ = response_lengths(tokens, 99)
+    n = tensor([3])  # of [11, 12, EOS, 13, 14]
     rewards = per_token_rewards(tensor([7.0]), torch.zeros(1, 5), torch.zeros(1, 5), n, beta=0.1)
     assert rewards.tolist() == [[0.0, 0.0, 7.0, 0.0, 0.0]]
 
