@@ -16,6 +16,7 @@ from scripts import call, newest
 from setups import read_metrics
 
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from training.storage import resuming
 
 ARCHIVE = Path(__file__).with_name("runs_of_61f479c.tar.gz")
 STAGES = {
@@ -72,6 +73,13 @@ def test_each_stage_goes_on_to_the_end(old, stage):
     last_of = [[row[loss] for row in rows if loss in row][-1] for rows in (before, after)]
     assert last_of[1] == pytest.approx(last_of[0], rel=0.02)
     assert (run / "final" / "manifest.json").is_file()
+
+
+def test_a_reward_that_moved_with_the_repository_is_no_other_reward():
+    then = {"eval_reward_fn": "/home/user/rlhf/src/utils/demo_gold.py:gold_reward"}
+    assert resuming._differences(then, {"eval_reward_fn": "src/utils/demo/gold.py:gold_reward"}) == {}
+    assert resuming._differences(then, then) == {}
+    assert resuming._differences(then, {"eval_reward_fn": "src/utils/demo/gold.py:gold_scores"}) != {}
 
 
 def test_other_rows_are_still_refused(old):
