@@ -65,10 +65,17 @@ def test_other_processors_keep_to_torch(made, calls, monkeypatch):
     assert not calls
 
 
-@pytest.mark.parametrize(("vendor", "slow"), [("AuthenticAMD", True), ("GenuineIntel", False)])
-def test_the_processor_decides(vendor, slow, monkeypatch):
-    monkeypatch.setattr(module.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
-    assert module._is_amd() is slow
+@pytest.mark.parametrize(
+    ("vendor", "flags", "slow"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+        ("GenuineIntel", "avx2 avx512f", False),
+    ],
+)
+def test_the_processor_decides(vendor, flags, slow, monkeypatch):
+    monkeypatch.setattr(module.Path, "read_text", lambda path: f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    assert module._leaves_avx512_unused() is slow
 
 
 def test_the_layer_and_products_of_views(made, calls):
