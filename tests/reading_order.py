@@ -25,7 +25,7 @@ CORE = [
     ("models/roles.py", "a trunk with a scalar head: critic, reward model"),
     ("models/vocabulary.py", "log-probabilities from the output projection, block by block"),
     ("models/kernels.py", "attention, GELU and products, each in a line of torch"),
-    ("models/kept.py", "what was made of a weight, until it changes"),
+    ("models/weight_copies.py", "what was made of a weight, until it changes"),
     ("models/causal_lm.py", "what all families share: log-probabilities, loading, sampling"),
     ("models/cache.py", "keys and values of what was read"),
     ("models/decoding.py", "one decoding step with few operations"),

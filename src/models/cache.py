@@ -32,11 +32,6 @@ class KVCache:
     att: Tensor
     length: int = 0
 
-    @staticmethod
-    def dtype_on(device: str, product: torch.dtype) -> torch.dtype:
-        """Type of keys and values where matrix products are taken in `product`."""
-        return kernels.cache_dtype(device, product)
-
     @classmethod
     def allocate(cls, config: GPTConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         """An empty cache for `rows` sequences of at most `columns` tokens."""

@@ -8,6 +8,8 @@ blocks compute each family says in its `Decoder`; a test holds it against the fa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class DecodingLinear:
         return F.gelu(y, approximate="tanh") if gelu else y
 
 
-class Decoder:
+class Decoder(ABC):
     """Steps of a model in eval mode whose cache holds the prompts (`model.hidden(prompts, att, cache)`)."""
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
@@ -70,9 +72,9 @@ class Decoder:
             self.position = self.position + 1
             return self.output.sampling_logits(hidden)
 
+    @abstractmethod
     def hidden(self, token: Tensor, bias: Tensor | None) -> Tensor:
         """Final hidden states [B, d] of one more token [B]; bias [B, 1, 1, S], added to the scores, hides padding."""
-        raise NotImplementedError
 
     def linear(self, layer: nn.Linear, x: Tensor, gelu: bool = False) -> Tensor:
         """x [B, in] -> [B, out] through a layer of the blocks: see `DecodingLinear`."""

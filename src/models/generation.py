@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.cache import KVCache
-from models.kernels import product_dtype
+from models.kernels import cache_dtype, product_dtype
 from models.stop_strings import StopStrings
 from models.vocabulary import exp_
 from utils.data.batching import left_pad, right_pad
@@ -103,7 +103,7 @@ def generate(
     uniforms = _row_uniforms(seeds, B, max_new_tokens, device) if temperature > 0 else None
 
     # The last sampled token is never fed back, so the cache is one column short of the whole sequence.
-    dtype = KVCache.dtype_on(device.type, product_dtype(next(model.parameters())))
+    dtype = cache_dtype(device.type, product_dtype(next(model.parameters())))
     cache = KVCache.allocate(config, B, P + max_new_tokens - 1, device, dtype)
     responses = torch.full((B, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)

@@ -19,7 +19,7 @@ from config.user_error import UserError
 from models.cpu import activation, packing
 from models.cpu import attention as cpu_attention
 from models.cpu import linear as onednn
-from models.kept import find_kept, kept_with
+from models.weight_copies import find_kept, kept_with
 
 KERNELS = ("attention", "linear", "gelu", "packing")
 

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.kept import kept_with
 from models.kernels import decoding_linear, decoding_weight, fill_rows, product, product_dtype
+from models.weight_copies import kept_with
 
 BLOCK = 2**28
 """Bytes of the logits that exist at the same time: 1,335 positions of GPT-2's vocabulary, or twice as many where half

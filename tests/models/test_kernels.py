@@ -46,7 +46,7 @@ def outputs(make_model, dtype: torch.dtype) -> list[torch.Tensor]:
     model.freeze_weights("lora")
     with half:
         with torch.no_grad():
-            cache = KVCache.allocate(model.config, 3, 20, ids.device, KVCache.dtype_on("cpu", dtype))
+            cache = KVCache.allocate(model.config, 3, 20, ids.device, kernels.cache_dtype("cpu", dtype))
             model.hidden(ids, None, cache)
             decoder = model.decoder(cache)
             decoder.keep_rows(torch.tensor([2, 0]))

@@ -22,7 +22,7 @@ BESIDE = {
     "models/cache.py": "keeps keys and values; makes masks, which compact rows need not",
     "models/lora.py": "calls torch's matrix product by way of kernels.py",
     "models/kernels.py": "one line of torch for each operation, and which faster form serves",
-    "models/kept.py": "remembers what was made of a weight",
+    "models/weight_copies.py": "remembers what was made of a weight",
     "models/decoding.py": "GPT.hidden for one column: tests/models/test_decoding.py holds the two against each other",
     "models/cpu/attention.py": "torch's attention, faster on a CPU",
     "models/cpu/linear.py": "torch's matrix product, faster on a CPU",

@@ -108,7 +108,7 @@ def count_weights(role: type[nn.Module], model: GPTConfig, method: str, dtype: t
     frozen = {name: p.nbytes for name, p in module.named_parameters() if not p.requires_grad}
     own = sum(size for name, size in frozen.items() if is_adapter(name) or name.startswith("head."))
     matrices = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
-    table = module.transformer.wte.weight
+    table = module.token_table
     return Weights(
         trained=sum(trains.values()),
         trained_adapters=sum(count for name, count in trains.items() if is_adapter(name)),

@@ -22,7 +22,8 @@ from torch import nn
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig
 from config.devices import TORCH_TYPE
-from models.gpt import GPT, GPTCritic, GPTRewardModel, KVCache
+from models.gpt import GPT, GPTCritic, GPTRewardModel
+from models.kernels import cache_dtype
 from models.vocabulary import BLOCK, slice_size
 from training.memory import counts
 from training.memory.counts import Weights, count_weights
@@ -243,7 +244,7 @@ def _rollout(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dt
         new, longest = config.response_length, rows.longest
     sizes = (config.batch_size, config.tokens_per_micro_batch, config.activation_checkpointing)
     together = max(1, min(wanted, cached_tokens(model.block_size, *sizes) // longest))
-    cached = KVCache.dtype_on(device, product).itemsize
+    cached = cache_dtype(device, product).itemsize
     cache = 2 * model.n_layer * together * (longest - 1) * model.n_embd * cached
     # The prompts' pass: one block in work, and the stream.
     kept = counts.kept_per_token(replace(model, dropout=0.0), product, device, longest)

@@ -10,8 +10,8 @@ from models import kernels
 from models.cpu.packing import serves
 from models.decoding import DecodingLinear
 from models.gpt import GPT
-from models.kept import kept_with
 from models.lora import freeze_weights, round_frozen
+from models.weight_copies import kept_with
 
 packs = pytest.mark.skipif(
     not serves(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no packed bf16 layout on this processor"

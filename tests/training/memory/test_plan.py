@@ -7,8 +7,9 @@ import torch
 from setups import LetterTokenizer
 
 from config.configs import GPTConfig, PPOConfig, RMConfig, SFTConfig, get_configs, stage_defaults
+from models.cache import KVCache
 from models.generation import generate
-from models.gpt import GPT, GPTRewardModel, KVCache
+from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import save_model
 from training.engine.runtime import adamw, trainable
 from training.memory.plan import ALWAYS, MemoryPlan, Rows, Sources, plan_memory
