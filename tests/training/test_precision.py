@@ -72,7 +72,7 @@ WAYS = {
 def test_every_way_to_train_keeps_the_invariants_of_ppo(started, way, half) -> None:
     """The loop checks them: responses come from the policy that trains, whose ratio is 1 before its first step."""
     device, dtype = half
-    flags = f"-a sft_base -c rm_base --dtype {dtype} --lr 1e-2 --critic-lr 1e-2 --max-steps 3 {WAYS[way]}"
+    flags = f"-a sft_base -c rm_base --dtype {dtype} --lr 3e-2 --critic-lr 1e-2 --max-steps 4 {WAYS[way]}"
     result = call("ppo", f"-n {way} {flags}", started, device)
     assert result.code == 0, result.err
     lines = [line for line in read_metrics(newest(started, f"ppo_{way}")) if "objective/kl" in line]
