@@ -1,12 +1,12 @@
-# make demo   vanilla -> SFT -> reward model -> PPO on the offline world, ends with a table; exit 1 when RLHF did not work
-# make test   the whole test suite, on two processes of one thread each
-# make test-fast   without what is marked slow: under a minute on two cores
-# make lint   ruff, and the directions of imports (pyproject.toml)
-# make bench  speed and memory beside transformers and TRL; installs these into .venv-bench
-# Each builds .venv from the pinned requirements when it is missing or the pins have changed.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV   := .venv
-PY     := $(VENV)/bin/python
+# Each target builds .venv from the pinned requirements when it is missing or the pins have changed.
+VENV    := .venv
+PY      := $(VENV)/bin/python
+PYTHON  ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# TORCH=cpu takes torch's build without CUDA, a tenth of the download on Linux. Elsewhere there is only that.
+TORCH   ?=
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+PIP     := $(PY) -m pip install --quiet --disable-pip-version-check
 # The stamps carry a checksum of the pins, so a changed pin (and nothing else) re-installs.
 RUN_STAMP := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
@@ -14,21 +14,34 @@ DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.txt requirements-de
 BENCH  := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed-$(shell cat requirements-bench.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-fast lint bench clean
-.DEFAULT_GOAL := demo
+.PHONY: help venv demo test test-fast lint bench clean
+.DEFAULT_GOAL := help
 
-$(PY):
-	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: install it, or give its path as PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+help: ## these lines
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+	@echo
+	@echo "  make demo TORCH=cpu          torch without CUDA: about 0.2 GB to download in place of 3"
+	@echo "  make demo PYTHON=python3.12  another Python, 3.11 to 3.13"
+	@echo "  Both are for a new .venv: make clean removes an old one."
 
-$(RUN_STAMP): $(PY)
-	@echo "installing requirements.txt into $(VENV) (once; torch is the large one)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# A Python that is too old, or has no venv module, would leave an environment behind in which nothing ever works.
+venv:
+	@if ! "$(PYTHON)" -c "$(SUPPORTED)" 2>/dev/null; then \
+	  found=$$("$(PYTHON)" -c "import sys; print('is Python', sys.version.split()[0])" 2>/dev/null || echo "does not start"); \
+	  echo "error: PYTHON=$(PYTHON) $$found; Python 3.11, 3.12 or 3.13 is needed: install one, or give its path" >&2; exit 2; fi
+	@rm -rf $(VENV)
+	@if ! "$(PYTHON)" -m venv $(VENV) >/dev/null 2>&1; then \
+	  rm -rf $(VENV); echo "error: $(PYTHON) -m venv $(VENV) fails; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; fi
+
+$(RUN_STAMP): $(if $(shell $(PY) -c "$(SUPPORTED)" 2>/dev/null && echo usable),,venv)
+	@echo "installing requirements.txt into $(VENV), once: 1.8 GB with torch's CPU build (on Linux: make TORCH=cpu), 5.4 GB with its CUDA build"
+	$(if $(filter cpu,$(TORCH)),$(PIP) --index-url $(TORCH_CPU) $(shell grep '^torch==' requirements.txt))
+	$(PIP) -r requirements.txt
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
 	@echo "installing requirements-dev.txt into $(VENV)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@
 
 $(BENCH_STAMP): requirements-bench.txt
@@ -37,21 +50,21 @@ $(BENCH_STAMP): requirements-bench.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-demo: $(RUN_STAMP)
+demo: $(RUN_STAMP) ## vanilla -> SFT -> reward model -> PPO, offline; ends with a table; exit 1 when RLHF did not work
 	$(PY) src/experiments/main.py -t demo
 
-test: $(DEV_STAMP)
+test: $(DEV_STAMP) ## the whole test suite, on two processes of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
-test-fast: $(DEV_STAMP)
+test-fast: $(DEV_STAMP) ## without what is marked slow: about a minute on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 
-lint: $(DEV_STAMP)
+lint: $(DEV_STAMP) ## ruff, and the directions of imports (pyproject.toml)
 	$(PY) -m ruff check .
 	PYTHONPATH=src $(VENV)/bin/lint-imports --no-cache
 
-bench: $(RUN_STAMP) $(BENCH_STAMP)
+bench: $(RUN_STAMP) $(BENCH_STAMP) ## speed and memory beside transformers and TRL, which go into .venv-bench
 	$(PY) src/experiments/main.py -t bench
 
-clean:
+clean: ## removes both environments and the caches of pytest and ruff
 	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ stream through, and only 8-byte hashes stay in memory.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    importlib.import_module("config")  # before any package: it tells of those that are missing
 
 from tqdm import tqdm
 

@@ -5,6 +5,7 @@ What the files hold and how they are split is told in assets/demo/README.md; the
 """
 
 import gzip
+import importlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    importlib.import_module("config")  # before any package: it tells of those that are missing
 
 import tyro
 from tqdm import tqdm

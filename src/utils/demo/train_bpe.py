@@ -6,6 +6,7 @@ byte-level: GPT-2, Radford et al. 2019). The special token "<|endoftext|>" is no
 ranks.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    importlib.import_module("config")  # before any package: it tells of those that are missing
 
 import tyro
 from tokenizers import ByteLevelBPETokenizer
