@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import inspect
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from config.user_error import UserError
+from utils.user_module import import_user_file
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
 
@@ -63,11 +67,8 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         file = Path(moved(spec).rpartition(":")[0]).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{flag} {spec}: give FILE.py:FUNCTION, with a file that exists")
-    module_spec = importlib.util.spec_from_file_location(f"reward_function_{file.stem}", file)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickles in the file look their module up
     try:
-        module_spec.loader.exec_module(module)
+        module = import_user_file(file)
     except (Exception, SystemExit) as error:
         raise UserError(f"{flag} {spec}: importing {file} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
@@ -75,11 +76,15 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         raise UserError(
             f"{flag} {spec}: {file} has no function {name}; it must take (prompts, responses) and return one float each"
         )
+    if reason := _unusable(function):
+        raise UserError(f"{flag} {spec}: {reason}; it must take (prompts, responses) and return one float each")
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         try:
             with _telling(f"{flag} {spec}", len(responses)):
-                scores = [float(score) for score in function(list(prompts), list(responses))]
+                scores = _numbers(function(list(prompts), list(responses)))
+        except _WrongKind as error:
+            raise UserError(f"{flag} {spec}: {error}; it must return one float per response") from None
         except (Exception, SystemExit) as error:  # exit(0) in it would end the run as if all were well
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{flag} {spec}: failed with {reason}; it must return one float per response") from error
@@ -94,6 +99,57 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         return scores
 
     return checked
+
+
+class _WrongKind(TypeError):
+    """A reward function gave something else than one number per response."""
+
+
+def _unusable(function: Callable[..., Any]) -> str:
+    """Why something that can be called is no reward function, as far as can be told without a call; "" if it may be."""
+    if inspect.isclass(function):
+        return f"{function.__name__} is a class; name a function, or an object of that class with __call__"
+    called = function if inspect.isroutine(function) else getattr(function, "func", function.__call__)
+    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+        return "is an async function, which gives no numbers when it is called; take asyncio.run inside a plain one"
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError:
+        return f"takes {inspect.signature(function)}"
+    except ValueError:  # some functions written in C have no signature
+        pass
+    return ""
+
+
+def _numbers(given: Any) -> list[float]:
+    """What a reward function returned as floats, [B].
+
+    Anything that holds numbers in an order will do: lists, tuples, generators, arrays and tensors [B] or [B, 1], of
+    numbers of any kind. A text is no number, even if it reads like one; a set has no order, and a dict has names.
+    """
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping | Set) or _rank(given) == 0:
+        raise _WrongKind(f"returned {_kind(given)} for all responses")
+    scores = []
+    for i, score in enumerate(given, start=1):
+        if isinstance(score, np.ndarray | torch.Tensor) and len(score.reshape(-1)) == 1:
+            score = score.item()
+        if isinstance(score, str) or _rank(score) or not hasattr(type(score), "__float__"):
+            raise _WrongKind(f"returned {_kind(score)} for response {i}")
+        scores.append(float(score))
+    return scores
+
+
+def _rank(value: Any) -> int | None:
+    """The number of axes of an array or a tensor; None for anything else."""
+    return getattr(value, "ndim", None)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in a few words."""
+    if value is None or isinstance(value, str | bytes | int | float):
+        return repr(value)[:40]
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
 
 
 @contextlib.contextmanager

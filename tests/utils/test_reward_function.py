@@ -36,10 +36,19 @@ def test_a_function_is_called_with_texts(write) -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["np.ones(2)", "torch.ones(2)", "(1, True)", "iter([1, 1])", "[np.float32(1), torch.tensor(1)]"]
-)
+    "expression",
+    [
+        "np.ones(2)", "torch.ones(2)", "(1, True)", "iter([1, 1])", "[np.float32(1), torch.tensor(1)]",
+        "[torch.ones(1), np.ones(1)]", "torch.ones(2, 1)", "np.ones((2, 1, 1))", "np.array([True, True])",
+        "torch.ones(2, requires_grad=True)", "torch.ones(2, dtype=torch.bfloat16)", "[Decimal(1), Fraction(1)]",
+        "(1.0 for _ in responses)", "{'a': 1, 'b': 1}.values()", "map(float, [1, 1])", "print('at work') or [1, 1]",
+    ],
+)  # fmt: skip
 def test_any_sequence_of_numbers_will_do(write, expression: str) -> None:
-    path = write(f"import numpy as np, torch\ndef score(prompts, responses):\n    return {expression}\n")
+    path = write(
+        "from decimal import Decimal\nfrom fractions import Fraction\nimport numpy as np, torch\n"
+        f"def score(prompts, responses):\n    return {expression}\n"
+    )
     scores = load_reward_function(f"{path}:score", FLAG)(["a", "b"], ["c", "d"])
     assert scores == [1.0, 1.0] and all(type(s) is float for s in scores)
 
@@ -53,6 +62,51 @@ def test_a_file_may_hold_dataclasses_and_state(write) -> None:
     )
     function = load_reward_function(f"{path}:judge", FLAG)
     assert [function(["p"], ["r"]) for _ in range(2)] == [[1.0], [2.0]]
+
+
+def test_the_same_texts_cannot_be_changed_under_the_trainer(write) -> None:
+    path = write("def score(prompts, responses):\n    prompts.clear()\n    return [float(len(responses.pop()))]\n")
+    prompts, responses = ["p"], ["abc"]
+    assert load_reward_function(f"{path}:score", FLAG)(prompts, responses) == [3.0]
+    assert (prompts, responses) == (["p"], ["abc"])
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "class Judge:\n    def __call__(self, p, r): return [1.0]\nscore = Judge()",
+        "class Judge:\n    def of(self, p, r): return [1.0]\nscore = Judge().of",
+        "def weighted(w, p, r): return [w]\nscore = partial(weighted, 1.0)",
+        "def weighted(p, r, w): return [w]\nscore = partial(weighted, w=1.0)",
+        "@cache\ndef slow(r): return 1.0\ndef score(*texts): return [slow(r) for r in texts[1]]",
+        "def plain(p, r): return [1.0]\n@wraps(plain)\ndef score(*a, **k): return plain(*a, **k)",
+        "score = lambda p, r, scale=1.0: [scale]",
+        "async def ask(r): return 1.0\nimport asyncio\ndef score(p, r): return [asyncio.run(ask(x)) for x in r]",
+    ],
+)  # fmt: skip
+def test_whatever_can_be_called_with_two_lists_will_do(write, definition: str) -> None:
+    path = write(f"from functools import cache, partial, wraps\n{definition}\n")
+    assert load_reward_function(f"{path}:score", FLAG)(["p"], ["r"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "definition,message",
+    [
+        ("class score:\n    def __call__(self, p, r): return [1.0]", "score is a class; name a function, or an object"),
+        ("async def score(p, r): return [1.0]", "is an async function"),
+        ("async def score(p, r): yield 1.0", "is an async function"),
+        ("class Judge:\n    async def __call__(self, p, r): return [1.0]\nscore = Judge()", "is an async function"),
+        ("async def slow(w, p, r): return [w]\nimport functools\nscore = functools.partial(slow, 1)", "is an async"),
+        ("def score(response): return 1.0", "takes \\(response\\); it must take"),
+        ("def score(prompts, responses, answers): return []", "takes \\(prompts, responses, answers\\)"),
+        ("def score(*, prompts, responses): return []", "takes \\(\\*, prompts, responses\\)"),
+        ("def score(): return []", "takes \\(\\)"),
+    ],
+)  # fmt: skip
+def test_what_can_never_be_called_so_is_told_before_any_work(write, definition: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_reward_function(f"{write(definition)}:score", FLAG)
+    check_is_one_line(error)
 
 
 def check_is_one_line(error: pytest.ExceptionInfo) -> None:
@@ -92,9 +146,21 @@ def test_a_file_without_the_function(write, text: str, message: str) -> None:
         ("raise KeyError('x')", "failed with KeyError"),
         ("raise RuntimeError('two\\nlines')", "failed with RuntimeError: two lines"),
         ("raise SystemExit(0)", "failed with SystemExit"),
-        ("return None", "failed with TypeError"),
-        ("return 1.0", "failed with TypeError"),
-        ("return ['a', 'b']", "failed with ValueError"),
+        ("return None", "returned None for all responses"),
+        ("return 1.0", "returned 1.0 for all responses"),
+        ("import numpy; return numpy.float32(1)", "returned a float32 of shape \\(\\) for all responses"),
+        ("import torch; return torch.tensor(1.0)", "returned a Tensor of shape \\(\\) for all responses"),
+        ("return '12'", "returned '12' for all responses"),
+        ("return {0: 1.0, 1: 2.0}", "returned a dict for all responses"),
+        ("return {1.0, 2.0}", "returned a set for all responses"),
+        ("return [1.0, None]", "returned None for response 2"),
+        ("return ['a', 'b']", "returned 'a' for response 1"),
+        ("return ['0.5', '1']", "returned '0.5' for response 1"),
+        ("import numpy; return numpy.array(['0.5', '1'])", "returned .*'0.5'.* for response 1"),
+        ("return [[1.0], [2.0]]", "returned a list for response 1"),
+        ("return [1.0, 1j]", "returned a complex for response 2"),
+        ("import torch; return torch.ones(2, 3)", "returned a Tensor of shape \\(3,\\) for response 1"),
+        ("import numpy; return numpy.ones((2, 0))", "returned a ndarray of shape \\(0,\\) for response 1"),
         ("return [0.0]", "gave 1 scores for 2 responses"),
         ("return [0.0] * 3", "gave 3 scores for 2 responses"),
         ("return [0.0, float('nan')]", "gave nan for 'the second'"),
