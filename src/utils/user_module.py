@@ -1,9 +1,9 @@
 """Python files of the user's, imported together with what lies beside them, and apart from everything else.
 
 As for a script that Python runs, the file's own folder comes first when it imports: a `lexicon.py` beside it is found,
-and so is a `utils.py`, although there is a `utils` here. But only the code of that folder sees it. sys.path stays as it
-is, and each folder is a package of its own in sys.modules, so nothing of ours, and no second file of the user's, can get
-a module that was meant for another.
+and so is a `utils.py`, although there is a `utils` here. But only the code of that folder sees it. sys.path stays as
+it is, and each folder is a package of its own in sys.modules, so nothing of ours, and no second file of the user's, can
+get a module that was meant for another.
 """
 
 from __future__ import annotations

@@ -28,16 +28,18 @@ def score(folder: Path, name: str = "reward.py") -> float:
     return load_reward_function(f"{folder / name}:score", "--reward-fn")(["p"], ["r"])[0]
 
 
+LEXICON = {"lexicon.py": "WORTH = 7"}
+WORDS = {"words/__init__.py": "", "words/good.py": "WORTH = 7"}
 # what lies beside reward.py, and how it gets 7 from there
 BESIDE = {
-    "a module": ({"lexicon.py": "WORTH = 7"}, "from lexicon import WORTH as x\n"),
-    "a module by name": ({"lexicon.py": "WORTH = 7"}, "import lexicon\nx = lexicon.WORTH\n"),
+    "a module": (LEXICON, "from lexicon import WORTH as x\n"),
+    "a module by name": (LEXICON, "import lexicon\nx = lexicon.WORTH\n"),
     "inside the function": (
-        {"lexicon.py": "WORTH = 7"}, "def get():\n    from lexicon import WORTH\n    return WORTH\n", "get()"),
-    "a package": ({"words/__init__.py": "", "words/good.py": "WORTH = 7"}, "from words.good import WORTH as x\n"),
-    "a package's module": ({"words/__init__.py": "", "words/good.py": "WORTH = 7"}, "from words import good\n", "good.WORTH"),
-    "a dotted name": ({"words/__init__.py": "", "words/good.py": "WORTH = 7"}, "import words.good\n", "words.good.WORTH"),
-    "a dotted name as": ({"words/__init__.py": "", "words/good.py": "WORTH = 7"}, "import words.good as g\n", "g.WORTH"),
+        LEXICON, "def get():\n    from lexicon import WORTH\n    return WORTH\n", "get()"),
+    "a package": (WORDS, "from words.good import WORTH as x\n"),
+    "a package's module": (WORDS, "from words import good\n", "good.WORTH"),
+    "a dotted name": (WORDS, "import words.good\n", "words.good.WORTH"),
+    "a dotted name as": (WORDS, "import words.good as g\n", "g.WORTH"),
     "a folder without __init__": ({"words/good.py": "WORTH = 7"}, "from words.good import WORTH as x\n"),
     "a package that is relative inside": (
         {"words/__init__.py": "from .good import WORTH", "words/good.py": "from . import deep\nWORTH = deep.X",
@@ -47,18 +49,21 @@ BESIDE = {
         "from words import WORTH as x\n"),
     "a chain": ({"a.py": "def f():\n    import b\n    return b.X", "b.py": "X = 7"}, "from a import f\n", "f()"),
     "a circle": ({"a.py": "import reward\ndef f(): return reward.seven"}, "seven = 7\nfrom a import f\n", "f()"),
-    "a relative import": ({"lexicon.py": "WORTH = 7"}, "from .lexicon import WORTH as x\n"),
+    "a relative import": (LEXICON, "from .lexicon import WORTH as x\n"),
     "everything": ({"lexicon.py": "x = 7"}, "from lexicon import *\n"),
-    "a data file": ({"worth.txt": "7"}, "from pathlib import Path\nx = Path(__file__).with_name('worth.txt').read_text()\n",
+    "a data file": ({"worth.txt": "7"}, "from pathlib import Path as P\nx = P(__file__).with_name('worth.txt').read_text()\n",
                     "float(x)"),
     "one called like ours": ({"utils.py": "WORTH = 7"}, "from utils import WORTH as x\n"),
-    "a package called like ours": ({"models/__init__.py": "", "models/gpt.py": "X = 7"}, "from models.gpt import X as x\n"),
-    "config, inside the function": ({"config.py": "X = 7"}, "def f():\n    import config\n    return config.X\n", "f()"),
+    "a package called like ours": (
+        {"models/__init__.py": "", "models/gpt.py": "X = 7"}, "from models.gpt import X as x\n"),
+    "config, inside the function": (
+        {"config.py": "X = 7"}, "def f():\n    import config\n    return config.X\n", "f()"),
     "one called like a package": ({"torch.py": "X = 7"}, "from torch import X as x\n"),
     "one called like the standard library's": ({"random.py": "X = 7"}, "from random import X as x\n"),
     "a folder called like a package": ({"numpy/notes.txt": ""}, "import numpy\n", "numpy.float32(7)"),
     "one called like what is built in": ({"time.py": "1 / 0"}, "import time\n", "7 if time.time() else 0"),
-    "the standard library": ({}, "import collections.abc, os.path\n", "7 if os.path.sep and collections.abc.Sized else 0"),
+    "the standard library": (
+        {}, "import collections.abc, os.path\n", "7 if os.path.sep and collections.abc.Sized else 0"),
     "typing and dataclasses": (
         {}, "from __future__ import annotations\nfrom dataclasses import dataclass, field\n@dataclass\nclass J:\n"
             "    x: int = field(default=7)\n", "J().x"),
@@ -94,14 +99,15 @@ def test_two_files_of_one_name_and_their_neighbours_are_kept_apart(tmp_path: Pat
 
 
 def test_two_functions_of_one_file_share_its_state(tmp_path: Path) -> None:
-    lay(tmp_path, {"reward.py": "calls = []\ndef a(p, r): calls.append(1); return [0]\ndef b(p, r): return [len(calls)]\n"})
+    lay(tmp_path, {"reward.py": "n = []\ndef a(p, r): n.append(1); return [0]\ndef b(p, r): return [len(n)]\n"})
     a, b = (load_reward_function(f"{tmp_path}/reward.py:{name}", "--reward-fn") for name in "ab")
     assert (a(["p"], ["r"]), b(["p"], ["r"])) == ([0.0], [1.0])
 
 
-@pytest.mark.parametrize("name", ["my-reward.py", "my reward.py", "1.py", "v1.2.py", "utils.py", "caf\u00e9.py", "torch.py"])
+@pytest.mark.parametrize("name", ["my-reward.py", "my reward.py", "1.py", "v1.2.py", "utils.py", "caf\u00e9.py"])
 def test_a_file_may_have_any_name(name: str, tmp_path: Path) -> None:
-    assert score(lay(tmp_path, {name: "from lexicon import X\n" + SCORE.format("X"), "lexicon.py": "X = 7"}), name) == 7.0
+    lay(tmp_path, {name: "from lexicon import WORTH\n" + SCORE.format("WORTH")} | LEXICON)
+    assert score(tmp_path, name) == 7.0
 
 
 def test_what_a_file_makes_can_be_pickled(tmp_path: Path) -> None:
