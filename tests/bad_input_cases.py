@@ -199,11 +199,9 @@ def other_state(run: Path) -> None:
     write_manifest(run / STEP / MANIFEST)
 
 
-def reward(body: str) -> Prepare:
+def reward(body: str, head: str = "def f(prompts, responses):") -> Prepare:
     """HERE/reward.py has this function `f`."""
-    return lambda world: (world.here / "reward.py").write_text(
-        f"import time\n\ndef f(prompts, responses):\n    {body}\n"
-    )
+    return lambda world: (world.here / "reward.py").write_text(f"import time\n\n{head}\n    {body}\n")
 
 
 def fewer_tokens(folder: Path) -> None:
@@ -470,6 +468,20 @@ REWARDS = [
     Case("one number for all responses", "ppo -a sft_tiny --reward-fn HERE/reward.py:f", reward("return 1.0")),
     Case("too few numbers", "ppo -a sft_tiny --reward-fn HERE/reward.py:f", reward("return [1.0]")),
     Case("words", "ppo -a sft_tiny --reward-fn HERE/reward.py:f", reward("return ['good'] * len(responses)")),
+    Case("numbers that are texts", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
+         reward("return ['0.5'] * len(responses)")),
+    Case("nothing", "ppo -a sft_tiny --reward-fn HERE/reward.py:f", reward("pass")),
+    Case("a dict", "ppo -a sft_tiny --reward-fn HERE/reward.py:f", reward("return dict(enumerate(responses))")),
+    Case("several numbers for one response", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
+         reward("import torch; return torch.ones(len(responses), 2)")),
+    Case("a class", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
+         reward("def __call__(self, prompts, responses): return [1.0]", "class f:")),
+    Case("an async function", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
+         reward("return [1.0]", "async def f(prompts, responses):")),
+    Case("a function of one response", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
+         reward("return 1.0", "def f(response):")),
+    Case("the same number for every response", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
+         reward("return [1.0] * len(responses)"), 0),
     Case("NaN", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",
          reward("return [float('nan')] * len(responses)")),
     Case("a number beyond single precision", "ppo -a sft_tiny --reward-fn HERE/reward.py:f",

@@ -17,6 +17,7 @@ from config.configs import PPOConfig
 from training.engine.nonfinite import check_rollout
 from training.engine.phases import Phases
 from training.engine.runtime import Runtime
+from training.reward_scale import Spread
 from training.sampling import MicroBatch, SampledRows, Sampler
 from utils.data.batching import micro_batches
 from utils.loss import Moments, masked_moments, masked_whiten
@@ -122,6 +123,10 @@ class Rollouts:
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.sampler = Sampler.of(config, tokenizer, runtime, config.temperature, config.response_length)
+        self.spread = {
+            "model": Spread("the reward model (-c)", "look at it with -t reward, and run the doctor on its run"),
+            "function": Spread(f"--reward-fn {config.reward_fn}", "print what it returns for two unlike responses"),
+        }
 
     def sample(self, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> Experience:
         """One response per prompt; the roles' outputs are still to be filled in by `evaluate_roles`."""
@@ -149,6 +154,8 @@ class Rollouts:
                 if self.reward_model is not None:
                     with self.runtime.autocast():
                         experience.scores[batch.rows] = self.reward_model(batch.ids, batch.att, right_padded=True)
+            if self.reward_model is not None:
+                self.spread["model"].watch(experience.scores)
             if self.reward_fn is not None:
                 cause = self._add_reward(experience, self.reward_fn)
         with phases("reference"):
@@ -166,6 +173,7 @@ class Rollouts:
             given = reward_fn(*self.texts(experience))
         except NonFiniteReward as error:
             given, cause = error.scores, error
+        self.spread["function"].watch(torch.tensor(given, dtype=torch.float64))
         extra = torch.tensor(given, device=experience.scores.device)
         # In place of the reward model the function counts in full, whatever its weight.
         experience.scores += extra if self.reward_model is None else self.config.reward_fn_weight * extra

@@ -1,4 +1,4 @@
-"""The scale of a reward model: the affine that gives its scores of SFT samples mean 0 and deviation 1.
+"""The scale of a reward: a reward model's affine, which gives its scores of SFT samples mean 0 and deviation 1.
 
 Without it beta, the value clip and the penalty for a missing EOS would mean something else for every reward model.
 Source: lm_human_preferences rewards.py:77-89 and train_reward.py:207-219, which measure on samples of the policy, too.
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from config.configs import RMConfig
 from training.engine.runtime import Runtime
@@ -88,3 +89,35 @@ class RewardScale:
         model.set_normalisation(float(gain), float(bias))
         model.train(was_training)
         return raw
+
+
+_ENOUGH = 16  # rewards that are alike by chance are fewer
+
+
+@dataclass
+class Spread:
+    """Watches the first rewards of a run, and tells once where they do not tell responses apart."""
+
+    source: str  # what gives them, with its flag
+    remedy: str
+    alike: int = 0  # so many so far, in batches of which each was alike
+    settled: bool = False  # told, or they differ
+
+    def watch(self, scores: Tensor) -> None:
+        """Take the scores [B] of a batch into account.
+
+        Alike is what rounding may cause, a millionth of their size: PPO whitens advantages, and what it would then
+        learn from is noise. Batches may differ from each other, for PPO compares within one.
+        """
+        if self.settled or len(scores) < 2:
+            return
+        scores = scores.double()
+        size = float(scores.abs().max())
+        self.settled = not float(scores.max() - scores.min()) <= 1e-6 * max(1.0, size)
+        self.alike += len(scores)
+        if not self.settled and self.alike >= _ENOUGH:
+            self.settled = True
+            tqdm.write(
+                f"warning: the first {self.alike} rewards of {self.source} are alike (the last is {scores[-1]:.6g}); "
+                f"PPO learns from their differences alone: {self.remedy}"
+            )

@@ -10,7 +10,7 @@ from torch import nn
 
 from config.configs import GPTConfig
 from models.gpt import GPT, GPTRewardModel
-from training.reward_scale import RewardScale
+from training.reward_scale import RewardScale, Spread
 from training.sampling import Sampler
 
 CONFIG = GPTConfig(name="tiny", n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=50, init_std=0.3)
@@ -70,3 +70,30 @@ def test_measuring_is_done_in_evaluation_mode_and_sets_mean_0_and_deviation_1(wa
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-5)
     # Measured anew, the same raw scores come out: the old affine does not count twice.
     torch.testing.assert_close(measured.measure(model), raw)
+
+
+VARIED = [0.0, 1.0, 0.5, 0.2] * 4
+
+
+@pytest.mark.parametrize("batches", [
+    [[0.0] * 16], [[0.0] * 8] * 2, [[1.0] * 4] * 9, [[float(i)] * 8 for i in range(3)], [[1e6, 1e6 + 0.01] * 8],
+    [[1e-9, 0.0] * 8], [[-3.8] * 16, VARIED],
+])  # fmt: skip
+def test_rewards_that_are_alike_from_the_start_are_told_once(batches, capsys):
+    watch = Spread("--reward-fn f.py:f", "print what it returns")
+    for scores in batches * 2:
+        watch.watch(torch.tensor(scores, dtype=torch.float64))
+    told = capsys.readouterr().out
+    assert told.count("rewards of --reward-fn f.py:f are alike") == told.count("\n") == 1
+    assert told.rstrip().endswith("print what it returns")
+
+
+@pytest.mark.parametrize("batches", [
+    [VARIED, [0.0] * 99], [[0.0] * 8], [[0.0, 0.0], [0.0, 1.0], *([[0.0] * 9] * 9)], [[0.0]] * 99, [[1e-3, 0.0] * 8],
+    [[1.0, float("nan")] * 8], [[]],
+])  # fmt: skip
+def test_rewards_that_differ_or_are_few_are_not(batches, capsys):
+    watch = Spread("-c", "")
+    for scores in batches:
+        watch.watch(torch.tensor(scores))
+    assert capsys.readouterr().out == ""

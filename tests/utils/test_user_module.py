@@ -51,8 +51,9 @@ BESIDE = {
     "a circle": ({"a.py": "import reward\ndef f(): return reward.seven"}, "seven = 7\nfrom a import f\n", "f()"),
     "a relative import": (LEXICON, "from .lexicon import WORTH as x\n"),
     "everything": ({"lexicon.py": "x = 7"}, "from lexicon import *\n"),
-    "a data file": ({"worth.txt": "7"}, "from pathlib import Path as P\nx = P(__file__).with_name('worth.txt').read_text()\n",
-                    "float(x)"),
+    "a data file": (
+        {"worth.txt": "7"}, "from pathlib import Path as P\nx = P(__file__).with_name('worth.txt').read_text()\n",
+        "float(x)"),
     "one called like ours": ({"utils.py": "WORTH = 7"}, "from utils import WORTH as x\n"),
     "a package called like ours": (
         {"models/__init__.py": "", "models/gpt.py": "X = 7"}, "from models.gpt import X as x\n"),

@@ -13,11 +13,12 @@ import numpy as np
 
 from experiments.doctor.ranges import ALARM, ENDS, KEEPS_LENGTH, SAMPLER_DRIFT, Range
 from experiments.doctor.record import RunRecord, Series
-from experiments.doctor.signs import Finding, Sign, mean_outside, trailing_mean
+from experiments.doctor.signs import Finding, Sign, lasting, mean_outside, trailing_mean
 
 # Figures that have no value for good reasons: a correlation of constants, a variance explained of none, word pairs of
 # answers without any.
 _MAY_BE_UNDEFINED = ("corr", "explained_var", "kendall_tau", "distinct_2", "repetition", "duplicate_rate")
+_LEARNED = 0.01  # nats a token: what has so low a loss before training has nothing to learn from these data
 # Half the squared difference of two log-probabilities that rounding alone may cause: 1e-5 in fp32, 2e-2 in half.
 _FIRST_PASS = Sign("policy/approxkl_epoch1", Range(high=1e-10), half=2e-4, floor=0.0)
 
@@ -42,11 +43,15 @@ def not_a_number(record: RunRecord) -> Finding | None:
 
 
 def gradient_spikes(record: RunRecord) -> Finding | None:
-    """Three or more gradient norms above ten times the median of the ten before."""
+    """Three or more gradient norms above ten times the median of the ten before.
+
+    A median of (nearly) 0 is no usual size: nothing was learned before, in --critic-warmup or from a constant reward.
+    """
     for tag in ("train/grad_norm", "grad_norm/actor", "grad_norm/critic"):
         norms = record[tag]
-        usual = [np.median(norms.values[max(0, i - 10) : i]) if i >= 5 else np.inf for i in range(len(norms))]
-        spikes = np.flatnonzero(norms.values > 10 * np.array(usual))
+        usual = np.array([np.median(norms.values[max(0, i - 10) : i]) if i >= 5 else 0 for i in range(len(norms))])
+        known = usual > max(1e-6, 1e-2 * np.median(norms.values)) if len(norms) else False
+        spikes = np.flatnonzero(known & (norms.values > 10 * usual))
         if len(spikes) >= 3:
             return Finding(tag, *norms.point(spikes[0]), high=10 * float(usual[spikes[0]]), case=tag)
     return None
@@ -107,7 +112,10 @@ def not_learning(record: RunRecord) -> Finding | str | None:
     tag, held_out = _held_out(record)
     if len(held_out) < 2:
         return f"two values of {tag}"
-    high = float(0.98 * held_out.values[0])
+    start = float(held_out.values[0])
+    if start < _LEARNED:
+        return f"a held-out loss to be lowered: {tag} is {start:.3g} before training"
+    high = 0.98 * start
     bad = np.flatnonzero(held_out.values[1:] > high) + 1
     found = len(bad) > 1 or (held_out.values[-1] > high and _halfway(record))
     return Finding(tag, *held_out.point(bad[0]), high=high) if found else None
@@ -206,6 +214,29 @@ def reward_model_at_chance(record: RunRecord) -> Finding | str | None:
     return replace(seen, of=record.reward) if isinstance(seen, Finding) else seen
 
 
+def scores_alike(record: RunRecord) -> Finding | None:
+    """Three iterations in a row, or all of fewer, have scores of a deviation below 0.05, where 1 is usual; those of a
+    reward function alone, whose scale is its own, below a twentieth of their start, or what rounding makes."""
+    tag, mean = "objective/score_sd", record["objective/score"].values
+    deviation = record[tag].values
+    if not len(deviation) or len(mean) != len(deviation):
+        return None
+    by_function = bool(record.config.get("reward_fn") and not record.config.get("reward_fn_weight"))
+    rounding, start = 1e-6 * np.maximum(1, abs(mean)), 0.05 * float(np.median(deviation[:3]))
+    low = np.maximum(rounding, start) if by_function else np.full(len(mean), 0.05)
+    at = lasting(deviation < low, min(3, len(low)))
+    if at is None:
+        return None
+    case = "response gets the same score"
+    if at == 0:
+        case = "reward of --reward-fn is the same" if by_function else "score of the reward model is the same"
+    told = mean[at : at + 3]
+    note = f"the score is {told[0]:.6g}"
+    if not _constant(told):
+        note = f"the score is alike within an iteration and differs between them: {', '.join(f'{x:.6g}' for x in told)}"
+    return Finding(tag, *record[tag].point(at), low=float(low[at]), notes=(note,), case=case)
+
+
 def steps_too_large(record: RunRecord) -> Finding | None:
     """One of four figures is outside for three iterations (the first one of a healthy run may be); the earliest."""
     tags = ("policy/approxkl", "policy/clipfrac", "val/ratio_mean", "val/ratio_max")
@@ -235,6 +266,8 @@ def gold_falls(record: RunRecord) -> Finding | str | None:
         return "eval/gold (--eval-reward-fn); without it, read samples.jsonl as it goes on"
     if len(gold) < 3 or len(proxy) != len(gold):
         return "three evaluations"
+    if _constant(gold.values):
+        return f"a gold reward that varies: eval/gold is always {gold.values[0]:.6g} (--eval-reward-fn)"
     peak = int(gold.values.argmax())
     if peak == 0 or not _gains(proxy) or proxy.values[-1] < proxy.values[peak] - 0.1:
         return None
@@ -255,8 +288,13 @@ def gold_falls(record: RunRecord) -> Finding | str | None:
 def gold_never_rises(record: RunRecord) -> Finding | None:
     """The best gold reward is that of the start, and the trained one rises."""
     gold, proxy = record["eval/gold"], record["eval/score"]
-    found = len(proxy) == len(gold) > 2 and gold.values.argmax() == 0 and _gains(proxy)
+    found = len(proxy) == len(gold) > 2 and not _constant(gold.values) and gold.values.argmax() == 0 and _gains(proxy)
     return Finding("eval/gold", *gold.point(1), low=float(gold.values[0])) if found else None
+
+
+def _constant(values: np.ndarray) -> bool:
+    """Whether values [N] differ by no more than rounding."""
+    return bool(np.ptp(values) <= 1e-6 * max(1.0, abs(values).max()))
 
 
 def _gains(proxy: Series) -> bool:

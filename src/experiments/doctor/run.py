@@ -52,7 +52,7 @@ def examine(record: RunRecord) -> tuple[list[Finding], list[Unclear]]:
     findings: dict[str, Finding] = {}
     unclear = []
     for rule in RULES[record.stage]:
-        excluded = rule.code in findings or rule.unless in findings or record.config.get(rule.unless)
+        excluded = any(name in findings or record.config.get(name) for name in (rule.code, *rule.unless))
         seen = None if excluded or (rule.given and not record.config.get(rule.given)) else rule.check(record)
         if isinstance(seen, str):
             unclear.append(Unclear(rule.code, seen))

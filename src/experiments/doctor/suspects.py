@@ -71,9 +71,5 @@ def dropout(record: RunRecord) -> str | None:
 
 def never_learned_to_end(record: RunRecord) -> str | None:
     """Less than half of the responses end in the first iteration."""
-    return NEVER_LEARNED_TO_END if record["resp/eos_rate"].values[0] < 0.5 else None
-
-
-def constant_from_the_start(record: RunRecord) -> str | None:
-    """Scores have never differed, so it is not the policy."""
-    return SCORE_COLUMN if (record["objective/score_sd"].values[:3] < 0.05).all() else None
+    rate = record["resp/eos_rate"].values
+    return NEVER_LEARNED_TO_END if len(rate) and rate[0] < 0.5 else None

@@ -34,7 +34,7 @@ class Rule:
             the case that the check tells, where they depend on it.
         beside: tags that belong into the picture beside the figure; those that were not logged are left out.
         given: a flag that the run must have set.
-        unless: a flag that it must not have set, or a finding that it must not have.
+        unless: flags that it must not have set, and findings that it must not have.
     """
 
     code: str
@@ -43,7 +43,7 @@ class Rule:
     causes: Causes | dict[str, Causes]
     beside: tuple[str, ...] = ()
     given: str = ""
-    unless: str = ""
+    unless: tuple[str, ...] = ()
 
 
 def _repetition(values: np.ndarray) -> Range:
@@ -96,6 +96,16 @@ _AT_CHANCE: dict[str, Causes] = {
     "no better than the length of the answers": (
         HIGH_LR, LOW_LR, "too few rows or steps to learn more than the length -> more data; more --max-steps",
         _MIXED_UP),
+}  # fmt: skip
+_SCORES_ALIKE: dict[str, Causes] = {
+    "reward of --reward-fn is the same": (
+        "the function gives all responses one number -> print what it returns for two unlike responses",
+        "it is a reward that no response has earned yet -> easier prompts, or a part of it for a part of the answer"),
+    "score of the reward model is the same": (
+        "the reward model tells no answers apart -> run the doctor on the run of -c; -t reward on an obvious pair",
+        SCORE_COLUMN, suspects.never_learned_to_end),
+    "response gets the same score": (
+        NO_PENALTY, HIGH_LR, "the policy gives one answer to everything -> raise --kl-coef, lower --lr"),
 }  # fmt: skip
 _IT_CLIMBS = (
     "the reward it climbs says nothing: the reward model is {case} -> "
@@ -199,15 +209,14 @@ _PPO = (
     # The reward
     Rule("reward-at-chance", "the reward model is {case} on held-out pairs", checks.reward_model_at_chance,
          {case: (_IT_CLIMBS, *causes) for case, causes in _AT_CHANCE.items()}, ("eval/nll",)),
+    Rule("score-constant", "every {case}", checks.scores_alike, _SCORES_ALIKE,
+         ("objective/score", "resp/duplicate_rate")),
     Rule("reward-not-normalised", "the scores do not start at deviation 1",
-         Sign("objective/score_sd", Range(0.5, 2.0), steps=FIRST), _OTHER_SCALE, unless="reward_fn"),
+         Sign("objective/score_sd", Range(0.5, 2.0), steps=FIRST), _OTHER_SCALE,
+         unless=("reward_fn", "score-constant")),
     Rule("reward-not-normalised", "the scores do not start at mean 0",
-         Sign("objective/score", Range(-0.5, 0.5), steps=FIRST), _OTHER_SCALE, unless="reward_fn"),
-    Rule("score-constant", "every response gets the same score",
-         Sign("objective/score_sd", Range(low=0.05), in_a_row=3),
-         (suspects.constant_from_the_start,
-          "the policy gives one answer to everything -> raise --kl-coef, lower --lr", SCORE_COLUMN),
-         ("resp/duplicate_rate",)),
+         Sign("objective/score", Range(-0.5, 0.5), steps=FIRST), _OTHER_SCALE,
+         unless=("reward_fn", "score-constant")),
     # The size of the steps
     Rule("steps-too-large", "the policy moves too far in one iteration", checks.steps_too_large,
          (NOISE, EITHER_LR, "the learning rate is too high -> lower --lr; --warmup-iterations",
@@ -255,7 +264,7 @@ _PPO = (
          (HIGH_LR, NO_PENALTY, suspects.cuts_are_free,
           "the reward model likes length -> look at length_corr and longer_wins of its run",
           "the penalty for a missing EOS is small against the scores -> raise --missing-eos-penalty"),
-         ("resp/len_mean",), unless="never-ends"),
+         ("resp/len_mean",), unless=("never-ends",)),
     Rule("length-collapses", "the responses shrink to almost nothing",
          Sign("resp/len_mean", Range(low=1 / 3, of="times the start"), mean=5, least=8, digits=1),
          (HIGH_LR, "the KL costs more for each token than the score gives -> lower --kl-coef",
@@ -264,7 +273,7 @@ _PPO = (
     Rule("length-grows", "the responses grow, and length is what is paid", checks.length_grows,
          (NO_PENALTY, "the reward model likes length -> balance its pairs by length; look at its length_corr",
           "cut responses lose too little -> raise --missing-eos-penalty"),
-         ("resp/len_score_corr", "resp/eos_rate"), unless="length-collapses"),
+         ("resp/len_score_corr", "resp/eos_rate"), unless=("length-collapses",)),
     Rule("entropy-collapses", "the policy has stopped to explore",
          Sign("policy/entropy", _entropy, mean=3, least=4, digits=3),
          (HIGH_LR, NO_PENALTY, "beta too small, or too long a run -> raise --kl-coef, fewer --iterations",
@@ -284,12 +293,12 @@ _PPO = (
          (EITHER_LR, "the critic learns too slowly or too fast -> --critic-lr; --critic-warmup 5",
           "the value clip is too tight for the reward's scale -> --value-clip-eps 0, or a normalised reward",
           "the score is placed on a column that is not trained -> score and value at the same last token"),
-         ("loss/value", "val/clipfrac")),
+         ("loss/value", "val/clipfrac"), unless=("score-constant",)),
     Rule("critic-off-scale", "{case}", checks.critic_off_scale,
          (EITHER_LR, "the value clip is too tight for the reward's scale -> raise --value-clip-eps, or give 0",
           "the critic does not start on the scale of the reward -> -c with its gain and bias",
           "the critic learns too slowly -> raise --critic-lr; --critic-warmup 5"),
-         ("val/return_mean", "val/mean", "val/clipfrac")),
+         ("val/return_mean", "val/mean", "val/clipfrac"), unless=("score-constant",)),
     _GRADIENT_SPIKES,
 )  # fmt: skip
 

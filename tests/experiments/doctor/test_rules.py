@@ -92,6 +92,13 @@ PPO_CASES = [
      at(-0.4, 1, tag="objective/score")),
     ({"objective/score_sd": np.r_[level(1, 9), level(0.01, 21)]}, {}, "score-constant", 10,
      at(0.01, 10, 11, tag="objective/score_sd")),
+    ({"objective/score_sd": level(0)}, {}, "score-constant", 1, {"objective/score_sd": level(0.001)}),
+    ({"objective/score_sd": level(1e-3), "objective/score": level(1e4)}, {}, "score-constant", 1,
+     {"objective/score_sd": level(1), "objective/score": level(1e4)}),
+    ({"objective/score_sd": level(0.01)}, {"reward_fn": ""}, "score-constant", 1,
+     at(0, 1, 2, tag="objective/score_sd")),
+    ({"objective/score_sd": level(0.01)}, {"reward_fn_weight": 0.5}, "score-constant", 1,
+     {"objective/score_sd": level(0.1)}),
     (at(0.05, 6, 7, 8, tag="policy/approxkl"), {}, "steps-too-large", 6, at(0.05, 1, 2, tag="policy/approxkl")),
     (at(0.4, 6, 7, 8, tag="policy/clipfrac"), {}, "steps-too-large", 6, at(0.4, 6, 8, 10, tag="policy/clipfrac")),
     (at(0.9, 2, 3, 4, tag="val/ratio_mean"), {}, "steps-too-large", 2, at(0.96, 2, 3, 4, tag="val/ratio_mean")),
@@ -128,6 +135,15 @@ PPO_CASES = [
      {"val/mean": ppo_figures()["val/return_mean"] + 0.3}),
     ({"val/clipfrac": level(0.5)}, {}, "critic-off-scale", 11, {"val/clipfrac": np.r_[level(0.5, 8), level(0, 22)]}),
     (at(9, 12, 20, 25, tag="grad_norm/actor"), {}, "gradient-spikes", 12, at(9, 12, 20, tag="grad_norm/actor")),
+    # From nothing to something is no spike: a critic's warm-up, a constant reward, and what rounding leaves of one.
+    (at(9, 12, 20, 25, tag="grad_norm/critic"), {}, "gradient-spikes", 12,
+     {"grad_norm/actor": np.r_[level(0, 10), level(0.2, 20)]}),
+    (at(9, 12, 20, 25, tag="grad_norm/actor"), {}, "gradient-spikes", 12,
+     {"grad_norm/actor": np.r_[level(0, 7), 0.7, 0, 0, 0.6, 0, 0, 0.5, level(0, 16)]}),
+    (at(9, 12, 20, 25, tag="grad_norm/actor"), {}, "gradient-spikes", 12,
+     {"grad_norm/actor": np.r_[level(1e-9, 7), 0.7, 1e-9, 1e-9, 0.6, 1e-9, 1e-9, 0.5, level(1e-9, 16)]}),
+    (at(9, 12, 20, 25, tag="grad_norm/actor"), {}, "gradient-spikes", 12,
+     {"grad_norm/actor": np.r_[level(1e-4, 8), level(0.2, 22)]}),
     (at(np.nan, 7, tag="policy/approxkl"), {}, "not-a-number", 7, at(np.nan, 7, tag="resp/len_score_corr")),
 ]  # fmt: skip
 
@@ -144,6 +160,44 @@ def test_a_symptom_of_ppo(changes, config, code, step, inside):
     # Of NaN nothing can be said, and values are judged by their distance to the returns.
     assert outside == (np.isfinite(found.value) and found.tag != "val/mean")
     assert code not in codes(ppo(inside, **config))
+
+
+CONSTANT = {"objective/score_sd": level(0), "val/explained_var": level(-0.2), "val/return_var": level(0)}
+
+
+@pytest.mark.parametrize(("figures", "config", "title", "cause", "note"), [
+    ({}, {}, "every reward of --reward-fn is the same", "the function gives all responses one number", "score is 0.5"),
+    ({"objective/score": ITERATIONS % 3}, {}, "every reward of --reward-fn is the same", "the function gives",
+     "alike within an iteration and differs between them: 1, 2, 0"),
+    ({}, {"reward_fn": ""}, "every score of the reward model is the same", "the reward model tells no", "is 0.5"),
+    ({"objective/score_sd": np.r_[level(1, 5), level(0, 25)]}, {}, "every response gets the same score",
+     "the policy gives one answer", "is 0.5"),
+])  # fmt: skip
+def test_a_constant_reward_is_called_by_its_name(figures, config, title, cause, note):
+    """And it is what is wrong: what the critic makes of it, and a scale that is none, are not told."""
+    (found,), _ = examine(ppo(CONSTANT | {"objective/score": level(0.5)} | figures, **config))
+    assert (found.code, found.title) == ("score-constant", title)
+    assert found.causes[0].why.startswith(cause) and note in found.notes[0]
+
+
+def test_a_run_of_two_iterations_tells_a_constant_reward():
+    short = {tag: values[:2] for tag, values in ppo_figures().items() if isinstance(values, np.ndarray)}
+    record = make("ppo", short | {"objective/score_sd": level(0, 2)}, iterations=2, reward_fn="f.py:f", minibatches=1)
+    assert codes(record) == ["score-constant"]
+
+
+@pytest.mark.parametrize("gold", [(1, 1, 1, 1), (1, 1 + 1e-9, 1, 1 - 1e-9), (1e6, 1e6 + 0.01, 1e6, 1e6)])
+def test_a_gold_reward_that_is_constant_judges_nothing(gold):
+    findings, unclear = examine(ppo({"eval/gold": dict(zip((0, 10, 20, 30), gold))}))
+    assert findings == [] and unclear[0].code == "over-optimised" and "a gold reward that varies" in unclear[0].missing
+
+
+@pytest.mark.parametrize("stage,tag", [("sft", "eval/loss"), ("rm", "eval/nll")])
+def test_what_was_learned_before_cannot_be_lowered(stage, tag):
+    figures = {tag: dict(zip((0, 50, 100), (0.002, 0.002, 0.003))), "train/loss": level(0.002, 100)}
+    findings, unclear = examine(make(stage, figures, epochs=1))
+    assert "not-learning" not in [f.code for f in findings]
+    assert "a held-out loss to be lowered" in next(u.missing for u in unclear if u.code == "not-learning")
 
 
 def test_the_flags_of_a_run_decide_which_cause_comes_first():
