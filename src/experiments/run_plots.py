@@ -119,14 +119,14 @@ CURVES: dict[str, tuple[Curve, ...]] = {
               "A share of 0.01 to 0.2 is usual for the policy while it learns, and 0 at the end; above 0.3 the steps "
               "are too large, and 0 from the beginning means that they are too small.",
               Range(0.01, 0.2), alarm=ALARM["policy/clipfrac"].edges, shows=(0.0, 0.2)),
-        Curve("importance ratio, mean", {"val/ratio_mean": "mean"},
+        Curve("importance ratio, mean", {"policy/ratio_mean": "mean"},
               "It stays within 0.01 of 1; off by 0.05 means that old and new log-probabilities are not those of the "
               "same tokens, masks or temperature.",
-              Range(0.99, 1.01), alarm=ALARM["val/ratio_mean"].edges, shows=(0.98, 1.02)),
-        Curve("importance ratio, largest", {"val/ratio_max": "largest"},
+              Range(0.99, 1.01), alarm=ALARM["policy/ratio_mean"].edges, shows=(0.98, 1.02)),
+        Curve("importance ratio, largest", {"policy/ratio_max": "largest"},
               "Single digits are usual; above 10 some token became far likelier in one update, which one high "
               "learning rate or one wrong mask can do.",
-              Range(1, 10), alarm=ALARM["val/ratio_max"].edges, shows=(1.0, 10.0), log=True),
+              Range(1, 10), alarm=ALARM["policy/ratio_max"].edges, shows=(1.0, 10.0), log=True),
         Curve("critic's explained variance",
               {"val/explained_var": "of variance", "val/explained_var_mse": "of squared error"},
               "It may be negative at first and is 0.3 to 0.9 or better later; still negative after 50 iterations "

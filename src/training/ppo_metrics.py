@@ -58,7 +58,7 @@ def rollout_metrics(experience: Experience, penalised: Tensor, kl_coef: float) -
         "resp/len_score_corr": correlation(lengths, experience.scores.cpu()),
         "resp/eos_rate": experience.ended.float().mean(),
         **{f"resp/{key}": value for key, value in text_degeneracy(experience.responses(with_eos=False)).items()},
-        "time/sampler_vs_train_logp_max": drift,
+        "policy/sampler_vs_train_logp_max": drift,
     }
 
 
@@ -104,7 +104,7 @@ def update_metrics(
         **{f"policy/approxkl_epoch{e}": stats[0].means()["approx_kl"] for e, stats in enumerate(passes, 1)},
         **{f"grad_norm/{role}": torch.stack([n[role] for n in norms]).mean() for role in norms[0]},
         **{f"update_ratio/{role}": ratio for role, ratio in update_ratios(optimizer).items()},
-        **{f"{group['name']}_lr": group["lr"] for group in optimizer.param_groups},
+        **{f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups},
     }
 
 
@@ -116,9 +116,9 @@ def loss_metrics(policy: dict[str, Tensor], value: dict[str, Tensor]) -> dict[st
         "policy/approxkl": policy["approx_kl"],
         "policy/clipfrac": policy["clipfrac"],
         "val/clipfrac": value["clipfrac"],
-        "val/ratio_mean": policy["ratio_mean"],
-        "val/ratio_var": policy["ratio_var"],
-        "val/ratio_max": policy["ratio_max"],
+        "policy/ratio_mean": policy["ratio_mean"],
+        "policy/ratio_var": policy["ratio_var"],
+        "policy/ratio_max": policy["ratio_max"],
     }
 
 

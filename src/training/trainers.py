@@ -116,7 +116,7 @@ class SFTTrainer:
         return self.guard.metrics() | {
             "train/loss": total,
             **loop.step_metrics(self, norms),
-            "time/tokens_s": sum(int(b.length.sum()) for b in batches) / (time.perf_counter() - started),
+            "time/tokens_per_s": sum(int(b.length.sum()) for b in batches) / (time.perf_counter() - started),
         }
 
     def collate(self, data: SFTDataset, rows: Iterable[int]) -> Batch:
@@ -240,7 +240,7 @@ class RewardModelTrainer:
             "train/loss": total,
             "train/accuracy": right / pairs.clamp(min=1),
             **loop.step_metrics(self, norms),
-            "time/tokens_s": tokens / (time.perf_counter() - started),
+            "time/tokens_per_s": tokens / (time.perf_counter() - started),
         }
 
     def micro_batches(self, data: RankedDataset, rows: np.ndarray) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 """tensorboard.ipynb as committed, and executed from top to bottom on real runs of the three stages."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 from scripts import call, newest
 
+from experiments.doctor.record import read_series
 from experiments.run_plots import CURVES, STAGES, read_metrics, reading_table
 from utils.runs.folder import REPO
 
@@ -89,6 +91,15 @@ def test_every_tag_that_a_panel_asks_for_is_one_that_the_stage_logs(runs) -> Non
     for stage, curves in CURVES.items():
         logged = (newest(runs, f"{stage}_seen") / "metrics.jsonl").read_text()  # null counts: a tiny run has constants
         assert [tag for curve in curves for tag in curve.tags if f'"{tag}": ' not in logged] == []
+
+
+def test_every_tag_that_a_page_names_is_one_that_a_stage_logs(runs) -> None:
+    logged = {tag for stage in STAGES for tag in read_series(newest(runs, f"{stage}_seen") / "metrics.jsonl")}
+    groups = "|".join({tag.partition("/")[0] for tag in logged})
+    for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")]:
+        named = re.findall(rf"`((?:{groups})/\w+)`", page.read_text(encoding="utf-8"))
+        assert {tag.replace("PHASE", "rollout") for tag in named} <= logged, page
+    assert len({tag for tag in logged if "/" not in tag}) == 0
 
 
 def test_all_stages_from_the_root(runs) -> None:

@@ -75,7 +75,7 @@ def test_later_passes_are_off_policy_and_clip(ppo_trainer) -> None:
     metrics = ppo_trainer(ppo_epochs=6, lr=2e-2, critic_lr=2e-2, global_batch_size=16).iteration(1)
     assert metrics["policy/approxkl_epoch1"] == 0 < metrics["policy/approxkl_epoch6"]
     assert metrics["policy/clipfrac"] > 0 and metrics["val/clipfrac"] > 0
-    assert metrics["val/ratio_var"] > 0 and metrics["val/ratio_max"] > 1.2
+    assert metrics["policy/ratio_var"] > 0 and metrics["policy/ratio_max"] > 1.2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,16 +270,16 @@ def test_learning_rates_fall_linearly_to_zero(ppo_trainer) -> None:
     """3e-6 and U = 4 give 3e-6, 2.25e-6, 1.5e-6, 7.5e-7."""
     trainer = ppo_trainer(lr=3e-6, critic_lr=1e-5, iterations=4, minibatches=2)
     trainer.fit()
-    lines = [line for line in read_metrics(trainer.run) if "actor_lr" in line]
-    assert [line["actor_lr"] for line in lines] == pytest.approx([3e-6, 2.25e-6, 1.5e-6, 7.5e-7])
-    assert [line["critic_lr"] for line in lines] == pytest.approx([1e-5, 7.5e-6, 5e-6, 2.5e-6])
+    lines = [line for line in read_metrics(trainer.run) if "lr/actor" in line]
+    assert [line["lr/actor"] for line in lines] == pytest.approx([3e-6, 2.25e-6, 1.5e-6, 7.5e-7])
+    assert [line["lr/critic"] for line in lines] == pytest.approx([1e-5, 7.5e-6, 5e-6, 2.5e-6])
 
 
 def test_both_rates_can_be_warmed_up(ppo_trainer) -> None:
     trainer = ppo_trainer(lr=1.0e-5, critic_lr=1e-5, iterations=4, warmup_iterations=2)
     trainer.fit()
-    lines = [line for line in read_metrics(trainer.run) if "actor_lr" in line]
-    assert [line["actor_lr"] for line in lines] == pytest.approx([0.5e-5, 0.75e-5, 0.5e-5, 0.25e-5])
+    lines = [line for line in read_metrics(trainer.run) if "lr/actor" in line]
+    assert [line["lr/actor"] for line in lines] == pytest.approx([0.5e-5, 0.75e-5, 0.5e-5, 0.25e-5])
 
 
 def test_critic_warmup_leaves_every_bit_of_the_actor(ppo_trainer) -> None:
@@ -292,7 +292,7 @@ def test_critic_warmup_leaves_every_bit_of_the_actor(ppo_trainer) -> None:
     trainer.fit()
     assert hashes[0] == hashes[1] == before != hashes[2]
     assert weights_digest(models.critic) != critic_before
-    lines = [line for line in read_metrics(trainer.run) if "actor_lr" in line]
+    lines = [line for line in read_metrics(trainer.run) if "lr/actor" in line]
     assert [line["update_ratio/actor"] > 0 for line in lines] == [False, False, True]
     assert [line["objective/kl"] for line in lines] == [0, 0, 0]
 

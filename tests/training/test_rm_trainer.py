@@ -172,7 +172,7 @@ def test_epochs_and_tokens_per_second_of_a_step(rm_trainer, monkeypatch) -> None
     trainer.fit()
     lines = [line for line in read_metrics(trainer.run) if "train/loss" in line]
     assert [line["train/epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3])
-    assert [line["time/tokens_s"] for line in lines] == pytest.approx([2 * n for n in tokens])
+    assert [line["time/tokens_per_s"] for line in lines] == pytest.approx([2 * n for n in tokens])
 
 
 def test_scores_that_do_not_vary_are_an_error(rm_trainer, make_model) -> None:
@@ -228,7 +228,8 @@ def test_held_out_figures_go_into_the_checkpoint(rm_trainer) -> None:
     assert {key: line[f"eval/{key}"] for key in keys} == {key: held_out[key] for key in keys}
     train_line = next(line for line in read_metrics(trainer.run) if "train/loss" in line)
     assert set(train_line) == {
-        "step", "time", "train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/epoch", "time/tokens_s",
+        "step", "time", "train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/epoch",
+        "time/tokens_per_s",
     }  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def test_a_second_look_at_the_figures_of_a_step(sft_trainer) -> None:
     lines = [line for line in read_metrics(trainer.run) if "train/loss" in line]
     assert [line["step"] for line in lines] == [2, 3]
     assert set(lines[0]) == {
-        "step", "time", "train/loss", "train/grad_norm", "train/lr", "train/epoch", "time/tokens_s",
+        "step", "time", "train/loss", "train/grad_norm", "train/lr", "train/epoch", "time/tokens_per_s",
     }  # fmt: skip
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
@@ -201,7 +201,7 @@ def test_epochs_and_tokens_per_second_of_a_step(sft_trainer, monkeypatch) -> Non
     trainer.fit()
     lines = [line for line in read_metrics(trainer.run) if "train/loss" in line]
     assert [line["train/epoch"] for line in lines] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3])
-    assert [line["time/tokens_s"] for line in lines] == pytest.approx([2 * n for n in tokens])
+    assert [line["time/tokens_per_s"] for line in lines] == pytest.approx([2 * n for n in tokens])
 
 
 def test_samples_answer_the_first_held_out_prompts_with_room_for_the_answer(sft_trainer, monkeypatch) -> None:

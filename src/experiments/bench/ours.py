@@ -199,7 +199,7 @@ def ppo(work: Work) -> dict[str, Any]:
             synchronise(work.device)
             if figures["train/optimizer_steps"] != work.epochs:
                 raise RuntimeError(f"{figures['train/optimizer_steps']} optimizer steps, expected {work.epochs}")
-            parts.update({k: float(v) for k, v in figures.items() if k.startswith("time/") and k.endswith("_s")})
+            parts.update({f"time/{phase}_s": figures[f"time/{phase}_s"] for phase in trainer.phases.total})
 
         return {"value": median_seconds(work, once), "parts": dict(parts)} | profiled(work, once)
 

@@ -198,7 +198,7 @@ def ratio_not_one(record: RunRecord) -> Finding | str | None:
     note = (
         f"it is so in {(first > seen.high).sum()} of {len(first)} iterations; KL to the reference at iteration 1 is "
         f"{kl:.3g}, the sampler's log-probabilities are off by up to {drift:.3g}, the largest ratio is "
-        f"{max(record['val/ratio_max'].values, default=1):.3g}"
+        f"{max(record['policy/ratio_max'].values, default=1):.3g}"
     )
     return replace(seen, notes=(note,))
 
@@ -239,7 +239,7 @@ def scores_alike(record: RunRecord) -> Finding | None:
 
 def steps_too_large(record: RunRecord) -> Finding | None:
     """One of four figures is outside for three iterations (the first one of a healthy run may be); the earliest."""
-    tags = ("policy/approxkl", "policy/clipfrac", "val/ratio_mean", "val/ratio_max")
+    tags = ("policy/approxkl", "policy/clipfrac", "policy/ratio_mean", "policy/ratio_max")
     shown = [seen for tag in tags if (seen := Sign(tag, ALARM[tag], in_a_row=3)(record))]
     if not shown:
         return None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-SAMPLER_DRIFT = "time/sampler_vs_train_logp_max"
+SAMPLER_DRIFT = "policy/sampler_vs_train_logp_max"
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ ALARM = {
     "policy/approxkl": Range(high=0.03),
     "policy/clipfrac": Range(high=0.3),
     "val/clipfrac": Range(high=0.3),
-    "val/ratio_mean": Range(0.95, 1.05),
-    "val/ratio_max": Range(high=10.0),
+    "policy/ratio_mean": Range(0.95, 1.05),
+    "policy/ratio_max": Range(high=10.0),
     "resp/len_score_corr": Range(high=0.5),
 }
 # Sampler and training forward round differently: the largest difference of two log-probabilities, by precision.

@@ -13,6 +13,7 @@ import numpy as np
 from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
 from config.user_error import UserError
 from utils.runs.folder import places, runs_named, runs_root
+from utils.runs.metrics_log import current_tag
 from utils.runs.origins import places_of
 
 STAGES = {"sft": "SFT", "rm": "reward model", "ppo": "PPO"}
@@ -165,7 +166,7 @@ def _hyperparams(folder: Path) -> dict[str, Any]:
 
 
 def read_series(path: Path) -> dict[str, Series]:
-    """Every figure of a metrics.jsonl, in the order in which the figures first appear; see `read_run`."""
+    """Every figure of a metrics.jsonl by today's tag, in the order in which they first appear; see `read_run`."""
     points: dict[str, list[tuple[int, float]]] = {}
     for number, row in _rows(path):
         step = row.get("step")
@@ -176,7 +177,7 @@ def read_series(path: Path) -> dict[str, Series]:
                 continue
             if not isinstance(value, int | float | None) or isinstance(value, bool):
                 raise UserError(f"{path}:{number}: {tag} is no number but {value!r}")
-            points.setdefault(tag, []).append((step, np.nan if value is None else float(value)))
+            points.setdefault(current_tag(tag), []).append((step, np.nan if value is None else float(value)))
     columns = {tag: zip(*pairs) for tag, pairs in points.items()}
     return {tag: Series(np.array(steps, dtype=np.int64), np.array(values)) for tag, (steps, values) in columns.items()}
 

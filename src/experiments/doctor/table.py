@@ -221,7 +221,7 @@ _PPO = (
     Rule("steps-too-large", "the policy moves too far in one iteration", checks.steps_too_large,
          (NOISE, EITHER_LR, "the learning rate is too high -> lower --lr; --warmup-iterations",
           suspects.steps_on_a_rollout, "epsilon of Adam too small for the first small gradients -> --adam-eps 1e-5"),
-         ("val/ratio_mean", "objective/kl")),
+         ("policy/ratio_mean", "objective/kl")),
     Rule("does-not-move", "the policy stays what it was", checks.does_not_move,
          (LOW_LR, "the learning rate is too low; adapters need that of their preset -> raise --lr, or leave it away",
           "the adapter is not active in the training forward, or frozen -> --freeze auto",
@@ -245,7 +245,7 @@ _PPO = (
     Rule("kl-negative", "the KL to the SFT model is negative",
          Sign("objective/kl", Range(low=ALARM["objective/kl"].low), mean=5, least=5, missing="five iterations"),
          (NOISE, "samples do not come from the distribution that is scored: top-k, top-p, another temperature -> "
-                 "sample at --temperature alone; look at time/sampler_vs_train_logp_max",
+                 "sample at --temperature alone; look at policy/sampler_vs_train_logp_max",
           "PAD tokens are counted -> mask after the first EOS",
           "the sampler has stale weights -> sample with the policy that is trained"),
          (SAMPLER_DRIFT,)),

@@ -35,13 +35,13 @@ class Phases:
         """The figures of a round in which `tokens` response tokens were sampled and learned from; starts the next.
 
         Returns:
-            time/PHASE_s, time/PHASE_share of all phases' seconds, and time/PHASE_tokens_s; time/tokens_s of all.
+            time/PHASE_s, its time/PHASE_share of all seconds, time/PHASE_tokens_per_s, and time/tokens_per_s of all.
         """
         spent = sum(self.seconds.values()) or 1e-9
-        figures = {"time/tokens_s": tokens / spent}
+        figures = {"time/tokens_per_s": tokens / spent}
         for name, seconds in self.seconds.items():
-            rate = tokens / max(seconds, 1e-9)
-            figures |= {f"time/{name}_s": seconds, f"time/{name}_share": seconds / spent, f"time/{name}_tokens_s": rate}
+            figures |= {f"time/{name}_s": seconds, f"time/{name}_share": seconds / spent}
+            figures[f"time/{name}_tokens_per_s"] = tokens / max(seconds, 1e-9)
             self.total[name] = self.total.get(name, 0.0) + seconds
         self.seconds, self.tokens = {}, self.tokens + tokens
         return figures

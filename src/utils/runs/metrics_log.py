@@ -24,6 +24,21 @@ from tqdm import tqdm
 
 from utils.runs.durable import write_file
 
+_EARLIER_TAGS = {
+    **{f"val/ratio_{moment}": f"policy/ratio_{moment}" for moment in ("mean", "var", "max")},
+    "time/sampler_vs_train_logp_max": "policy/sampler_vs_train_logp_max",
+    "actor_lr": "lr/actor",
+    "critic_lr": "lr/critic",
+    "time/tokens_s": "time/tokens_per_s",
+    **{f"time/{p}_tokens_s": f"time/{p}_tokens_per_s" for p in ("rollout", "score", "reference", "update")},
+}
+
+
+def current_tag(tag: str) -> str:
+    """Today's name of a tag, for readers of metrics.jsonl: runs from before a renaming have the earlier one, and a run
+    that was gone on with since has both, one after the other."""
+    return _EARLIER_TAGS.get(tag, tag)
+
 
 class GrowingFile:
     """A file that is appended to. What a full disk refuses is kept in memory and written once there is room.

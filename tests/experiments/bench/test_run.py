@@ -65,7 +65,7 @@ def test_works_of_ours_run(kind, preset, monkeypatch):
     assert result["value"] > 0 and result["versions"]["torch"] == torch.__version__
     assert 0 < result["products"] < 1 and result["peak_gb"] > 0
     if kind == "ppo":
-        assert {"time/rollout_s", "time/update_s"} <= set(result["parts"])
+        assert set(result["parts"]) == {f"time/{part}_s" for part in ("rollout", "score", "reference", "update")}
 
 
 def test_ppo_of_ours_shares_one_base_and_samples_full_responses(tmp_path, monkeypatch):

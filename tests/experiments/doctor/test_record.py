@@ -68,6 +68,16 @@ def test_up_to_is_the_run_as_it_was(run):
     assert early.last_step == 10 and early["eval/loss"].steps.tolist() == [0]
 
 
+def test_a_figure_that_was_renamed_while_the_run_went_on_is_one_curve(run):
+    then = {"step": 1, "val/ratio_max": 2.0, "actor_lr": 0.1, "time/sampler_vs_train_logp_max": 1e-6, "val/mean": 0.0}
+    now = {"step": 2, "policy/ratio_max": 3.0, "lr/actor": 0.2, "policy/sampler_vs_train_logp_max": 2e-6, "val/mean": 1}
+    series = read_run(run([then, now])).series
+    assert set(series) == set(now) - {"step"}
+    for tag, curve in series.items():
+        assert curve.steps.tolist() == [1, 2] and curve.values[1] == now[tag], tag
+    assert series["lr/actor"].values.tolist() == [0.1, 0.2]
+
+
 @pytest.mark.parametrize("end", ['{"step": 30, "train/l', '{"step": 30, "train/l\n', "\n\n", '{"step": 30'])
 def test_a_torn_last_line_is_left_out(run, end):
     assert read_run(run([*LINES, end])).last_step == 20

@@ -41,13 +41,13 @@ def ppo_figures(n=N):
         "objective/score_sd": 1 - 0.4 * progress, "objective/rlhf_reward": 0.8 * progress,
         "objective/kl_coef": level(0.1, n), "objective/entropy": 7 - 2.5 * progress,
         "policy/entropy": 0.5 - 0.2 * progress, "policy/approxkl": level(0.002, n),
-        "policy/approxkl_epoch1": level(0, n), "policy/clipfrac": level(0.02, n), "val/ratio_mean": level(1, n),
-        "val/ratio_max": level(2, n), "val/explained_var": level(0.5, n), "val/mean": progress,
+        "policy/approxkl_epoch1": level(0, n), "policy/clipfrac": level(0.02, n), "policy/ratio_mean": level(1, n),
+        "policy/ratio_max": level(2, n), "val/explained_var": level(0.5, n), "val/mean": progress,
         "val/return_mean": progress, "val/return_var": level(0.4, n), "val/clipfrac": level(0.02, n),
         "resp/len_mean": level(15, n), "resp/len_score_corr": level(0, n), "resp/eos_rate": level(1, n),
         "resp/distinct_2": level(0.25, n), "resp/repetition": level(0.01, n), "resp/duplicate_rate": level(0.1, n),
         "grad_norm/actor": level(0.2, n), "grad_norm/critic": level(0.1, n),
-        "time/sampler_vs_train_logp_max": level(3e-6, n), "eval/score": evaluations,
+        "policy/sampler_vs_train_logp_max": level(3e-6, n), "eval/score": evaluations,
         "eval/gold": {step: 0.3 + 2 * x for step, x in evaluations.items()}, "eval/kl": evaluations,
     }  # fmt: skip
 
@@ -80,8 +80,8 @@ RISE = np.maximum(0, ITERATIONS - 5.0)
 PPO_CASES = [
     (at(1e-6, 4, tag="policy/approxkl_epoch1"), {}, "ratio-not-one", 4, at(1e-12, 4, tag="policy/approxkl_epoch1")),
     (at(0.01, 1, tag="objective/kl_k3"), {}, "kl-not-zero-at-start", 1, at(1e-8, 1, tag="objective/kl_k3")),
-    ({"time/sampler_vs_train_logp_max": level(1e-3)}, {}, "sampler-differs", 1,
-     at(1e-3, 5, 7, tag="time/sampler_vs_train_logp_max")),
+    ({"policy/sampler_vs_train_logp_max": level(1e-3)}, {}, "sampler-differs", 1,
+     at(1e-3, 5, 7, tag="policy/sampler_vs_train_logp_max")),
     (at(-0.1, 9, tag="objective/entropy"), {}, "entropy-negative", 9, at(0.1, 9, tag="objective/entropy")),
     ({"resp/eos_rate": level(0.2)}, {}, "never-ends", 1, {"resp/eos_rate": level(0.96)}),
     ({"resp/eos_rate": np.r_[level(1, 10), level(0.8, 20)]}, {}, "stops-ending", 11,
@@ -101,8 +101,8 @@ PPO_CASES = [
      {"objective/score_sd": level(0.1)}),
     (at(0.05, 6, 7, 8, tag="policy/approxkl"), {}, "steps-too-large", 6, at(0.05, 1, 2, tag="policy/approxkl")),
     (at(0.4, 6, 7, 8, tag="policy/clipfrac"), {}, "steps-too-large", 6, at(0.4, 6, 8, 10, tag="policy/clipfrac")),
-    (at(0.9, 2, 3, 4, tag="val/ratio_mean"), {}, "steps-too-large", 2, at(0.96, 2, 3, 4, tag="val/ratio_mean")),
-    (at(50, 2, 3, 4, tag="val/ratio_max"), {}, "steps-too-large", 2, at(50, 1, 20, tag="val/ratio_max")),
+    (at(0.9, 2, 3, 4, tag="policy/ratio_mean"), {}, "steps-too-large", 2, at(0.96, 2, 3, 4, tag="policy/ratio_mean")),
+    (at(50, 2, 3, 4, tag="policy/ratio_max"), {}, "steps-too-large", 2, at(50, 1, 20, tag="policy/ratio_max")),
     ({"objective/kl": level(0), "objective/kl_k3": level(0), "policy/approxkl": level(0)}, {}, "does-not-move", 30,
      {"objective/kl": level(0), "objective/kl_k3": level(0), "policy/approxkl": level(1e-5)}),
     ({"objective/kl": np.r_[level(2, 20), level(35, 10)]}, {}, "kl-explodes", 21, {"objective/kl": 0.25 * ITERATIONS}),
@@ -233,7 +233,7 @@ def test_some_rules_ask_for_a_flag():
 
 
 def test_dropout_is_named_where_the_first_ratio_betrays_it():
-    drift = {"time/sampler_vs_train_logp_max": level(1e-2)}
+    drift = {"policy/sampler_vs_train_logp_max": level(1e-2)}
     findings, _ = examine(ppo(drift))
     assert "dropout" not in findings[0].causes[0].why  # the forward repeats itself: the sampler is what differs
     findings, _ = examine(ppo(drift | {"policy/approxkl_epoch1": level(1e-3)}))
@@ -242,7 +242,7 @@ def test_dropout_is_named_where_the_first_ratio_betrays_it():
 
 
 def test_half_precision_has_wider_ranges():
-    noisy = {"policy/approxkl_epoch1": level(1e-5), "time/sampler_vs_train_logp_max": level(1e-2)}
+    noisy = {"policy/approxkl_epoch1": level(1e-5), "policy/sampler_vs_train_logp_max": level(1e-2)}
     noisy["objective/kl_k3"] = np.maximum(ppo_figures()["objective/kl_k3"], 1e-3)
     assert codes(ppo(noisy)) == ["ratio-not-one", "kl-not-zero-at-start", "sampler-differs"]
     assert codes(ppo(noisy, precision="bf16")) == []

@@ -20,8 +20,8 @@ def test_shares_add_up_and_rates_are_tokens_over_seconds() -> None:
         assert 0.06 <= spent < 1
         assert figures["time/update_share"] + figures["time/rollout_share"] == pytest.approx(1)
         assert figures["time/update_share"] > 0.5
-        assert figures["time/tokens_s"] == pytest.approx(tokens / spent)
-        assert figures["time/rollout_tokens_s"] == pytest.approx(tokens / figures["time/rollout_s"])
+        assert figures["time/tokens_per_s"] == pytest.approx(tokens / spent)
+        assert figures["time/rollout_tokens_per_s"] == pytest.approx(tokens / figures["time/rollout_s"])
     words = phases.summary()
     assert words.count("tokens/s") == 3 and "rollout" in words and "update" in words
     shares = [int(word.rstrip("%")) for word in words.split() if word.endswith("%")]

@@ -15,8 +15,10 @@ import torch
 from scripts import call, newest
 from setups import read_metrics
 
+from experiments.doctor.record import read_series
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.storage import resuming
+from utils.runs.metrics_log import current_tag
 
 ARCHIVE = Path(__file__).with_name("runs_of_61f479c.tar.gz")
 STAGES = {
@@ -27,6 +29,11 @@ STAGES = {
     "--iterations 50",
 }
 SCHEDULE = "--max-steps 4 --save-every 2 --eval-every 2 --eval-examples 4 -b 2 --global-batch-size 4 --keep 2"
+
+
+def figures(run):
+    """The lines of metrics.jsonl under today's names."""
+    return [{current_tag(key): value for key, value in row.items()} for row in read_metrics(run)]
 
 
 @pytest.fixture
@@ -54,14 +61,17 @@ def test_checkpoints_load(old):
 def test_each_stage_goes_on_to_the_end(old, stage):
     """PPO comes to the figures of the run that was not stopped; the order of SFT's and RM's rows is another now."""
     run = newest(old / "runs", f"{stage}_old")
-    before = read_metrics(run)
+    before = figures(run)
     shutil.rmtree(run / "final", ignore_errors=True)
     flags = f"{STAGES[stage].format(data=old)} {SCHEDULE} --resume auto"
     result = call(stage, flags, old / "runs")
     assert result.code == 0, result.err
     assert "step_00000002" in result.out
-    after = read_metrics(run)
+    after = figures(run)
     assert [row["step"] for row in after] == [row["step"] for row in before]
+    curves = read_series(run / "metrics.jsonl")  # one of each figure, under whichever name a line has it
+    for tag in {tag for row in before for tag in row} - {"step", "time"}:
+        assert curves[tag].steps.tolist() == [row["step"] for row in before if tag in row], tag
     assert "note: the run was started before" in result.out
     for then, now in zip(before, after, strict=True):
         for key in then.keys() - {"time"}:
