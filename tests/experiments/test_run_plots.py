@@ -3,10 +3,14 @@
 import json
 import math
 import re
+import tarfile
+from pathlib import Path
 
 import pytest
 from matplotlib import colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from experiments.run_plots import (
     CURVES,
@@ -136,6 +140,21 @@ def test_a_curve_that_is_outside_everywhere_has_the_edge_of_its_range_in_view():
     assert panel(Curve("t", {"a": "x"}, "Read it.", Range(0, 15)), a=[50.0, 60.0]).get_ylim()[0] < 15
 
 
+def test_range_and_alarm_begin_where_they_count():
+    """At the first point of the leading line from there on, so that the way to it is not under the colour."""
+    curve = Curve("t", {"a": "x", "b": "y"}, "Read it.", Range(0, 1), alarm=(2,), since=5)
+    axis = Figure().add_subplot()
+    draw_curve(axis, curve, {"a": ([0, 10, 20], [3.0, 0.5, 0.5]), "b": ([0, 6, 20], [0.0, 0.0, 0.0])})
+    left, right = axis.get_xlim()
+    assert left < 0 and right > 20 and list(axis.patches[0].get_bbox().intervalx) == [10, right]
+    alarm = axis.lines[-1]
+    assert (list(alarm.get_xdata()), list(alarm.get_ydata())) == ([10, right], [2, 2])
+    assert curve.expected == "0 to 1, from 5 on" and CURVE.expected == "0 to 15"
+    early = Figure().add_subplot()
+    draw_curve(early, curve, {"a": ([0, 4], [3.0, 0.5])})
+    assert early.patches[0].get_width() == 0 and set(early.lines[-1].get_xdata()) == {early.get_xlim()[1]}
+
+
 @pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.0], [1e-9, 1e9]])
 def test_axes_have_room_for_any_values(values):
     for curve in (Curve("t", {"a": "x"}, "."), Curve("t", {"a": "x"}, ".", Range(1e-4, 1e-2), log=True)):
@@ -170,7 +189,7 @@ def test_a_run_has_a_panel_and_a_row_for_every_curve(stage, tmp_path):
     assert {row.count("|") for row in (head, rule, *rows)} == {6} and len(rows) == len(CURVES[stage])
     for row, curve in zip(rows, CURVES[stage]):
         _, title, shown, last, healthy, reading, _ = (cell.strip() for cell in row.split("|"))
-        assert (title, last, healthy) == (curve.title, "0.5", str(curve.healthy or ""))
+        assert (title, last, healthy) == (curve.title, "0.5", curve.expected)
         assert re.findall("`([^`]+)`", shown) == list(curve.tags) and reading == curve.reading
 
 
@@ -194,6 +213,84 @@ def test_a_table_says_what_was_not_logged(tmp_path):
     rows = reading_table("sft", run).splitlines()[2:]
     assert "`train/loss` | 3.25 |" in rows[0] and "eval/loss" not in rows[0]
     assert all("| none |" in row for row in rows[1:])
+
+
+# Healthy runs --------------------------------------------------------------------------------------------------------
+
+PACKED = Path(__file__).parent / "doctor/runs"
+HEALTHY = [path for path in sorted(PACKED.glob("*_demo_s?*.tar.gz")) if "kl0" not in path.name]
+
+
+def unpacked(archive, folder):
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+def beyond(figure):
+    """{panel: points beyond one of its alarms, where that is drawn}; an alarm lies above or below the healthy range."""
+    found = {}
+    for axis in figure.axes:
+        alarms = [line for line in axis.lines if colors.to_hex(line.get_color()) == "#c0392b"]
+        points = [p for line in axis.lines if line not in alarms for p in zip(line.get_xdata(), line.get_ydata())]
+        for alarm in alarms:
+            (first, last), (level, _), (bottom, top) = alarm.get_xdata(), alarm.get_ydata(), shaded(axis).expected
+            assert level <= bottom or level >= top, axis.get_title(loc="left")
+            for step, value in points:
+                if first <= step <= last and (value > level if level >= top else value < level):
+                    found.setdefault(axis.get_title(loc="left"), []).append((step, value))
+    return found
+
+
+def test_the_demos_of_three_seeds_are_there():
+    assert len(HEALTHY) == 15, HEALTHY  # two of SFT, one of the reward model, two of PPO
+
+
+@pytest.mark.parametrize("archive", HEALTHY, ids=lambda path: path.name[:-7])
+def test_a_healthy_run_crosses_no_alarm_and_is_in_every_range_where_that_counts(archive, tmp_path):
+    run = unpacked(archive, tmp_path)
+    stage = run.name.partition("_")[0]
+    assert beyond(draw_run(stage, run)) == {}
+    metrics = read_metrics(run)
+    for curve in CURVES[stage]:
+        leading = next((metrics[tag] for tag in curve.tags if tag in metrics), None)
+        if curve.healthy and leading:
+            low, high = curve.healthy.limits(start=leading[1][0])
+            assert [(s, v) for s, v in zip(*leading) if s >= curve.since and not low <= v <= high] == [], curve.title
+
+
+@pytest.mark.parametrize(
+    ("name", "panel"),
+    [
+        ("ppo_doctor_lr30", "approximate KL of an update"),
+        ("rm_doctor_lr30_s2", "ranking loss, nats per prompt"),
+    ],
+)
+def test_a_broken_run_crosses_one(name, panel, tmp_path):
+    run = unpacked(PACKED / f"{name}.tar.gz", tmp_path)
+    assert panel in beyond(draw_run(name.partition("_")[0], run))
+
+
+def is_title(axis):
+    """Whether an artist of a panel is the text of its title."""
+    return lambda artist: isinstance(artist, Text) and artist.get_text() == axis.get_title(loc="left")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_legends_lie_over_no_curve_and_beside_no_other_panel(stage, tmp_path):
+    tags = [tag for curve in CURVES[stage] for tag in curve.tags]
+    lines = [{"step": step, "time": step, **dict.fromkeys(tags, 0.25 + step / 8)} for step in (1, 2)]
+    figure = draw_run(stage, new_run(tmp_path, f"{stage}_x_20260101000000", *lines))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    legends = [axis for axis in figure.axes if axis.get_legend()]
+    assert legends
+    for axis in legends:
+        legend, panel = axis.get_legend().get_window_extent(canvas.get_renderer()), axis.get_window_extent()
+        (title,) = axis.findobj(match=is_title(axis))
+        title = title.get_window_extent(canvas.get_renderer())
+        assert panel.y1 - 4 <= legend.y0 and legend.y1 <= title.y0 + 4, axis.get_title(loc="left")
+        assert legend.x1 <= panel.x1 + 4, axis.get_title(loc="left")
 
 
 @pytest.mark.parametrize("stage", STAGES)
