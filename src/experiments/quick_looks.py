@@ -34,7 +34,7 @@ from utils.data.batching import collate_ranked, collate_sft, left_pad
 from utils.data.rows import STAGES
 from utils.data.splits import SPLITS
 from utils.dataset import load_dataset, open_source
-from utils.runs.folder import find_checkpoint
+from utils.runs.finding import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from config.user_error import UserError
 from training.engine.host_memory import resident_bytes
-from utils.runs.folder import REPO, newest_run, runs_root
+from utils.runs.finding import newest_run
+from utils.runs.folder import REPO, runs_root
 
 _GROWTH = 0.02  # of the memory after the warm-up: what an allocator's rounding may add
 

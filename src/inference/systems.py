@@ -16,7 +16,7 @@ from config.user_error import UserError
 from inference.answers import TextModel
 from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import describe
-from utils.runs.folder import find_checkpoint
+from utils.runs.finding import find_checkpoint
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, load_tokenizer, tokenizer_beside

@@ -15,7 +15,7 @@ from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, round_frozen, share_base
 from models.weights.checkpoint import describe
 from training.storage.resuming import Resumption
-from utils.runs.folder import find_checkpoint
+from utils.runs.finding import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, tokenizer_beside
 

@@ -39,7 +39,8 @@ from utils.evaluation.report import Evaluation, pair_table, write_evaluation
 from utils.judging.judges import ScoreJudge, make_judge
 from utils.judging.pairwise import Comparison, Judge, both_orders, compare
 from utils.judging.requests import JudgeOptions
-from utils.runs.folder import create_run, find_checkpoint, runs_root, write_hyperparams
+from utils.runs.finding import find_checkpoint
+from utils.runs.folder import create_run, runs_root, write_hyperparams
 
 
 def main(argv: list[str] | None = None) -> int:

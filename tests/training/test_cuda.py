@@ -14,7 +14,7 @@ from models.generation import generate
 from models.gpt import GPT, GPTRewardModel
 from training.memory import preflight
 from training.memory.device import available_bytes
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 
 DEVICE = "cuda"
 pytestmark = NEEDS_CUDA

@@ -14,7 +14,7 @@ from setups import read_metrics
 
 from training import trainers
 from training.storage import saving
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 from utils.runs.manifest import fault_of
 from utils.runs.metrics_log import MetricsLog
 

@@ -17,7 +17,8 @@ from models.lora import freeze_weights, init_adapters, is_adapter
 from models.weights.checkpoint import describe
 from training.engine.runtime import Runtime
 from training.storage.resuming import Resumption, find_resumption, open_run
-from utils.runs.folder import find_checkpoint, step_checkpoints, write_hyperparams
+from utils.runs.finding import find_checkpoint, step_checkpoints
+from utils.runs.folder import write_hyperparams
 from utils.runs.manifest import fault_of
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from setups import read_metrics
 
 from training import trainers
 from training.storage.saving import load_state
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 
 pytestmark = pytest.mark.slow
 

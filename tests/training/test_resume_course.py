@@ -19,7 +19,7 @@ from training.storage import resuming
 from training.storage.resuming import Resumption, find_resumption
 from training.storage.saving import Saver, load_state
 from utils.runs.durable import Disk
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,8 @@ import pytest
 from killing import assert_same_run
 from scripts import call, newest
 
-from utils.runs.folder import REPO, step_checkpoints
+from utils.runs.finding import step_checkpoints
+from utils.runs.folder import REPO
 
 pytestmark = pytest.mark.slow
 

@@ -23,7 +23,8 @@ from experiments.demo.judge import judge_demo
 from experiments.demo.picture import draw_kl_ablation
 from experiments.demo.table import judged_table, results_table, seed_table
 from experiments.markdown import number
-from utils.runs.folder import REPO, newest_run, runs_root
+from utils.runs.finding import newest_run
+from utils.runs.folder import REPO, runs_root
 
 GOLD = str(REPO / "src/utils/demo/gold.py") + ":gold_reward"
 

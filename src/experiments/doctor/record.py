@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
 from config.user_error import UserError
-from utils.runs.folder import places, runs_named, runs_root
+from utils.runs.finding import find_folder
 from utils.runs.metrics_log import current_tag
 from utils.runs.origins import places_of
 
@@ -113,19 +112,18 @@ class RunRecord:
 
 
 def find_run(argument: str, runs_dir: str) -> Path:
-    """The run folder that RUN means: a folder, a checkpoint folder inside one, or a stem such as `ppo_demo`.
+    """The run folder that RUN means: a folder, a checkpoint folder inside one, or a name such as `ppo_demo`.
 
-    Raises:
-        UserError: there is none; the message lists the runs there are.
+    UserError where there is none; the message lists the runs there are.
     """
-    for folder in [*places(argument, runs_dir), *runs_named(argument, runs_dir)[:1]]:
-        if folder.is_dir():
-            around = (folder, *folder.resolve().parents[:2])
-            return next((f for f in around if (f / "hyperparams.json").is_file()), folder)
-    root = runs_root(runs_dir)
-    runs = (re.fullmatch(r"(.+)_\d{14}", p.name) for p in (root.iterdir() if root.is_dir() else ()))
-    there = ", ".join(sorted({run[1] for run in runs if run})) or "none yet"
-    raise UserError(f"RUN {argument}: no such run or folder; runs in {root}: {there}")
+    folder = find_folder(argument, runs_dir, "RUN", _has_figures)
+    around = (folder, *folder.resolve().parents[:2])
+    return next((f for f in around if (f / "hyperparams.json").is_file()), folder)
+
+
+def _has_figures(run: Path) -> bool:
+    log = run / "metrics.jsonl"
+    return log.is_file() and log.stat().st_size > 0
 
 
 def read_run(folder: Path, runs_dir: str = "runs") -> RunRecord:

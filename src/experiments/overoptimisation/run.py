@@ -44,7 +44,7 @@ from utils.demo.gold import gold_reward
 from utils.judging.judges import Score
 from utils.reward_function import RewardFunction, load_reward_function
 from utils.runs.durable import write_file
-from utils.runs.folder import find_checkpoint, step_checkpoints
+from utils.runs.finding import find_checkpoint, step_checkpoints
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
 

@@ -29,7 +29,7 @@ from training.engine.runtime import NonFiniteStep, Overflow, Runtime
 from training.engine.suspects import SHOWN_ROWS, SuspectRow, first_few, rollout_rows, rows_to_blame, write_suspects
 from utils.loss import kl_k1
 from utils.reward_function import NonFiniteReward
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 from utils.tokenizer import Tokenizer
 
 # What a report calls the fields of an Experience.

@@ -24,7 +24,7 @@ from training.memory.plan import MemoryPlan, Rows, Sources, plan_memory
 from training.memory.sources import plan_sources
 from training.start import freeze_method
 from training.storage.resuming import Resumption
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 
 MARGIN = 0.1  # share of the memory that --tokens-per-micro-batch auto and the flags proposed leave free
 _GRAIN = 64  # token budgets are searched in multiples of this

@@ -13,7 +13,7 @@ from models.weights.checkpoint import DESCRIPTION, describe
 from training.memory.plan import Sources
 from training.start import our_checkpoint, reward_source
 from training.storage.resuming import Resumption
-from utils.runs.folder import find_checkpoint
+from utils.runs.finding import find_checkpoint
 from utils.tokenizer import get_tokenizer
 
 

@@ -25,16 +25,8 @@ from training.storage.saving import STATE, load_state, newest_whole
 from utils.dataset import TokenDataset
 from utils.reward_function import moved
 from utils.runs.durable import Disk, set_aside, standing, sweep, write_file
-from utils.runs.folder import (
-    HYPERPARAMS,
-    create_run,
-    lock_run,
-    newest_run,
-    places,
-    step_checkpoints,
-    versions,
-    write_hyperparams,
-)
+from utils.runs.finding import newest_run, places, step_checkpoints
+from utils.runs.folder import HYPERPARAMS, create_run, lock_run, versions, write_hyperparams
 from utils.runs.manifest import fault_of
 from utils.runs.origins import find_origin, without_folders
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from config.user_error import RunStopped, UserError
 from models.weights.checkpoint import save_model
 from utils.runs.durable import Disk, delete_folder, replace_folder, set_aside
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 from utils.runs.manifest import MANIFEST, fault_of, write_manifest
 from utils.runs.metrics_log import MetricsLog
 from utils.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Run folders: where a run writes, what it records about itself, and how a model argument finds a checkpoint."""
+"""Run folders: where a run writes, and what it records about itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 from config.scrub import scrubbed
 from config.user_error import UserError
-from utils.runs.durable import standing, write_file
+from utils.runs.durable import write_file
 
 REPO = Path(__file__).resolve().parents[3]
 HYPERPARAMS, LOCK = "hyperparams.json", ".lock"
@@ -125,56 +124,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+changes" if changes else "")
-
-
-def runs_named(stem: str, runs_dir: str) -> list[Path]:
-    """The run folders called `stem` (`sft_demo`), newest first."""
-    return sorted((run for run, name in _runs(runs_dir).items() if name == stem), reverse=True)
-
-
-def _runs(runs_dir: str) -> dict[Path, str]:
-    """All run folders, and their names without the time."""
-    root = runs_root(runs_dir)
-    there = root.iterdir() if root.is_dir() else ()
-    return {path: match[1] for path in there if (match := re.fullmatch(r"(.+)_\d{14}", path.name))}
-
-
-def newest_run(stem: str, runs_dir: str) -> Path | None:
-    """The newest run folder called `stem`, or None."""
-    return next(iter(runs_named(stem, runs_dir)), None)
-
-
-def places(path: str, runs_dir: str) -> list[Path]:
-    """What a folder named on the command line may mean: from the working directory, the repo, or `runs_dir`."""
-    return [Path(path).expanduser(), REPO / path, runs_root(runs_dir) / path]
-
-
-def find_checkpoint(argument: str, runs_dir: str, flag: str) -> Path:
-    """The checkpoint folder that a model argument means, as an absolute path.
-
-    Args:
-        argument: a run folder (its final/, else best/, else newest step), a checkpoint folder, or the stem of a run
-            such as `sft_demo` (the newest run of that name). Paths count from the working directory, the repo, or
-            `runs_dir`, where stems are looked up, too.
-        flag: named in the error.
-
-    Raises:
-        UserError: there is no such run or it has no checkpoint; the message lists the runs there are.
-    """
-    candidates = [*places(argument, runs_dir), *runs_named(argument, runs_dir)[:1]]
-    for folder in candidates:
-        for inner in (folder, folder / "final", folder / "best", *reversed(step_checkpoints(folder))):
-            if (standing(inner) / "model.json").is_file():
-                return standing(inner).resolve()
-    empty = next((folder for folder in reversed(candidates) if folder.is_dir()), None)
-    if empty is not None:
-        raise UserError(
-            f"{flag} {argument}: no checkpoint in {empty}; give a run that has saved one, or a folder with model.json"
-        )
-    there = ", ".join(sorted(set(_runs(runs_dir).values()))) or "none yet"
-    raise UserError(f"{flag} {argument}: no such run or folder; runs in {runs_root(runs_dir)}: {there}")
-
-
-def step_checkpoints(run: Path) -> list[Path]:
-    """The step checkpoints of a run, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_????????") if p.name[5:].isdigit())

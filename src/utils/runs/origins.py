@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
-from utils.runs.folder import find_checkpoint, runs_root
+from utils.runs.finding import find_checkpoint
+from utils.runs.folder import runs_root
 from utils.runs.manifest import digest_of
 
 _KINDS = {"sft": "SFT model", "rm": "reward model"}

@@ -40,7 +40,8 @@ from experiments.doctor.record import read_run
 from experiments.doctor.run import examine
 from training import start, trainers
 from utils.data.batching import Batch
-from utils.runs.folder import REPO, newest_run, runs_root
+from utils.runs.finding import newest_run
+from utils.runs.folder import REPO, runs_root
 
 _STAGES = ("sft", "rm", "ppo")
 # The demo's own runs beside the cases below; one variant of them is broken on purpose.

@@ -141,5 +141,5 @@ def test_what_run_may_mean(run, tmp_path, monkeypatch):
     assert find_run(str(new / "final"), "runs") == new
     monkeypatch.chdir(tmp_path)
     assert find_run(old.name, "runs").resolve() == old
-    with pytest.raises(UserError, match=r"RUN sft_z: no such run or folder; runs in .*: sft_x$"):
+    with pytest.raises(UserError, match=r"RUN sft_z: no such run or folder; runs in .*: sft_x; "):
         find_run("sft_z", str(tmp_path))

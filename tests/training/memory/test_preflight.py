@@ -18,7 +18,7 @@ from training.memory import device as device_memory
 from training.memory import preflight
 from training.memory.plan import Sources
 from training.memory.preflight import MARGIN, Planner, fit, is_out_of_memory, over_budget, ways_out
-from utils.runs.folder import step_checkpoints
+from utils.runs.finding import step_checkpoints
 
 pytestmark = pytest.mark.slow
 

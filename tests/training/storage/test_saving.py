@@ -17,7 +17,7 @@ from models.gpt import GPT, GPTCritic
 from models.weights.checkpoint import describe
 from training.storage.saving import STATE, Saver, capture_rng, load_state, newest_whole, restore_rng
 from utils.runs.durable import Disk
-from utils.runs.folder import find_checkpoint, step_checkpoints
+from utils.runs.finding import find_checkpoint, step_checkpoints
 from utils.runs.manifest import fault_of
 
 

@@ -1,7 +1,6 @@
-"""Run folders: names, what they say about themselves, and how a model argument finds a checkpoint."""
+"""Run folders: names, and what they say about themselves."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -11,23 +10,8 @@ from pathlib import Path
 import pytest
 
 from config.user_error import UserError
-from utils.runs import folder as run_folder
-from utils.runs.folder import (
-    REPO,
-    create_run,
-    find_checkpoint,
-    newest_run,
-    runs_named,
-    runs_root,
-    step_checkpoints,
-    write_hyperparams,
-)
-
-
-def checkpoint(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.json").write_text("{}")
-    return folder
+from utils.runs.finding import runs_named
+from utils.runs.folder import REPO, create_run, runs_root, write_hyperparams
 
 
 def test_the_default_folder_is_the_repos_from_anywhere(monkeypatch, tmp_path) -> None:
@@ -65,57 +49,3 @@ def test_no_git_is_no_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     write_hyperparams(tmp_path, "sft", {"seed": 0}, {}, {})
     assert json.loads((tmp_path / "hyperparams.json").read_text())["commit"] == "unknown"
-
-
-def test_runs_are_found_by_their_whole_name(tmp_path) -> None:
-    names = [
-        "sft_demo_20260101000000", "sft_demo_20260203040506", "sft_demo_lora_20270101000000", "sft_demo_2026",
-        "rm_demo_20280101000000", "sft_demoX20270101000000", "sft_d[e]mo_20270101000000",
-    ]  # fmt: skip
-    for name in names:
-        (tmp_path / name).mkdir()
-    assert [p.name for p in runs_named("sft_demo", str(tmp_path))] == [names[1], names[0]]
-    assert newest_run("sft_demo", str(tmp_path)).name == names[1]
-    assert newest_run("sft_d[e]mo", str(tmp_path)).name == names[-1]
-    assert newest_run("sft", str(tmp_path)) is None and newest_run("sft_demo", str(tmp_path / "none")) is None
-
-
-def test_a_run_means_its_final_else_best_else_newest_step(tmp_path) -> None:
-    run = tmp_path / "sft_demo_20260101000000"
-    step5, step30 = (checkpoint(run / "checkpoints" / f"step_{n:08d}") for n in (5, 30))
-    (run / "checkpoints" / "step_00000040.writing").mkdir()
-    assert step_checkpoints(run) == [step5, step30]
-
-    def found(argument) -> Path:
-        return find_checkpoint(str(argument), str(tmp_path), "-p")
-
-    assert found(run) == step30 == found("sft_demo")
-    best = checkpoint(run / "best")
-    assert found("sft_demo") == best
-    final = checkpoint(run / "final")
-    assert found("sft_demo") == final == found(run) == found(run.name) == found(f"{run.name}/final")
-    assert found(step5) == step5
-    checkpoint(tmp_path / "sft_demo_20260101000001" / "final")
-    assert found("sft_demo").parent.name == "sft_demo_20260101000001"
-
-
-def test_paths_count_from_the_working_directory_and_from_the_repo(tmp_path, monkeypatch) -> None:
-    checkpoint(tmp_path / "a" / "final")
-    monkeypatch.chdir(tmp_path)
-    found = find_checkpoint("a", "runs", "-p")
-    assert found == (tmp_path / "a" / "final").resolve() and found.is_absolute()
-    monkeypatch.setattr(run_folder, "REPO", tmp_path)
-    os.makedirs("src")
-    monkeypatch.chdir(tmp_path / "src")
-    assert find_checkpoint("a", "runs", "-p") == found
-
-
-def test_errors_name_the_flag_and_what_there_is(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"^-a sft_demo: no such run or folder; runs in .*: none yet$"):
-        find_checkpoint("sft_demo", str(tmp_path), "-a")
-    for name in ("sft_a_20260101000000", "rm_b_20260101000000", "rm_b_20260101000001", "notes_x"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=r"^-a sft_demo: no such run or folder; runs in .*: rm_b, sft_a$"):
-        find_checkpoint("sft_demo", str(tmp_path), "-a")
-    with pytest.raises(UserError, match=r"^-c rm_b: no checkpoint in .*rm_b_20260101000001;"):
-        find_checkpoint("rm_b", str(tmp_path), "-c")
