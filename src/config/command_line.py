@@ -7,15 +7,21 @@ import difflib
 import io
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import tyro
 
-from config.configs import PPOConfig, StageConfig, flag_of, stage_defaults
+from config.configs import StageConfig, flag_of, stage_defaults
 from config.user_error import UserError
 
 Flags = TypeVar("Flags")
+Recorded = Callable[[type[StageConfig], dict[str, str]], StageConfig | None]
+
+_SHORT = {
+    "-n": "name", "-s": "strategy", "-b": "batch_size", "-p": "pretrain", "-a": "actor", "-c": "critic",
+}  # fmt: skip
 
 
 class WrongFlags(UserError):
@@ -40,8 +46,13 @@ def flags_of(kind: type[Flags], argv: list[str] | None, description: str, **opti
         raise WrongFlags("".join(" " if c in "─│╭╮╰╯┄" else c for c in stderr.getvalue())) from None
 
 
-def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageConfig:
-    """Parse a stage's command line; the defaults shown and used are those of the preset that `--config` names.
+def parse_cli(stage: type[StageConfig], argv: list[str] | None = None, recorded: Recorded | None = None) -> StageConfig:
+    """Parse a stage's command line. The defaults, shown by --help and used, are those of the preset that `--config`
+    names, or with --resume the settings of the run that goes on, as `recorded` finds them.
+
+    Args:
+        recorded: takes the stage's dataclass and the flags that are given, each with the word behind it
+            (`{"resume": "auto", "batch_size": "8"}`); returns the settings of the run, None where none goes on.
 
     Raises:
         UserError: an unknown flag (the message lists the flags), a bad value, or a value out of range.
@@ -49,24 +60,55 @@ def parse_cli(stage: type[StageConfig], argv: list[str] | None = None) -> StageC
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     _reject_unknown_flags(stage, argv)
-    preset = stage.config
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            preset = argv[i + 1]
-        elif word.startswith("--config="):
-            preset = word.split("=", 1)[1]
-    defaults = stage_defaults(stage, preset)
-    given = {word.split("=", 1)[0].replace("_", "-") for word in argv}
-    if given & {"-b", "--batch-size"} and "--tokens-per-micro-batch" not in given:
+    given = _given(argv)
+    defaults = recorded(stage, given) if recorded is not None and given.get("resume") else None
+    if defaults is None:
+        defaults = stage_defaults(stage, given.get("config") or stage.config)
+    if "batch_size" in given and "tokens_per_micro_batch" not in given:
         defaults = replace(defaults, tokens_per_micro_batch=0)  # whoever counts rows does not mean tokens
+    return _with_passes_within_a_step(_parsed(stage, argv, defaults), told="batch_size" in given)
+
+
+def config_of_record(stage: type[StageConfig], values: dict[str, Any], where: str) -> StageConfig:
+    """A configuration as `resolved` gave it and JSON kept it, checked as on a command line.
+
+    What the record lacks has today's default; settings that there are no longer are left out. UserError for a value
+    that is none of the setting's; it begins with `where`.
+    """
+    words = [_in_words(f.name, values[f.name]) for f in fields(stage) if f.name in values]
     try:
-        config = flags_of(stage, argv, stage.__doc__, default=defaults)
+        return _parsed(stage, words, stage_defaults(stage, str(values.get("config", stage.config))))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _in_words(field: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag_of(field if value else f"no_{field}")
+    return f"{flag_of(field)}={value}"
+
+
+def _given(argv: list[str]) -> dict[str, str]:
+    """The fields whose flags stand on a command line, and the word behind each; the last one counts, as for tyro."""
+    given = {}
+    for word, following in zip(argv, [*argv[1:], ""]):
+        if word[:2] in _SHORT:
+            given[_SHORT[word[:2]]] = word[2:].removeprefix("=") or following
+        elif word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            given[flag.replace("-", "_")] = value if equals else following
+    return given
+
+
+def _parsed(stage: type[StageConfig], argv: list[str], defaults: StageConfig) -> StageConfig:
+    """`flags_of` with what is wrong in fewer words."""
+    try:
+        return flags_of(stage, argv, stage.__doc__, default=defaults)
     except WrongFlags as error:
         words = re.sub(r"-{5,}", "", str(error)).strip()
         words = re.sub(r"^(Parsing|Value|Missing|Invalid|Unrecognized) (error|argument|choice|options) ", "", words)
         words = words.removeprefix("Error parsing ")
         raise UserError(re.split(" (?:For full|Argument) helptext", words)[0].strip()) from None
-    return _with_passes_within_a_step(config, told=bool(given & {"-b", "--batch-size"}))
 
 
 def _with_passes_within_a_step(config: StageConfig, told: bool) -> StageConfig:
@@ -81,7 +123,7 @@ def _with_passes_within_a_step(config: StageConfig, told: bool) -> StageConfig:
 
 def _reject_unknown_flags(stage: type, argv: list[str]) -> None:
     flags = [flag_of(f.name) for f in fields(stage)]
-    short = ["-n", "-s", "-b"] + (["-a", "-c"] if stage is PPOConfig else ["-p"])
+    short = [word for word, field in _SHORT.items() if flag_of(field) in flags]
     known = set(flags) | {"--no-" + f[2:] for f in flags} | set(short) | {"-h", "--help"}
     for word in argv:
         flag = word.split("=", 1)[0].replace("_", "-")

@@ -227,8 +227,8 @@ class RunConfig:
     runs_dir: str = "runs"
     """Where run folders are made and looked for."""
     resume: str = ""
-    """auto: go on with the newest run of this name, or end at once if it is finished; PATH: with that run or checkpoint
-    folder."""
+    """auto: go on with the newest run of this name, or end at once if it is finished; PATH: with that run (its folder
+    or name) or checkpoint. Settings that are not given are the run's own; those that are given must agree with them."""
     resume_override: str = ""
     """Settings that may differ from the run's when it is gone on with, by commas: max_steps, lr, eval_every, ..."""
     deterministic: bool = False

@@ -22,6 +22,7 @@ from models.weights.checkpoint import describe  # noqa: E402
 from training.engine.runtime import Runtime  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import Roles, describe_model, ppo_start, prompt_limit, row_limit, template_of  # noqa: E402
+from training.storage.recorded import recorded_settings  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import PPOTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
@@ -32,7 +33,7 @@ from utils.tokenizer import load_tokenizer  # noqa: E402
 
 def main() -> int:
     """Parse, seed, models, data, trainer, fit."""
-    config = parse_cli(PPOConfig)
+    config = parse_cli(PPOConfig, recorded=recorded_settings)
     resumption = find_resumption("ppo", config)
     config = preflight(config, resumption)
     if config.plan:

@@ -20,6 +20,7 @@ from config.user_error import run_main  # noqa: E402
 from training.engine.runtime import Runtime  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import describe_model, prompt_limit, rm_start, row_limit  # noqa: E402
+from training.storage.recorded import recorded_settings  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
 from training.trainers import RewardModelTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
@@ -28,7 +29,7 @@ from utils.runs.origins import record_origins  # noqa: E402
 
 def main() -> int:
     """Parse, seed, model, data, trainer, fit."""
-    config = parse_cli(RMConfig)
+    config = parse_cli(RMConfig, recorded=recorded_settings)
     resumption = find_resumption("rm", config)
     config = preflight(config, resumption)
     if config.plan:

@@ -20,6 +20,7 @@ from config.user_error import run_main  # noqa: E402
 from training.engine.runtime import Runtime  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
 from training.start import describe_model, freeze, row_limit, sft_start  # noqa: E402
+from training.storage.recorded import recorded_settings  # noqa: E402
 from training.storage.resuming import Resumption, find_resumption, open_run  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
 from utils.dataset import load_dataset  # noqa: E402
@@ -27,7 +28,7 @@ from utils.dataset import load_dataset  # noqa: E402
 
 def main() -> int:
     """Parse, seed, data, model, trainer, fit."""
-    config = parse_cli(SFTConfig)
+    config = parse_cli(SFTConfig, recorded=recorded_settings)
     resumption = find_resumption("sft", config)
     config = preflight(config, resumption)
     if config.plan:

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 from setups import read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training import trainers
 from utils.runs.durable import Disk
 
 
@@ -125,3 +127,20 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert steps[0] == steps[1]
     left = [p.name for p in other.rglob("*") if p.suffix in (".writing", ".old", ".deleting")]
     assert not left
+
+
+TRAINERS = {"sft": "SFTTrainer", "rm": "RewardModelTrainer", "ppo": "PPOTrainer"}
+
+
+def interrupt_at(stage: str, step: int, monkeypatch, number: int = signal.SIGINT) -> None:
+    """Send a signal to this process while the trainer is in the middle of a step."""
+    cls = getattr(trainers, TRAINERS[stage])
+    name = "iteration" if stage == "ppo" else "train_step"
+    original = getattr(cls, name)
+
+    def interrupted(self, *args):
+        if self.step == step - 1:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(cls, name, interrupted)

@@ -72,13 +72,19 @@ def run(stage: str, arguments: str, runs: Path, folder: str = "") -> Result:
 
 def call(stage: str, arguments: str, runs: Path, device: str = "cpu") -> Result:
     """A script's main in this process, with the exit code it would have."""
+    return _call(stage, command(stage, arguments, runs, device))
+
+
+def call_bare(stage: str, *words: str) -> Result:
+    """`call` with these words and none beside them."""
+    return _call(stage, [f"train_{stage}.py", *words])
+
+
+def _call(stage: str, argv: list[str]) -> Result:
     AcceleratorState._reset_state(reset_partial_state=True)
     out, err = io.StringIO(), io.StringIO()
     # Importing a script puts src/ in the place of the first entry of sys.path; that must not last.
-    with (
-        mock.patch.object(sys, "argv", command(stage, arguments, runs, device)),
-        mock.patch.object(sys, "path", [*sys.path]),
-    ):
+    with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "path", [*sys.path]):
         script = importlib.import_module(f"training.train_{stage}")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from killing import interrupt_at
 from scripts import call, newest, process, run
 from setups import read_metrics
 
@@ -33,21 +34,6 @@ ARGUMENTS = {
     "rm": "-p sft_base --max-steps 6 --warmup-steps 2",
     "ppo": "-a sft_base -c rm_base --max-steps 4 --kl-target 0.1 --kl-horizon 20 --lr 1e-3",
 }
-TRAINERS = {"sft": "SFTTrainer", "rm": "RewardModelTrainer", "ppo": "PPOTrainer"}
-
-
-def interrupt_at(stage: str, step: int, monkeypatch, number: int = signal.SIGINT) -> None:
-    """Send a signal to this process while the trainer is in the middle of a step."""
-    cls = getattr(trainers, TRAINERS[stage])
-    name = "iteration" if stage == "ppo" else "train_step"
-    original = getattr(cls, name)
-
-    def interrupted(self, *args):
-        if self.step == step - 1:
-            os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    monkeypatch.setattr(cls, name, interrupted)
 
 
 def assert_same_run(one, other, steps: int) -> None:
@@ -295,8 +281,12 @@ def test_the_data_must_be_the_runs_own(runs, tmp_path, monkeypatch) -> None:
 
 def test_a_run_without_a_checkpoint_cannot_be_resumed(runs) -> None:
     assert call("sft", "-n unsaved --save-every 100 --max-steps 1", runs).code == 0
+    again = call("sft", f"-n unsaved --resume {newest(runs, 'sft_unsaved')} --save-every 100 --max-steps 1", runs)
+    assert again.code == 0 and "has all of its 1 steps" in again.out
+    (newest(runs, "sft_unsaved") / "final").rename(newest(runs, "sft_unsaved") / "kept")
     error = call("sft", f"-n unsaved --resume {newest(runs, 'sft_unsaved')} --max-steps 1", runs).error
     assert "has nothing under checkpoints/" in error
+    (newest(runs, "sft_unsaved") / "kept").rename(newest(runs, "sft_unsaved") / "final")
     error = call("sft", f"-n unsaved --resume {runs}", runs).error
     assert "no run folder or checkpoint inside one" in error
     (newest(runs, "sft_unsaved") / "hyperparams.json").write_text("{torn")

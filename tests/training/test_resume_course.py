@@ -277,7 +277,8 @@ def test_auto_is_the_newest_run_of_the_name_whatever_it_is(runs, stage: str, cap
     capsys.readouterr()
     assert goes_on(stage, runs) is None
     assert capsys.readouterr().out == (
-        f"--resume auto: {newer} was stopped before its first checkpoint; starting a new run\n"
+        f"--resume auto: {newer} was stopped before its first checkpoint; starting a new run, with its settings "
+        "where none are given\n"
     )
     (newer / "hyperparams.json").unlink()  # killed as it was being made
     assert goes_on(stage, runs) is None

@@ -236,7 +236,7 @@ WRONG = [
     ("sft", "-p rm_one", "holds a reward model; an SFT or PPO model is needed here"),
     ("sft", "--freeze lora", "--freeze lora: the model has no adapters"),
     ("sft", "--max-length 500", "--max-length 500: the model's context is 192"),
-    ("sft", "--resume nowhere", "--resume nowhere: no run folder or checkpoint inside one"),
+    ("sft", "--resume nowhere", "--resume nowhere: no such run or folder; runs in .*sft_one"),
     ("rm", "-p sft_missing", "-p sft_missing: no such run"),
     ("rm", "-p rm_one", "holds a reward model; an SFT or PPO model is needed here"),
     ("rm", "-p sft_one --response-length 192", "--response-length 192: responses and a prompt do not fit into 192"),

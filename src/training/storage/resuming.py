@@ -21,11 +21,12 @@ from config.scrub import scrubbed
 from config.user_error import UserError
 from models.weights.checkpoint import describe
 from training.engine.runtime import Runtime
+from training.storage.recorded import has_saved, record_of, refusal, run_and_checkpoint, settings_of
 from training.storage.saving import STATE, load_state, newest_whole
 from utils.dataset import TokenDataset
 from utils.reward_function import moved
 from utils.runs.durable import Disk, set_aside, standing, sweep, write_file
-from utils.runs.finding import newest_run, places, step_checkpoints
+from utils.runs.finding import newest_run, step_checkpoints
 from utils.runs.folder import HYPERPARAMS, create_run, lock_run, versions, write_hyperparams
 from utils.runs.manifest import fault_of
 from utils.runs.origins import find_origin, without_folders
@@ -63,10 +64,6 @@ class Resumption:
     origins: dict[str, Path | None]
 
 
-def _refusal(config: RunConfig, told: str) -> UserError:
-    return UserError(f"--resume {config.resume}: {told}")
-
-
 def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     """What --resume means: None without the flag, or for `auto` when the newest run of this name has saved nothing.
 
@@ -80,24 +77,29 @@ def find_resumption(stage: str, config: RunConfig) -> Resumption | None:
     wanted = _override_fields(config)
     if not config.resume:
         return None
+    checkpoint = None
     if config.resume == "auto":
-        run, checkpoint = _newest_saved(f"{stage}_{config.name}", config), None
+        run = _newest_saved(f"{stage}_{config.name}", config)
         if run is None:
             return None
     else:
-        run, checkpoint = _run_and_checkpoint(config)
-    record = _record_of(run, stage, config)
-    changed = _differences(scrubbed(record["config"]), scrubbed(json.loads(json.dumps(resolved(config)))))
+        run, checkpoint = run_and_checkpoint(config.resume, config.runs_dir)
+    record = record_of(run, stage, config.resume)
+    gone = [f"{field} {value!r}" for field, value in record["config"].items() if not hasattr(config, field)]
+    if gone:
+        print(f"note: {run} has recorded settings that there are no longer: {', '.join(gone)}")
+    record["config"] = resolved(settings_of(type(config), record["config"], run))
+    changed = _differences(scrubbed(record["config"]), scrubbed(resolved(config)))
     refused = [f"{field}: {then!r} -> {now!r}" for field, (then, now) in changed.items() if field not in wanted]
     if refused:
         raise UserError(
-            f"--resume {run}: settings differ from the run's ({'; '.join(refused)}); repeat the run's own flags, or "
-            f"allow the change with --resume-override where that makes sense ({', '.join(OVERRIDABLE)})"
+            f"--resume {run}: settings differ from the run's ({'; '.join(refused)}); leave these flags out, or allow "
+            f"the change with --resume-override where that makes sense ({', '.join(OVERRIDABLE)})"
         )
-    if config.resume == "auto":
+    if checkpoint is None and not config.plan:
         _leave_if_finished(run, record, config, changed)
-        if not step_checkpoints(run):
-            checkpoint = standing(run / "final")
+    if checkpoint is None and not step_checkpoints(run) and standing(run / "final").exists():
+        checkpoint = standing(run / "final")
     lock_run(run)
     checkpoint = _whole_checkpoint(run, checkpoint, config)
     state = load_state(checkpoint)
@@ -119,8 +121,7 @@ def _override_fields(config: RunConfig) -> set[str]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any]]:
     """{field: [then, now]} of the settings that decide what a run computes."""
-    fields = [field for field in {**new, **old} if field not in _MAY_CHANGE]
-    pairs = {field: [old.get(field), new.get(field)] for field in fields}
+    pairs = {field: [old[field], new[field]] for field in new if field not in _MAY_CHANGE}
     for field in _PATHS:
         then, now = pairs.get(field, (None, None))
         if isinstance(then, str) and isinstance(now, str):
@@ -133,29 +134,15 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[Any
 def _newest_saved(stem: str, config: RunConfig) -> Path | None:
     """The newest run of a name; None, and a line that says why, when it has saved nothing to go on from."""
     run = newest_run(stem, config.runs_dir)
-    if run is not None and (step_checkpoints(run) or standing(run / "final").exists()):
+    if run is not None and has_saved(run):
         return run
     if run is None:
         print(f"--resume auto: no run {stem} yet; starting one")
     else:
         lock_run(run)  # it may be at work still
-        print(f"--resume auto: {run} was stopped before its first checkpoint; starting a new run")
+        own = ", with its settings where none are given" if (run / HYPERPARAMS).is_file() else ""
+        print(f"--resume auto: {run} was stopped before its first checkpoint; starting a new run{own}")
     return None
-
-
-def _record_of(run: Path, stage: str, config: RunConfig) -> dict[str, Any]:
-    """hyperparams.json of a run, which is one of this stage."""
-    try:
-        record = json.loads((run / HYPERPARAMS).read_text())
-        record["config"] = dict(record["config"])
-        if record.get("stage") in ("rm", "ppo"):
-            record["sft"] = str(record["sft"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        told = f"{HYPERPARAMS} of {run} is no record of a run ({error}); start a new one"
-        raise _refusal(config, told) from None
-    if record.get("stage") != stage:
-        raise _refusal(config, f"is a run of stage {record.get('stage')}, not {stage}; use its own script")
-    return record
 
 
 def _leave_if_finished(run: Path, record: dict[str, Any], config: RunConfig, changed: dict[str, list[Any]]) -> None:
@@ -217,34 +204,20 @@ def _origins(run: Path, checkpoint: Path, record: dict[str, Any], config: RunCon
     return found
 
 
-def _run_and_checkpoint(config: RunConfig) -> tuple[Path, Path | None]:
-    """What `--resume PATH` means: a run folder, or one and the checkpoint inside it."""
-    folder = next((p for p in places(config.resume, config.runs_dir) if p.is_dir()), None)
-    around = (folder, *folder.parents[:2]) if folder else ()
-    run = next((p for p in around if (p / HYPERPARAMS).is_file()), None)
-    if run is None:
-        raise _refusal(config, "no run folder or checkpoint inside one; give runs/STAGE_NAME_TIME")
-    if ".superseded" in folder.name:
-        raise _refusal(
-            config,
-            "is of a course that the run has left, and its figures are cut off; go on with another checkpoint, or "
-            "start a new run from its weights",
-        )
-    return run, folder if run != folder else None
-
-
 def _whole_checkpoint(run: Path, wanted: Path | None, config: RunConfig) -> Path:
     """The checkpoint to go on from: the one that was asked for, or the newest whole one of the run."""
     if wanted is not None:
         fault = fault_of(wanted)
         if fault is not None and (wanted / STATE).is_file():
-            raise _refusal(config, f"is not whole ({fault}); give an earlier checkpoint, or --resume {run}")
+            raise refusal(config.resume, f"is not whole ({fault}); give an earlier checkpoint, or --resume {run}")
         return wanted
     checkpoint, faults = newest_whole(run)
     if checkpoint is None and not faults:
-        raise _refusal(config, f"{run} has nothing under checkpoints/ to go on from; start a new run")
+        raise refusal(config.resume, f"{run} has nothing under checkpoints/ to go on from; start a new run")
     if checkpoint is None:
-        raise _refusal(config, f"{run} has no whole checkpoint to go on from ({'; '.join(faults)}); start a new run")
+        raise refusal(
+            config.resume, f"{run} has no whole checkpoint to go on from ({'; '.join(faults)}); start a new run"
+        )
     for fault in faults:
         print(f"passed over: {fault}", file=sys.stderr)
     return checkpoint

@@ -21,6 +21,8 @@ PAIR_KEYS = {
     "a", "b", "n", "win_rate", "win_rate_ci", "decisive_wins", "ties", "consistency", "first_position_rate",
     "lc_win_rate", "unparsed", "failed",
 }  # fmt: skip
+
+
 def figures(**changes):
     keys = ("gold", "proxy", "proxy_gold_correlation", "kl", "eos_rate", "distinct_2", "repetition", "mean_length")
     return {**dict.fromkeys(keys), "n": 4, "kind": "checkpoint", **changes}
