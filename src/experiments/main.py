@@ -4,6 +4,7 @@ gpt        continue a prompt with any checkpoint or Hugging Face model
 reward     score a response with a reward model
 dataset    show a batch with its masks
 tokenizer  show how a text is cut into tokens
+export     a run as a folder of transformers, held against the run
 loss       what the losses give on a tiny example, term by term
 demo       the whole offline demo on one seed (what `make demo` runs)
 results    the demo over several seeds and variants: the tables of docs/results.md and the picture
@@ -31,7 +32,7 @@ TASKS = {
     **{task: ("quick_looks", f"look_at_{task}") for task in QUICK_LOOKS},
     **{task: ("demo.run", f"run_{task}") for task in ("demo", "results")},
     **{task: (f"{task}.run", "run") for task in ROOMS},
-    "soak": ("soak", "run"),
+    **{task: (task, "run") for task in ("export", "soak")},
 }
 """Task -> module of experiments/ and its function (parser, the rest of the command line) -> exit code."""
 

@@ -167,9 +167,9 @@ class GPT(CausalLM):
         """Load GPT-2 weights in Hugging Face's form. See `models.weights.huggingface.load_pretrained`."""
         return huggingface.load_pretrained(cls, name_or_path, config, vocab_size)
 
-    def save_pretrained(self, folder: str | Path, eos_id: int | None = None) -> None:
-        """Write a folder that `transformers.GPT2LMHeadModel` loads: `models.weights.huggingface`."""
-        huggingface.save_pretrained(self, Path(folder), eos_id)
+    def save_pretrained(self, folder: str | Path, eos_id: int | None = None, **options) -> None:
+        """Write a folder that `transformers` loads. See `models.weights.huggingface.save_pretrained`."""
+        huggingface.save_pretrained(self, Path(folder), eos_id, **options)
 
 
 class GPTActor(GPT):

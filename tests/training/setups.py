@@ -46,7 +46,7 @@ class LetterTokenizer(Tokenizer):
     def _save_files(self, folder: Path) -> None:
         (folder / "letters.txt").write_text("letters")
 
-    def export_huggingface(self, folder: str | Path) -> None:
+    def for_transformers(self) -> None:
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -151,32 +151,68 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def save_pretrained(model: nn.Module, folder: Path, eos_id: int | None = None) -> None:
-    """Write config.json and model.safetensors as `transformers.GPT2LMHeadModel` reads them.
+def save_pretrained(
+    model: nn.Module, folder: Path, eos_id: int | None = None, pad_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Write config.json and model.safetensors as transformers reads them: a language model as `GPT2LMHeadModel`, a
+    reward model as `GPT2ForSequenceClassification` with one label.
 
     Adapters are merged in. Rows of the token table behind the vocabulary are left out, so that transformers cannot
     sample them either.
 
     Args:
-        model: a language model; a scalar head has no place in this format.
+        model: not a critic, whose values of every token have no place in this format.
         folder: made if it is not there.
         eos_id: defaults to the last id, where GPT-2's and the demo's vocabularies have it.
+        pad_id: of padding; a reward model needs one that is not EOS, since it is read at the last token that is not
+            padding. Where it is behind the vocabulary, a row of zeros is added for it.
+        dtype: of the weights in the file.
 
     Raises:
-        ValueError: the model is a critic or a reward model.
+        ValueError: the model is a critic, or a reward model without padding of its own.
+        OSError: it cannot be written.
     """
-    if model.role != "lm":
-        raise ValueError(f"a {model.role} model cannot be saved as a GPT2LMHeadModel: its head would be lost")
+    eos_id = model.config.vocab_size - 1 if eos_id is None else eos_id
+    if model.role == "critic":
+        raise ValueError("a critic cannot be saved in Hugging Face's form: its head would be lost")
+    if model.role == "reward" and pad_id in (None, eos_id):
+        raise ValueError("a reward model needs a padding id that is not EOS: its scores are read at the EOS")
     plain = merge_lora(model)
     config: GPTConfig = plain.config
-    state = {}
-    for key, value in plain.state_dict().items():
-        value = value.t() if key.endswith(_TRANSPOSED) else value
-        state[key] = value.detach().cpu().contiguous()
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][: config.vocab_size].clone()
+    state = {
+        key: value.detach().cpu().t() if key.endswith(_TRANSPOSED) else value.detach().cpu()
+        for key, value in plain.state_dict().items()
+    }
+    table = state["transformer.wte.weight"][: config.vocab_size]
+    description = _description(config) | {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    if pad_id is not None:
+        description["pad_token_id"] = pad_id
+    if model.role == "reward":
+        table = torch.cat([table, table.new_zeros(max(0, pad_id + 1 - len(table)), table.shape[1])])
+        state = _fold_head(state)
+        description["architectures"] = ["GPT2ForSequenceClassification"]
+        # Of a regression transformers' pipeline gives the score as it is, and not its sigmoid.
+        description |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        description["problem_type"] = "regression"
+    state["transformer.wte.weight"] = table
+    description |= {"vocab_size": len(table), "dtype": str(dtype).removeprefix("torch.")}
+    state = {key: value.to(dtype, copy=True).contiguous() for key, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    description = {
+    path = folder / "model.safetensors"
+    path.touch()
+    mode = path.stat().st_mode  # as this process makes files; safetensors' own could be read by nobody else
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from None
+    path.chmod(mode)
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _description(config: GPTConfig) -> dict[str, Any]:
+    """What config.json says of the sizes of a language model."""
+    return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
@@ -184,14 +220,26 @@ def save_pretrained(model: nn.Module, folder: Path, eos_id: int | None = None) -
         "n_head": config.n_head,
         "n_embd": config.n_embd,
         "n_positions": config.block_size,
-        "vocab_size": config.vocab_size,
         "layer_norm_epsilon": config.layer_norm_eps,
         "initializer_range": config.init_std,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
         "resid_pdrop": config.dropout,
-        "bos_token_id": config.vocab_size - 1 if eos_id is None else eos_id,
-        "eos_token_id": config.vocab_size - 1 if eos_id is None else eos_id,
         "tie_word_embeddings": True,
     }
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _fold_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scalar head, gain * (w . h + b) + bias, as a product alone: s . (h + shift).
+
+    transformers' head has no bias. Nothing but the head reads the final LayerNorm's output h, so its bias takes the
+    shift: along s, as long as makes up for the constant.
+    """
+    head = {key: value.double() for key, value in state.items() if key.startswith("head.")}
+    score = head["head.norm_gain"] * head["head.weight"][0]
+    constant = head["head.norm_gain"] * head["head.bias"][0] + head["head.norm_bias"]
+    folded = {key: value for key, value in state.items() if not key.startswith("head.")}
+    bias = folded["transformer.ln_f.bias"]
+    folded["transformer.ln_f.bias"] = bias + constant * score / score.dot(score)
+    folded["score.weight"] = score[None]
+    return folded

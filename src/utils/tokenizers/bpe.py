@@ -9,11 +9,15 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tiktoken
 
 from config.user_error import UserError
 from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
+
+if TYPE_CHECKING:
+    from transformers import GPT2Tokenizer
 
 EOS_TEXT = "<|endoftext|>"
 RANKS_FILE = "bpe.tiktoken"
@@ -63,8 +67,8 @@ class TiktokenTokenizer(Tokenizer):
     def _save_files(self, folder: Path) -> None:
         write_ranks(folder / RANKS_FILE, self.ranks)
 
-    def export_huggingface(self, folder: str | Path) -> None:
-        """See `Tokenizer.export_huggingface`."""
+    def for_transformers(self) -> "GPT2Tokenizer":
+        """See `Tokenizer.for_transformers`."""
         from tokenizers import processors
         from transformers import GPT2Tokenizer
 
@@ -77,13 +81,20 @@ class TiktokenTokenizer(Tokenizer):
             vocab={shown(token): rank for token, rank in self.ranks.items()} | {EOS_TEXT: self.eos_id},
             merges=[(shown(left), shown(right)) for left, right in recover_merges(self.ranks)],
             **dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOS_TEXT),
-            model_max_length=1024,  # GPT-2's context, as its own files say: only a hint, nothing here truncates by it
-            clean_up_tokenization_spaces=False,
         )
-        backend = tokenizer.backend_tokenizer
-        backend.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
-        tokenizer.save_pretrained(str(folder))
-        backend.model.save(str(folder))  # vocab.json and merges.txt, which older programs read
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+        return tokenizer
+
+    def export_huggingface(
+        self, folder: str | Path, max_length: int = 1024, chat_template: str = "", own_pad: bool = False
+    ) -> int:
+        """See `Tokenizer.export_huggingface`."""
+        from tokenizers import Tokenizer as Backend
+
+        pad_id = super().export_huggingface(folder, max_length, chat_template, own_pad)
+        # vocab.json and merges.txt, which older programs read.
+        Backend.from_file(str(Path(folder) / "tokenizer.json")).model.save(str(folder))
+        return pad_id
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

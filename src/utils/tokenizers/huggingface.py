@@ -1,14 +1,18 @@
 """A tokenizer folder of `transformers`, of whatever model family."""
 
+import copy
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from config.user_error import UserError
 from utils.tokenizers.bpe import byte_alphabet
 from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -84,9 +88,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def _save_files(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
 
-    def export_huggingface(self, folder: str | Path) -> None:
-        """See `Tokenizer.export_huggingface`."""
-        self._save_files(Path(folder))
+    def for_transformers(self) -> "PreTrainedTokenizerBase":
+        """See `Tokenizer.for_transformers`. What puts BOS or EOS around a text by itself is left out: models are
+        trained without."""
+        from tokenizers import processors
+
+        tokenizer = copy.deepcopy(self._tokenizer)
+        for option in ("add_bos_token", "add_eos_token"):
+            tokenizer.init_kwargs.pop(option, None)
+        if hasattr(tokenizer, "backend_tokenizer"):
+            # The one post-processor that adds nothing; with none at all transformers makes its own.
+            tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+        return tokenizer
 
 
 def _gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int, bytes] | None:

@@ -13,10 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAVED_FOLDER = "tokenizer"
 IDENTITY_FILE = "identity.json"
+PAD_TEXT = "<|pad|>"
 
 
 class Tokenizer(ABC):
@@ -54,8 +58,40 @@ class Tokenizer(ABC):
         """Writes what `load_tokenizer` needs beside the identity."""
 
     @abstractmethod
-    def export_huggingface(self, folder: str | Path) -> None:
-        """Writes a tokenizer that `transformers.AutoTokenizer.from_pretrained(folder)` loads, with the same ids."""
+    def for_transformers(self) -> "PreTrainedTokenizerBase":
+        """A tokenizer of `transformers` with the same ids, whoever asks for it may change it."""
+
+    def export_huggingface(
+        self, folder: str | Path, max_length: int = 1024, chat_template: str = "", own_pad: bool = False
+    ) -> int:
+        """Writes a tokenizer that `transformers.AutoTokenizer.from_pretrained(folder)` loads, with the same ids.
+
+        Args:
+            folder: made if it is not there.
+            max_length: tokens that the model reads; longer texts are cut there, at their start, when that is asked for.
+            chat_template: Jinja, for `apply_chat_template`.
+            own_pad: padding is a token that no text has, and on the right, as who reads a row's last token needs it.
+                Otherwise EOS pads where the tokenizer has no padding, and on the left, as who goes on with a row needs
+                it.
+
+        Returns:
+            The id of padding in the export.
+        """
+        tokenizer = self.for_transformers()
+        if own_pad and tokenizer.pad_token in (None, tokenizer.eos_token):
+            tokenizer.add_special_tokens({"pad_token": PAD_TEXT})
+        elif tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right" if own_pad else "left"
+        tokenizer.truncation_side = "left"
+        tokenizer.model_max_length = max_length
+        tokenizer.clean_up_tokenization_spaces = False
+        # Of these, only what the tokenizer was made with is saved.
+        saved = ("padding_side", "truncation_side", "clean_up_tokenization_spaces")
+        tokenizer.init_kwargs |= {name: getattr(tokenizer, name) for name in saved}
+        tokenizer.chat_template = chat_template or tokenizer.chat_template
+        tokenizer.save_pretrained(str(folder))
+        return int(tokenizer.pad_token_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids (a list, an array or a 1-D tensor); EOS and PAD are left out.

@@ -1,0 +1,436 @@
+"""A run in Hugging Face's form: `main.py -t export -m RUN --to FOLDER`, held against the run before it is let go.
+
+The folder has the weights and config.json (from the model family's own `save_pretrained`), the tokenizer with a chat
+template, generation_config.json and a model card. It is made beside its place, read back by transformers, and renamed
+only when that gives the same tokens (of a reward model: the same scores) as the model it was made of.
+
+Shapes: B rows, L columns, T tokens of an answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config.scrub import scrub
+from config.user_error import RunStopped, UserError
+from experiments.doctor.record import read_series
+from experiments.graded_answers import text_model
+from experiments.markdown import table
+from inference.answers import TextModel
+from inference.systems import load_reward_model, run_around
+from models.generation import generate
+from models.weights.checkpoint import describe
+from utils.runs.durable import Disk
+from utils.runs.folder import find_checkpoint
+from utils.runs.origins import without_folders
+from utils.template import PromptTemplate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# How far scores and logits may be from the model's own, in standard deviations of the logits. fp32: another order of
+# the sums. The others: rounded weights, measured at up to a hundredth of it.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
+
+_CONFIG, _TOKENIZER = "config.json", "tokenizer_config.json"
+_SPARE = 2**24  # bytes for the tokenizer, in several forms, and the card
+
+_QUESTIONS = ("What is the capital of Italy?", "Hello.", "Please tell me how many legs a hen has, and why.")
+_DIALOGUE = ("Hi!", "Hello. How can I help?", "  What is 2 + 2?\n")
+# Spaces, line ends, marks of other tokenizers, characters of several bytes and of several code points.
+_TEXTS = (
+    "", " ", "\n\n", "a", " two  spaces ", "\ttab\r\nline", "It's 10 o'clock, they'll say", "<|endoftext|>", "<|pad|>",
+    "x<|endoftext|>y", "[INST] <s> </s> <|im_end|>", "Zo\u00eb \u4e2d\u6587 \u0639\u0631\u0628\u064a", "e\u0301\u200d\u2764\ufe0f",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u00a0\u2003\u3000", "\x00\x07", "3.14159e-10", "def f(x):\n    return x",
+)  # fmt: skip
+
+_CHAT = """\
+{%- if messages[0]['role'] in ['system', 'developer'] -%}
+  {%- set start = 1 -%}
+{%- else -%}
+  {%- set start = 0 -%}
+{%- endif -%}
+{%- if messages | length == start -%}
+  {{- raise_exception('There is no turn of the user.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- set text = namespace(value='') -%}
+  {%- if message['content'] is string -%}
+    {%- set text.value = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] -%}
+      {%- if part['type'] != 'text' -%}
+        {{- raise_exception('Only text can be read, not ' ~ part['type'] ~ '.') -}}
+      {%- endif -%}
+      {%- set text.value = text.value ~ part['text'] -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set content = text.value | trim -%}
+  {%- if loop.index0 < start -%}
+    {{- content -}}
+  {%- elif message['role'] != ['user', 'assistant'][(loop.index0 - start) % 2] -%}
+    {{- raise_exception('Turns are those of user, assistant, user, ... after at most one system message.') -}}
+  {%- elif message['role'] == 'user' -%}
+    {{- HUMAN ~ content -}}
+  {%- else -%}
+    {{- ASSISTANT ~ PREFIX ~ content -}}
+    {%- if loop.last -%}
+      {%- if add_generation_prompt -%}
+        {{- raise_exception('A reply follows a turn of the user; the last turn is the assistant\\'s.') -}}
+      {%- endif -%}
+      {{- eos_token -}}
+    {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- ASSISTANT -}}
+{%- endif -%}
+"""
+
+
+def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
+    """Write a language model or a reward model of ours as a folder of `transformers`."""
+    text = "run, checkpoint or stem of a language model (SFT or PPO) or of a reward model"
+    parser.add_argument("-m", "--model", required=True, help=text)
+    parser.add_argument("--to", required=True, help="the folder to write; made if it is not there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export that stands there")
+    text = "type of the weights in the file (default fp32)"
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help=text)
+    parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
+    flags = parser.parse_args(rest)
+    checkpoint = _checkpoint(flags.model, flags.runs_dir)
+    target = _target(flags.to, flags.overwrite, checkpoint)
+    description = describe(checkpoint)
+    is_reward = description["role"] == "reward"
+    flag = f"-m {flags.model}"
+    source = load_reward_model(checkpoint, flag) if is_reward else text_model(checkpoint)
+    export = Export(source, flags.dtype, is_reward)
+    with _replacing(target, flags.to) as folder:
+        export.write(folder, description)
+        told = export.check(folder)
+        (folder / "README.md").write_text(_card(export, target.name, checkpoint, description, told), encoding="utf-8")
+    parameters = sum(p.numel() for p in source.model.parameters())
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"{target}: {parameters:,} parameters in {flags.dtype}, {size / 1e6:.1f} MB, from {checkpoint}")
+    print("read back by transformers: " + told)
+    return 0
+
+
+def _checkpoint(argument: str, runs_dir: str) -> Path:
+    """The checkpoint to export; UserError where there is none, it is a critic, or it is in Hugging Face's form."""
+    folder = Path(argument).expanduser()
+    if (folder / _CONFIG).is_file() and not (folder / "model.json").is_file():
+        raise UserError(f"-m {argument}: is in Hugging Face's form already; give a run or checkpoint of ours")
+    checkpoint = find_checkpoint(argument, runs_dir, "-m")
+    if describe(checkpoint)["role"] == "critic":
+        told = "holds a critic, whose values of every token have no place in Hugging Face's form"
+        raise UserError(f"-m {argument}: {told}; give an SFT, PPO or reward model")
+    return checkpoint
+
+
+def _target(argument: str, overwrite: bool, checkpoint: Path) -> Path:
+    """The folder to write, through links; UserError where something stands there, or the place is a bad one."""
+    target = Path(argument).expanduser().resolve()
+    if not argument.strip():
+        raise UserError("--to: is empty; give the folder to write")
+    if Path.cwd().is_relative_to(target):
+        raise UserError(f"--to {argument}: is the working folder or around it; give a folder of its own")
+    if target.is_relative_to(checkpoint):
+        raise UserError(f"--to {argument}: is inside the checkpoint {checkpoint}; give a folder outside it")
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise UserError(f"--to {argument}: is a file; give a folder")
+    there = sorted(target.iterdir())
+    if there and not overwrite:
+        raise UserError(f"--to {argument}: is not empty ({there[0].name}, ...); --overwrite replaces an export")
+    other = next((path for path in there if path.is_symlink() or not path.is_file()), None)
+    if other is not None or (there and not {target / _CONFIG, target / _TOKENIZER} <= set(there)):
+        told = f"it holds {other.name}" if other is not None else f"it has no {_CONFIG} and {_TOKENIZER}"
+        raise UserError(f"--to {argument}: --overwrite replaces an export, and this is none ({told}); give another folder")
+    return target
+
+
+@contextlib.contextmanager
+def _replacing(target: Path, argument: str) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the body ends; after any exception it is gone.
+
+    Raises:
+        UserError: it cannot be written: no room, no permission.
+    """
+    disk, fresh = Disk(), None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent))
+        mask = os.umask(0)
+        os.umask(mask)
+        fresh.chmod(0o755 & ~mask)
+        yield fresh
+        for path in sorted(fresh.iterdir()):
+            path.chmod(0o644 & ~mask)
+            disk.sync(path)
+        disk.sync(fresh)
+        if target.exists() and any(target.iterdir()):
+            old = fresh.with_suffix(".old")
+            disk.rename(target, old)
+            try:
+                disk.rename(fresh, target)
+            except OSError:
+                disk.rename(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            disk.rename(fresh, target)
+        disk.sync(target.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--to {argument}: cannot be written ({reason}); give a place with room that can be written") from None
+    finally:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def chat_template(template: PromptTemplate) -> str:
+    """Jinja that writes messages as `PromptTemplate.format` writes turns, a system message before them.
+
+    A dialogue that ends with a reply gets the EOS behind it, as in training and for a reward model.
+    """
+    strings = {"HUMAN": template.human, "ASSISTANT": template.assistant, "PREFIX": template.response_prefix}
+    text = _CHAT
+    for name, value in strings.items():
+        text = text.replace(name, repr(value))
+    return text
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported: the model, the type of the weights in the file, and whether it is a reward model."""
+
+    source: TextModel
+    dtype: str
+    is_reward: bool
+
+    def write(self, folder: Path, description: dict[str, Any]) -> None:
+        """All files but the card; OSError where they cannot be written."""
+        from transformers import GenerationConfig
+
+        model, tokenizer, context = self.source.model, self.source.tokenizer, self.source.context
+        width = DTYPES[self.dtype].itemsize
+        needed = width * sum(p.numel() for p in model.parameters()) + _SPARE
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
+        template = chat_template(self.source.template)
+        pad_id = tokenizer.export_huggingface(folder, context, template, own_pad=self.is_reward)
+        model.save_pretrained(folder, eos_id=tokenizer.eos_id, pad_id=pad_id, dtype=DTYPES[self.dtype])
+        if not self.is_reward:
+            # The last token of a full context is sampled and never read, so one more than the context is the limit.
+            ids = dict(bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id, pad_token_id=pad_id)
+            GenerationConfig(do_sample=True, temperature=1.0, max_length=context + 1, **ids).save_pretrained(folder)
+
+    def check(self, folder: Path) -> str:
+        """Read the folder as transformers does and hold it against the model; a line on what was found.
+
+        Raises:
+            RunStopped: it is not the same.
+        """
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+        auto = AutoModelForSequenceClassification if self.is_reward else AutoModelForCausalLM
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model, report = auto.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+                _must(not report[what], f"the weights have {what.replace('_', ' ')}: {sorted(report[what])[:3]}")
+            self._check_tokenizer(tokenizer)
+            _must(tokenizer.pad_token_id == model.config.pad_token_id, "config.json has another padding id")
+            with torch.inference_mode():
+                check = self._check_scores if self.is_reward else self._check_tokens
+                return check(model.eval(), tokenizer)
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        """The same ids, end and dialogues."""
+        ours, template = self.source.tokenizer, self.source.template
+        _must(tokenizer.eos_token_id == ours.eos_id, "the tokenizer ends texts with another id")
+        _must(tokenizer.model_max_length == self.source.context, "the tokenizer does not know the context")
+        for text in _TEXTS:
+            ids = ours.encode(text)
+            _must(tokenizer(text, split_special_tokens=True)["input_ids"] == ids, f"{text!r} gets other ids")
+            plain = not any(token in text for token in tokenizer.all_special_tokens)
+            _must(not plain or tokenizer(text)["input_ids"] == ids, f"{text!r} gets other ids")
+            _must(tokenizer.decode(ids) == ours.decode(ids), f"{text!r} comes back as another text")
+        for turns in [(question,) for question in _QUESTIONS] + [_DIALOGUE]:
+            for system in ("", " Be brief.\n"):
+                chat = _messages(turns, system)
+                told = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                _must(told == system.strip() + template.format(turns), "the chat template writes another prompt")
+        ended = tokenizer.apply_chat_template(_messages(_DIALOGUE[:2]), tokenize=False)
+        wanted = template.format(_DIALOGUE[:1]) + template.response(_DIALOGUE[1]) + tokenizer.eos_token
+        _must(ended == wanted, "the chat template writes another dialogue")
+
+    def _check_tokens(self, model: Any, tokenizer: Any) -> str:
+        """Logits, and greedy answers to padded prompts, are the model's own."""
+        ours, context = self.source, self.source.context
+        eos_id, pad_id = ours.tokenizer.eos_id, ours.tokenizer.pad_id
+        _must(model.generation_config.eos_token_id == eos_id, "generation ends at another id")
+        texts = [ours.template.format([question]) for question in _QUESTIONS]
+        prompts = [ids[-(context // 2) :] for ids in ours.tokenizer.encode_batch(texts)]
+        limit = min(32, context - max(map(len, prompts)))
+        answers = generate(ours.model, prompts, max_new_tokens=limit, eos_id=eos_id, pad_id=pad_id, temperature=0.0)
+        batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        rows = model.generate(**batch, max_new_tokens=limit, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        same = total = 0
+        worst = 0.0
+        for b, prompt in enumerate(prompts):
+            mine = answers.row(b).tolist()
+            ids, at = torch.tensor([[*prompt, *mine]]), slice(len(prompt) - 1, len(prompt) + len(mine) - 1)
+            wanted, found = ours.model(ids)[0, at], model(ids).logits[0, at]  # (T, V)
+            off = self._distance(found, wanted, float(wanted.std()), "logits")
+            theirs = rows[b, : len(mine)].tolist()
+            agree = next((t for t in range(len(mine)) if theirs[t : t + 1] != mine[t : t + 1]), len(mine))
+            if agree < len(mine):  # allowed only where rounding can turn the choice
+                first, second = wanted[agree].topk(2).values.tolist()
+                _must(first - second <= 2 * off, f"the greedy answer to prompt {b + 1} differs at token {agree + 1}")
+            same, total, worst = same + agree, total + len(mine), max(worst, off)
+        what = f"the same {total} tokens" if same == total else f"{same} of {total} tokens the same until near ties"
+        ended = int(answers.ended.sum())
+        return f"{what} in {len(prompts)} greedy answers ({ended} of them ended), logits within {worst:.1g}"
+
+    def _check_scores(self, model: Any, tokenizer: Any) -> str:
+        """Scores of padded rows are the model's own."""
+        ours, context = self.source, self.source.context
+        replies = ("Rome.", "Hello. How can I help you today?", "A hen has two legs, and so has every bird.")
+        dialogues = [_messages(turns) for turns in zip(_QUESTIONS, replies)]
+        texts = [tokenizer.apply_chat_template(dialogue, tokenize=False) for dialogue in dialogues]
+        batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        found = model(**batch).logits[:, 0]  # (B,)
+        wanted = []
+        for question, reply in zip(_QUESTIONS, replies):
+            text = ours.template.format([question]) + ours.template.response(reply)
+            ids = torch.tensor([[*ours.tokenizer.encode(text), ours.tokenizer.eos_id][-context:]])
+            wanted.append(ours.model(ids, torch.ones_like(ids, dtype=torch.bool)))
+        scores = torch.cat(wanted)
+        off = self._distance(found, scores, max(1.0, float(scores.abs().max())), "scores")
+        return f"the scores of {len(texts)} padded rows within {off:.1g}"
+
+    def _distance(self, found: Tensor, wanted: Tensor, scale: float, what: str) -> float:
+        """The largest difference between two tensors of one shape; RunStopped where it is beyond the tolerance."""
+        off, allowed = float((found - wanted).abs().max()), TOLERANCE[self.dtype] * scale
+        _must(off <= allowed, f"the {what} are off by {off:.2g}, where {allowed:.2g} is allowed")
+        return off
+
+
+def _must(holds: bool, fault: str) -> None:
+    if not holds:
+        raise RunStopped(f"the export is not the model: {fault}; nothing was left of it")
+
+
+def _messages(turns: Sequence[str], system: str = "") -> list[dict[str, str]]:
+    """Turns of user and assistant as chat messages."""
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without warnings and bars: what matters of them is checked."""
+    from transformers.utils import logging
+
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+_USE = {
+    False: """\
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{name}")
+print(chat([{{"role": "user", "content": "Hello."}}], do_sample=False)[0]["generated_text"][-1]["content"])
+""",
+    True: """\
+from transformers import pipeline
+
+score = pipeline("text-classification", "{name}")
+dialogue = [{{"role": "user", "content": "Hello."}}, {{"role": "assistant", "content": "Hello. How can I help?"}}]
+print(score(score.tokenizer.apply_chat_template(dialogue, tokenize=False)))
+""",
+}
+
+
+def _card(export: Export, name: str, checkpoint: Path, description: dict[str, Any], told: str) -> str:
+    """README.md: what the run's records say, and nothing else."""
+    folder, record = run_around(checkpoint)
+    config = record.get("config") if isinstance(record.get("config"), dict) else {}
+    stage, step = str(description.get("stage")), description.get("step")
+    facts = {
+        "run": without_folders(checkpoint),
+        "stage": {"sft": "supervised fine-tuning (SFT)", "rm": "reward model", "ppo": "PPO"}.get(stage, stage),
+        "steps": step,
+        "trained from": without_folders(str(description.get("trained_from") or "")),
+        "reward model": without_folders(str(record.get("rm") or "")),
+        "reward function": Path(str(config.get("reward_fn") or "")).name,
+        "data set": Path(str(config.get("dataset") or "")).name,
+        "preset": config.get("config"),
+        "seed": config.get("seed"),
+        "commit": record.get("commit"),
+    }
+    template = export.source.template
+    parts = [
+        "---",
+        f"library_name: transformers\npipeline_tag: text-{'classification' if export.is_reward else 'generation'}",
+        "---",
+        f"# {_cell(folder.name)}\n",
+        table("from its records | ", [(key, _cell(value)) for key, value in facts.items() if value not in (None, "")]),
+    ]
+    figures = _figures(folder, step)
+    if figures:
+        parts.append("\nLast figures on held-out data, as the run wrote them:\n")
+        parts.append(table("figure | step | value", figures))
+    parts.append("\n## Use\n\n```python\n" + _USE[export.is_reward].format(name=name) + "```\n")
+    parts.append(
+        f"The context is {export.source.context} tokens. A prompt is written {template.format(['...'])!r}; the chat "
+        "template does so, with a system message as plain text before it (none was trained on). A text with the EOS "
+        "token written in it is read as its end, as everywhere in transformers; `split_special_tokens=True` prevents it.\n"
+    )
+    parts.append(f"Weights: {export.dtype}. Read back by transformers: {told}.\n")
+    parts.append(
+        "## Licence\n\nNone is given here. What applies depends on the model it was trained from and on its data."
+    )
+    return "\n".join(parts) + "\n"
+
+
+def _figures(run: Path, step: Any) -> list[tuple[str, int, str]]:
+    """The last value of every figure on held-out data up to the checkpoint's step; [] where there is no record."""
+    try:
+        series = read_series(run / "metrics.jsonl")
+    except UserError:
+        return []
+    rows = []
+    for tag, points in series.items():
+        points = points.finite().kept(points.finite().steps <= (step if isinstance(step, int) else -1))
+        if tag.startswith("eval/") and len(points):
+            rows.append((_cell(tag), *points.point(-1)))
+    return [(tag, at, f"{value:.4g}") for tag, at, value in rows]
+
+
+def _cell(value: object) -> str:
+    """A value of a record in a line of markdown."""
+    return scrub(" ".join(str(value).split())).replace("|", "\\|").replace("<", "&lt;")
