@@ -255,7 +255,7 @@ class Export:
                 _must(not report[what], f"the weights have {what.replace('_', ' ')}: {sorted(report[what])[:3]}")
             self._check_tokenizer(tokenizer)
             _must(tokenizer.pad_token_id == model.config.pad_token_id, "config.json has another padding id")
-            with torch.inference_mode():
+            with torch.no_grad():
                 check = self._check_scores if self.is_reward else self._check_tokens
                 return check(model.eval(), tokenizer)
 
@@ -264,6 +264,8 @@ class Export:
         ours, template = self.source.tokenizer, self.source.template
         _must(tokenizer.eos_token_id == ours.eos_id, "the tokenizer ends texts with another id")
         _must(tokenizer.model_max_length == self.source.context, "the tokenizer does not know the context")
+        side = "right" if self.is_reward else "left"
+        _must(tokenizer.padding_side == side, f"the tokenizer does not pad on the {side}")
         for text in _TEXTS:
             ids = ours.encode(text)
             _must(tokenizer(text, split_special_tokens=True)["input_ids"] == ids, f"{text!r} gets other ids")
