@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ from utils.template import PromptTemplate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How far scores and logits may be from the model's own, in standard deviations of the logits. fp32: another order of
 # the sums. The others: rounded weights, measured at up to a hundredth of it.
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.05}
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.03}
 
 _CONFIG, _TOKENIZER = "config.json", "tokenizer_config.json"
 _SPARE = 2**24  # bytes for the tokenizer, in several forms, and the card
@@ -49,8 +50,8 @@ _DIALOGUE = ("Hi!", "Hello. How can I help?", "  What is 2 + 2?\n")
 # Spaces, line ends, marks of other tokenizers, characters of several bytes and of several code points.
 _TEXTS = (
     "", " ", "\n\n", "a", " two  spaces ", "\ttab\r\nline", "It's 10 o'clock, they'll say", "<|endoftext|>", "<|pad|>",
-    "x<|endoftext|>y", "[INST] <s> </s> <|im_end|>", "Zo\u00eb \u4e2d\u6587 \u0639\u0631\u0628\u064a", "e\u0301\u200d\u2764\ufe0f",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u00a0\u2003\u3000", "\x00\x07", "3.14159e-10", "def f(x):\n    return x",
+    "x<|endoftext|>y", "[INST] <s> </s> <|im_end|>", "Zo\u00eb \u4e2d\u6587 \u0639\u0631\u0628\u064a", "e\u0301",
+    "\u2764\ufe0f \U0001f468\u200d\U0001f469", "\u00a0\u2003\u3000", "\x00\x07", "3.14e-10", "def f(x):\n    return x",
 )  # fmt: skip
 
 _CHAT = """\
@@ -155,8 +156,8 @@ def _target(argument: str, overwrite: bool, checkpoint: Path) -> Path:
         raise UserError(f"--to {argument}: is not empty ({there[0].name}, ...); --overwrite replaces an export")
     other = next((path for path in there if path.is_symlink() or not path.is_file()), None)
     if other is not None or (there and not {target / _CONFIG, target / _TOKENIZER} <= set(there)):
-        told = f"it holds {other.name}" if other is not None else f"it has no {_CONFIG} and {_TOKENIZER}"
-        raise UserError(f"--to {argument}: --overwrite replaces an export, and this is none ({told}); give another folder")
+        why = f"it holds {other.name}" if other is not None else f"it has no {_CONFIG} and {_TOKENIZER}"
+        raise UserError(f"--to {argument}: --overwrite replaces an export, and this is none ({why}); give another one")
     return target
 
 
@@ -192,8 +193,8 @@ def _replacing(target: Path, argument: str) -> Iterator[Path]:
             disk.rename(fresh, target)
         disk.sync(target.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"--to {argument}: cannot be written ({reason}); give a place with room that can be written") from None
+        told = f"cannot be written ({error.strerror or error}); give a place with room that can be written"
+        raise UserError(f"--to {argument}: {told}") from None
     finally:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -205,10 +206,7 @@ def chat_template(template: PromptTemplate) -> str:
     A dialogue that ends with a reply gets the EOS behind it, as in training and for a reward model.
     """
     strings = {"HUMAN": template.human, "ASSISTANT": template.assistant, "PREFIX": template.response_prefix}
-    text = _CHAT
-    for name, value in strings.items():
-        text = text.replace(name, repr(value))
-    return text
+    return re.sub("|".join(strings), lambda name: repr(strings[name[0]]), _CHAT)
 
 
 @dataclass(frozen=True)
@@ -243,21 +241,28 @@ class Export:
         Raises:
             RunStopped: it is not the same.
         """
+        try:
+            with _quiet(), torch.no_grad():
+                return self._read_back(folder)
+        except RunStopped:
+            raise
+        except Exception as error:  # transformers raises many kinds
+            raise _not_the_model(f"{type(error).__name__}: {error}") from error
+
+    def _read_back(self, folder: Path) -> str:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._check_tokenizer(tokenizer)
         auto = AutoModelForSequenceClassification if self.is_reward else AutoModelForCausalLM
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model, report = auto.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
-            for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-                _must(not report[what], f"the weights have {what.replace('_', ' ')}: {sorted(report[what])[:3]}")
-            self._check_tokenizer(tokenizer)
-            _must(tokenizer.pad_token_id == model.config.pad_token_id, "config.json has another padding id")
-            with torch.no_grad():
-                check = self._check_scores if self.is_reward else self._check_tokens
-                return check(model.eval(), tokenizer)
+        # In fp32, where only the rounding of the weights is left of a smaller type.
+        options = dict(dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        model, report = auto.from_pretrained(folder, **options)
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            _must(not report[what], f"the weights have {what.replace('_', ' ')}: {sorted(report[what])[:3]}")
+        _must(tokenizer.pad_token_id == model.config.pad_token_id, "config.json has another padding id")
+        check = self._check_scores if self.is_reward else self._check_tokens
+        return check(model.eval(), tokenizer)
 
     def _check_tokenizer(self, tokenizer: Any) -> None:
         """The same ids, end and dialogues."""
@@ -335,7 +340,11 @@ class Export:
 
 def _must(holds: bool, fault: str) -> None:
     if not holds:
-        raise RunStopped(f"the export is not the model: {fault}; nothing was left of it")
+        raise _not_the_model(fault)
+
+
+def _not_the_model(fault: str) -> RunStopped:
+    return RunStopped(f"the export is not the model: {fault[:300]}; nothing was left of it")
 
 
 def _messages(turns: Sequence[str], system: str = "") -> list[dict[str, str]]:
@@ -409,8 +418,9 @@ def _card(export: Export, name: str, checkpoint: Path, description: dict[str, An
     parts.append("\n## Use\n\n```python\n" + _USE[export.is_reward].format(name=name) + "```\n")
     parts.append(
         f"The context is {export.source.context} tokens. A prompt is written {template.format(['...'])!r}; the chat "
-        "template does so, with a system message as plain text before it (none was trained on). A text with the EOS "
-        "token written in it is read as its end, as everywhere in transformers; `split_special_tokens=True` prevents it.\n"
+        "template does so, with a system message as plain text before it (none was trained on). For a longer prompt "
+        '`handle_long_generation="hole"` leaves room for `max_new_tokens`. A text with the EOS token written in it is '
+        "read as its end, as everywhere in transformers; `split_special_tokens=True` prevents that.\n"
     )
     parts.append(f"Weights: {export.dtype}. Read back by transformers: {told}.\n")
     parts.append(

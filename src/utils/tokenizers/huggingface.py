@@ -98,7 +98,8 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer.init_kwargs.pop(option, None)
         if hasattr(tokenizer, "backend_tokenizer"):
             # The one post-processor that adds nothing; with none at all transformers makes its own.
-            tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+            nothing = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+            tokenizer.backend_tokenizer.post_processor = nothing
         return tokenizer
 
 

@@ -223,7 +223,7 @@ def test_every_role_and_preset_starts_from_a_folder(folder, cls, random_rows):
     if cls is not GPTActor:
         assert model.normalisation == (1.0, 0.0)
         assert 0 < float(model.head.weight.std()) < 1
-        with pytest.raises(ValueError, match="head would be lost"):
+        with pytest.raises(ValueError, match="head would be lost|a padding id that is not EOS"):
             model.save_pretrained(folder / "out")
 
 
