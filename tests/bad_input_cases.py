@@ -354,20 +354,6 @@ PROMPTS = [
     Case("a text that is not UTF-8", "main -t tokenizer --tokenizer demo --text 'caf\udce9'"),
     Case("a reward model where a language model belongs", "main -t gpt -m rm_tiny --prompt a"),
     Case("a task that does not exist", "main -t chat"),
-    Case("an export of a run that does not exist", f"{EXPORT} -m sft_typo --to HERE/out"),
-    Case("an export of a critic", f"{EXPORT} -m MODEL --to HERE/out", copy_of("ppo_tiny", nothing, "final/critic")),
-    Case("an export of a Hugging Face folder", f"{EXPORT} -m MODEL --to HERE/out",
-         lambda w: (w.model.mkdir(), (w.model / "config.json").write_text("{}"))),
-    Case("an export to a file", f"{EXPORT} -m sft_tiny --to FILE", content(b"x")),
-    Case("an export to a folder below a file", f"{EXPORT} -m sft_tiny --to FILE/out", content(b"x")),
-    Case("an export to a folder with something in it", f"{EXPORT} -m sft_tiny --to MODEL",
-         lambda w: (w.model.mkdir(), (w.model / "thesis.txt").write_text("x"))),
-    Case("an export over something that is none", f"{EXPORT} -m sft_tiny --to MODEL --overwrite",
-         lambda w: (w.model.mkdir(), (w.model / "thesis.txt").write_text("x"))),
-    Case("an export to the working folder", f"{EXPORT} -m sft_tiny --to HERE"),
-    Case("an export into its checkpoint", f"{EXPORT} -m MODEL --to MODEL/out", copy_of("sft_tiny", nothing)),
-    Case("an export without permission to write", f"{EXPORT} -m sft_tiny --to MODEL/out",
-         lambda w: w.model.mkdir(0o500), forbidden=True),
     Case("an answer of 0 tokens", "main -t gpt -m sft_tiny --prompt a --max-new-tokens 0"),
 ]
 
@@ -509,6 +495,31 @@ REWARDS = [
     Case("a weight without a function", "ppo -a sft_tiny -c rm_tiny --reward-fn-weight 1"),
 ]  # fmt: skip
 
+EXPORT = "main -t export --runs-dir RUNS"
+
+
+def thesis(world: World) -> None:
+    """Somebody's folder stands in MODEL."""
+    world.model.mkdir()
+    (world.model / "thesis.txt").write_text("x")
+
+
+EXPORTS = [
+    Case("an export of a run that does not exist", f"{EXPORT} -m sft_typo --to HERE/out"),
+    Case("an export of a critic", f"{EXPORT} -m MODEL --to HERE/out",
+         copy_of("ppo_tiny", lambda f: None, "final/critic")),
+    Case("an export of a Hugging Face folder", f"{EXPORT} -m MODEL --to HERE/out",
+         lambda w: (w.model.mkdir(), (w.model / "config.json").write_text("{}"))),
+    Case("an export to a file", f"{EXPORT} -m sft_tiny --to FILE", content(b"x")),
+    Case("an export to a folder below a file", f"{EXPORT} -m sft_tiny --to FILE/out", content(b"x")),
+    Case("an export to a folder with something in it", f"{EXPORT} -m sft_tiny --to MODEL", thesis),
+    Case("an export over something that is none", f"{EXPORT} -m sft_tiny --to MODEL --overwrite", thesis),
+    Case("an export to the working folder", f"{EXPORT} -m sft_tiny --to HERE"),
+    Case("an export into its checkpoint", f"{EXPORT} -m MODEL --to MODEL/out", copy_of("sft_tiny", lambda f: None)),
+    Case("an export without permission to write", f"{EXPORT} -m sft_tiny --to MODEL/out",
+         lambda w: w.model.mkdir(0o500), forbidden=True),
+]  # fmt: skip
+
 SECTIONS: dict[str, list[Case]] = {
     "Data files": FILES,
     "Rows": ROWS,
@@ -518,4 +529,5 @@ SECTIONS: dict[str, list[Case]] = {
     "Checkpoints": CHECKPOINTS,
     "Resuming": RESUMED,
     "Reward functions": REWARDS,
+    "Exports": EXPORTS,
 }
