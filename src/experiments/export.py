@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -114,7 +115,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     is_reward = description["role"] == "reward"
     flag = f"-m {flags.model}"
     source = load_reward_model(checkpoint, flag) if is_reward else text_model(checkpoint)
-    export = Export(source, flags.dtype, is_reward)
+    export = Export(source, flags.dtype, is_reward, _temperature(checkpoint, description))
     with _replacing(target, flags.to) as folder:
         export.write(folder, description)
         told = export.check(folder)
@@ -136,6 +137,20 @@ def _checkpoint(argument: str, runs_dir: str) -> Path:
         told = "holds a critic, whose values of every token have no place in Hugging Face's form"
         raise UserError(f"-m {argument}: {told}; give an SFT, PPO or reward model")
     return checkpoint
+
+
+def _record(checkpoint: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The run around a checkpoint, its hyperparams.json and the flags in it; a run from elsewhere may hold anything."""
+    run, record = run_around(checkpoint)
+    record = record if isinstance(record, dict) else {}
+    config = record.get("config")
+    return run, record, config if isinstance(config, dict) else {}
+
+
+def _temperature(checkpoint: Path, description: dict[str, Any]) -> float:
+    """That of PPO's rollouts, where its policy is what was trained; 1 for other stages."""
+    value = _record(checkpoint)[2].get("temperature") if description.get("stage") == "ppo" else 1.0
+    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else 1.0
 
 
 def _target(argument: str, overwrite: bool, checkpoint: Path) -> Path:
@@ -211,11 +226,15 @@ def chat_template(template: PromptTemplate) -> str:
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported: the model, the type of the weights in the file, and whether it is a reward model."""
+    """What is exported.
+
+    source: the model. dtype: of the weights in the file. temperature: at which a language model is sampled.
+    """
 
     source: TextModel
     dtype: str
     is_reward: bool
+    temperature: float
 
     def write(self, folder: Path, description: dict[str, Any]) -> None:
         """All files but the card; OSError where they cannot be written."""
@@ -232,8 +251,9 @@ class Export:
         model.save_pretrained(folder, eos_id=tokenizer.eos_id, pad_id=pad_id, dtype=DTYPES[self.dtype])
         if not self.is_reward:
             # The last token of a full context is sampled and never read, so one more than the context is the limit.
+            sampling = dict(do_sample=True, temperature=self.temperature)
             ids = dict(bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id, pad_token_id=pad_id)
-            GenerationConfig(do_sample=True, temperature=1.0, max_length=context + 1, **ids).save_pretrained(folder)
+            GenerationConfig(max_length=context + 1, **sampling, **ids).save_pretrained(folder)
 
     def check(self, folder: Path) -> str:
         """Read the folder as transformers does and hold it against the model; a line on what was found.
@@ -388,8 +408,7 @@ print(score(score.tokenizer.apply_chat_template(dialogue, tokenize=False)))
 
 def _card(export: Export, name: str, checkpoint: Path, description: dict[str, Any], told: str) -> str:
     """README.md: what the run's records say, and nothing else."""
-    folder, record = run_around(checkpoint)
-    config = record.get("config") if isinstance(record.get("config"), dict) else {}
+    folder, record, config = _record(checkpoint)
     stage, step = str(description.get("stage")), description.get("step")
     facts = {
         "run": without_folders(checkpoint),

@@ -27,12 +27,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
+FILES = ("export", "soak")
 ROOMS = ("overoptimisation", "doctor", "memory", "bench")
 TASKS = {
     **{task: ("quick_looks", f"look_at_{task}") for task in QUICK_LOOKS},
     **{task: ("demo.run", f"run_{task}") for task in ("demo", "results")},
     **{task: (f"{task}.run", "run") for task in ROOMS},
-    **{task: (task, "run") for task in ("export", "soak")},
+    **{task: (task, "run") for task in FILES},
 }
 """Task -> module of experiments/ and its function (parser, the rest of the command line) -> exit code."""
 

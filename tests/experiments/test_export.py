@@ -199,6 +199,29 @@ def test_an_answer_stops_at_the_eos(runs, tmp_path):
     assert len(ids) == len(prompt) + 3 and ids[-1] == own.eos_id
 
 
+@pytest.mark.parametrize(
+    ("stem", "record", "temperature"),
+    [
+        ("ppo_t", {"config": {"temperature": 0.7}}, 0.7),
+        ("sft_t", {"config": {"temperature": 0.7}}, 1.0),
+        ("ppo_t", {"config": {"temperature": "hot"}}, 1.0),
+        ("ppo_t", {"config": 3, "rm": [], "commit": {}}, 1.0),
+        ("ppo_t", [], 1.0),
+    ],
+)
+def test_a_policy_is_sampled_as_it_was_trained(runs, tmp_path, stem, record, temperature):
+    """And a record that holds anything else is no trouble."""
+    run = tmp_path / f"{stem}_20260101000000"
+    ours, own = source(runs, "sft_plain")
+    save_model(ours, run / "final", describe_model(stem[:3], own, PromptTemplate(), "scratch"))
+    own.save(run / "final")
+    (run / "hyperparams.json").write_text(json.dumps(record))
+    (run / "metrics.jsonl").write_text("[]\n")
+    make(tmp_path, stem, tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (generation["do_sample"], generation["temperature"]) == (True, temperature)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_in_half_precision(runs, tmp_path, dtype, capsys):
     make(runs, "sft_plain", tmp_path / "out", "--dtype", dtype)

@@ -59,7 +59,8 @@ def test_tasks_go_where_they_belong(monkeypatch):
     calls = []
     places = {task: f"experiments.quick_looks.look_at_{task}" for task in script.QUICK_LOOKS}
     places |= {task: f"experiments.demo.run.run_{task}" for task in ("demo", "results")}
-    places |= {task: f"experiments.{task}.run.run" for task in script.ROOMS} | {"soak": "experiments.soak.run"}
+    places |= {task: f"experiments.{task}.run.run" for task in script.ROOMS}
+    places |= {task: f"experiments.{task}.run" for task in script.FILES}
     assert list(places) == list(script.TASKS)
     for code, (task, place) in enumerate(places.items()):
         told = (task, code)
