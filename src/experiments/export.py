@@ -117,7 +117,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     source = load_reward_model(checkpoint, flag) if is_reward else text_model(checkpoint)
     export = Export(source, flags.dtype, is_reward, _temperature(checkpoint, description))
     with _replacing(target, flags.to) as folder:
-        export.write(folder, description)
+        export.write(folder)
         told = export.check(folder)
         (folder / "README.md").write_text(_card(export, target.name, checkpoint, description, told), encoding="utf-8")
     parameters = sum(p.numel() for p in source.model.parameters())
@@ -155,21 +155,24 @@ def _temperature(checkpoint: Path, description: dict[str, Any]) -> float:
 
 def _target(argument: str, overwrite: bool, checkpoint: Path) -> Path:
     """The folder to write, through links; UserError where something stands there, or the place is a bad one."""
-    target = Path(argument).expanduser().resolve()
     if not argument.strip():
         raise UserError("--to: is empty; give the folder to write")
+    try:
+        target = Path(argument).expanduser().resolve()
+        there = sorted(target.iterdir()) if target.is_dir() else None
+        is_taken = there is None and target.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home or a loop of links that leads nowhere
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--to {argument}: cannot be used ({reason}); give another folder") from None
+    if is_taken:
+        raise UserError(f"--to {argument}: is a file; give a folder")
     if Path.cwd().is_relative_to(target):
         raise UserError(f"--to {argument}: is the working folder or around it; give a folder of its own")
     if target.is_relative_to(checkpoint):
         raise UserError(f"--to {argument}: is inside the checkpoint {checkpoint}; give a folder outside it")
-    if not target.exists():
-        return target
-    if not target.is_dir():
-        raise UserError(f"--to {argument}: is a file; give a folder")
-    there = sorted(target.iterdir())
     if there and not overwrite:
         raise UserError(f"--to {argument}: is not empty ({there[0].name}, ...); --overwrite replaces an export")
-    other = next((path for path in there if path.is_symlink() or not path.is_file()), None)
+    other = next((path for path in there or () if path.is_symlink() or not path.is_file()), None)
     if other is not None or (there and not {target / _CONFIG, target / _TOKENIZER} <= set(there)):
         why = f"it holds {other.name}" if other is not None else f"it has no {_CONFIG} and {_TOKENIZER}"
         raise UserError(f"--to {argument}: --overwrite replaces an export, and this is none ({why}); give another one")
@@ -236,7 +239,7 @@ class Export:
     is_reward: bool
     temperature: float
 
-    def write(self, folder: Path, description: dict[str, Any]) -> None:
+    def write(self, folder: Path) -> None:
         """All files but the card; OSError where they cannot be written."""
         from transformers import GenerationConfig
 
@@ -247,7 +250,12 @@ class Export:
         if free < needed:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
         template = chat_template(self.source.template)
-        pad_id = tokenizer.export_huggingface(folder, context, template, own_pad=self.is_reward)
+        try:
+            pad_id = tokenizer.export_huggingface(folder, context, template, own_pad=self.is_reward)
+        except Exception as error:
+            if type(error) is Exception:  # what tokenizers makes of a full disk
+                raise OSError(str(error)) from None
+            raise
         model.save_pretrained(folder, eos_id=tokenizer.eos_id, pad_id=pad_id, dtype=DTYPES[self.dtype])
         if not self.is_reward:
             # The last token of a full context is sampled and never read, so one more than the context is the limit.

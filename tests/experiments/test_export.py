@@ -494,6 +494,18 @@ def test_a_disk_without_room(runs, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_under_the_tokenizer(runs, tmp_path, monkeypatch):
+    """Its library raises a plain Exception."""
+
+    def full(self, *_, **__):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("utils.tokenizer.TiktokenTokenizer.export_huggingface", full)
+    with pytest.raises(UserError, match=r"^--to .*: cannot be written \(No space left"):
+        make(runs, "sft_plain", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_folder_and_a_link_to_one_are_taken(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
@@ -510,6 +522,9 @@ def test_an_empty_folder_and_a_link_to_one_are_taken(runs, tmp_path):
         ("sft_plain", "", "--to: is empty"),
         ("sft_plain", "file", "--to .*file: is a file"),
         ("sft_plain", "file/out", "--to .*out: cannot be written \\(Not a directory\\)|File exists"),
+        ("sft_plain", "loop", "--to loop: cannot be used \\(Symlink loop"),
+        ("sft_plain", "~nobody-of-that-name/out", "--to .*: cannot be used \\(Could not determine home"),
+        ("sft_plain", "n" * 300, "--to n*: cannot be used \\(File name too long\\)"),
         ("sft_plain", ".", "--to .*: is the working folder or around it"),
         ("sft_plain", "..", "--to .*: is the working folder or around it"),
         ("sft_plain", "photos", "--overwrite replaces an export, and this is none \\(it has no config.json"),
@@ -524,6 +539,7 @@ def test_wrong_places_are_told_and_left_alone(runs, exports, tmp_path, monkeypat
     here.mkdir()
     monkeypatch.chdir(here)
     (here / "file").write_text("x")
+    (here / "loop").symlink_to("loop")
     (here / "photos").mkdir()
     (here / "photos/a.jpg").write_text("x")
     shutil.copytree(exports("sft_plain"), here / "clone")

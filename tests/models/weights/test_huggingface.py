@@ -196,6 +196,26 @@ def test_export_beside_its_tokenizer(make_model, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("pad_id", [0, 50, 53])
+def test_a_reward_model_is_a_classifier(make_model, padded, random_rows, tmp_path, dtype, tolerance, pad_id):
+    """Gain and constants of the head are folded in; padding may be a token of the vocabulary or lie behind it."""
+    ours = make_model(GPTRewardModel, lora_rank=4, embedding_rows=64)
+    ours.head.bias.fill_(0.7)
+    ours.set_normalisation(1.3, -4.0)
+    ours.save_pretrained(tmp_path, eos_id=49, pad_id=pad_id, dtype=dtype)
+    theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids, att = padded([row.clamp(min=1) for row in random_rows(LENGTHS)], 3, "right", pad_id)
+    assert theirs.config.vocab_size == max(50, pad_id + 1)
+    wanted = ours(ids.clamp(max=49), att)
+    assert wanted.std() > 0.5
+    found = theirs(input_ids=ids, attention_mask=att.long()).logits[:, 0]
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+@torch.no_grad()
 def test_padded_token_table(tmp_path, random_rows):
     """A table of 64 rows for 50 ids: 14 logits are never computed, and an export does not bring them back."""
     theirs = reference((2, 3, 24, 40, 64))
