@@ -34,7 +34,7 @@ from inference.systems import load_reward_model, run_around
 from models.generation import generate
 from models.weights.checkpoint import describe
 from utils.runs.durable import Disk
-from utils.runs.folder import find_checkpoint
+from utils.runs.finding import find_checkpoint
 from utils.runs.origins import without_folders
 from utils.template import PromptTemplate
 
@@ -115,7 +115,8 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     is_reward = description["role"] == "reward"
     flag = f"-m {flags.model}"
     source = load_reward_model(checkpoint, flag) if is_reward else text_model(checkpoint)
-    export = Export(source, flags.dtype, is_reward, _temperature(checkpoint, description))
+    room = 0 if is_reward else _room(checkpoint, source.context)
+    export = Export(source, flags.dtype, is_reward, _temperature(checkpoint, description), room)
     with _replacing(target, flags.to) as folder:
         export.write(folder)
         told = export.check(folder)
@@ -151,6 +152,12 @@ def _temperature(checkpoint: Path, description: dict[str, Any]) -> float:
     """That of PPO's rollouts, where its policy is what was trained; 1 for other stages."""
     value = _record(checkpoint)[2].get("temperature") if description.get("stage") == "ppo" else 1.0
     return float(value) if isinstance(value, int | float) and 0 < value < math.inf else 1.0
+
+
+def _room(checkpoint: Path, context: int) -> int:
+    """Tokens of an answer: as many as PPO's responses had, 64 after SFT, and at most half of the context."""
+    value = _record(checkpoint)[2].get("response_length")
+    return min(value if isinstance(value, int) and value > 0 else 64, context // 2)
 
 
 def _target(argument: str, overwrite: bool, checkpoint: Path) -> Path:
@@ -231,19 +238,30 @@ def chat_template(template: PromptTemplate) -> str:
 class Export:
     """What is exported.
 
-    source: the model. dtype: of the weights in the file. temperature: at which a language model is sampled.
+    source: the model. dtype: of the weights in the file. temperature: at which a language model is sampled. room:
+    tokens of the context that are kept for its answers; 0 for a reward model.
     """
 
     source: TextModel
     dtype: str
     is_reward: bool
     temperature: float
+    room: int
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens to which transformers cuts a text when it is asked to; what is sampled behind it fits the context."""
+        return self.source.context - self.room
+
+    def told_of_room(self) -> str:
+        """How long an answer can be behind a text that was cut."""
+        return f", so that {self.room} tokens of an answer fit" if self.room else ""
 
     def write(self, folder: Path) -> None:
         """All files but the card; OSError where they cannot be written."""
         from transformers import GenerationConfig
 
-        model, tokenizer, context = self.source.model, self.source.tokenizer, self.source.context
+        model, tokenizer = self.source.model, self.source.tokenizer
         width = DTYPES[self.dtype].itemsize
         needed = width * sum(p.numel() for p in model.parameters()) + _SPARE
         free = shutil.disk_usage(folder).free
@@ -251,17 +269,16 @@ class Export:
             raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} are free")
         template = chat_template(self.source.template)
         try:
-            pad_id = tokenizer.export_huggingface(folder, context, template, own_pad=self.is_reward)
+            pad_id = tokenizer.export_huggingface(folder, self.longest_text, template, own_pad=self.is_reward)
         except Exception as error:
             if type(error) is Exception:  # what tokenizers makes of a full disk
                 raise OSError(str(error)) from None
             raise
         model.save_pretrained(folder, eos_id=tokenizer.eos_id, pad_id=pad_id, dtype=DTYPES[self.dtype])
         if not self.is_reward:
-            # The last token of a full context is sampled and never read, so one more than the context is the limit.
             sampling = dict(do_sample=True, temperature=self.temperature)
             ids = dict(bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id, pad_token_id=pad_id)
-            GenerationConfig(max_length=context + 1, **sampling, **ids).save_pretrained(folder)
+            GenerationConfig(max_new_tokens=self.room, **sampling, **ids).save_pretrained(folder)
 
     def check(self, folder: Path) -> str:
         """Read the folder as transformers does and hold it against the model; a line on what was found.
@@ -296,7 +313,7 @@ class Export:
         """The same ids, end and dialogues."""
         ours, template = self.source.tokenizer, self.source.template
         _must(tokenizer.eos_token_id == ours.eos_id, "the tokenizer ends texts with another id")
-        _must(tokenizer.model_max_length == self.source.context, "the tokenizer does not know the context")
+        _must(tokenizer.model_max_length == self.longest_text, "the tokenizer does not know the context")
         side = "right" if self.is_reward else "left"
         _must(tokenizer.padding_side == side, f"the tokenizer does not pad on the {side}")
         for text in _TEXTS:
@@ -446,8 +463,8 @@ def _card(export: Export, name: str, checkpoint: Path, description: dict[str, An
     parts.append(
         f"The context is {export.source.context} tokens. A prompt is written {template.format(['...'])!r}; the chat "
         "template does so, with a system message as plain text before it (none was trained on). For a longer prompt "
-        '`handle_long_generation="hole"` leaves room for `max_new_tokens`. A text with the EOS token written in it is '
-        "read as its end, as everywhere in transformers; `split_special_tokens=True` prevents that.\n"
+        f"`truncation=True` cuts its start off{export.told_of_room()}. A text with the EOS token written in it is read "
+        "as its end, as everywhere in transformers; `split_special_tokens=True` prevents that.\n"
     )
     parts.append(f"Weights: {export.dtype}. Read back by transformers: {told}.\n")
     parts.append(
