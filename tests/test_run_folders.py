@@ -90,6 +90,15 @@ def script(stage: str, words: str) -> Callable[[Place], Result]:
     )  # fmt: skip
 
 
+def resumed(stage: str, step: str) -> Callable[[Place], Result]:
+    """A training script with --resume alone: all settings are those that the run brings along."""
+    return lambda place: _call(
+        f"training.train_{stage}",
+        [f"train_{stage}.py", "--resume", f"{place.run(f'{stage}_tiny')}/checkpoints/{step}", "--runs-dir",
+         str(place.runs)],
+    )  # fmt: skip
+
+
 def evaluation(words: str) -> Callable[[Place], Result]:
     """utils/evaluate.py."""
     more = f"--judge gold --limit 2 --max-new-tokens 4 --device cpu {words}"
@@ -137,8 +146,11 @@ COMMANDS: dict[str, Callable[[Place], Result]] = {
     "ppo": script("ppo", "-n next -a RUN:sft_tiny -c RUN:rm_tiny"),
     # Going on at an earlier step sets final/ aside, so what starts from a run comes first.
     "resume ppo": script("ppo", "-n tiny -a sft_tiny -c rm_tiny --resume RUN:ppo_tiny/checkpoints/step_00000001"),
+    "resume ppo alone": resumed("ppo", "step_00000001"),
     "resume rm": script("rm", "-n tiny -p sft_tiny --resume RUN:rm_tiny/checkpoints/step_00000002"),
+    "resume rm alone": resumed("rm", "step_00000002"),
     "resume sft": script("sft", "-n tiny -p sft_start --resume RUN:sft_tiny/checkpoints/step_00000002"),
+    "resume sft alone": resumed("sft", "step_00000002"),
 }  # fmt: skip
 
 
@@ -223,7 +235,8 @@ PLANTS = (reward_functions, tokenizer_code, model_code, pickled_states, pickled_
 # What the one line has to name; all others go on, or are told of damage.
 TOLD = {
     (reward_functions, "overoptimisation"): "--reward-fn",
-    (reward_functions, "resume ppo"): "reward_fn",
+    (reward_functions, "resume ppo"): "add what cannot be taken from the run: --reward-fn ",
+    (reward_functions, "resume ppo alone"): "add what cannot be taken from the run: --reward-fn ",
     **{(tokenizer_code, name): "auto_map" for name in COMMANDS if name != "doctor"},
     **{(model_code, name): "auto_map" for name in ("gpt checkpoint", "sft checkpoint", "evaluate vanilla")},
     **{(pickled_states, name): "trainer_state.pt" for name in COMMANDS if name.startswith("resume")},

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import call, newest
+from scripts import call, call_bare, newest
 from setups import read_metrics
 
 from experiments.doctor.record import read_series
@@ -83,6 +83,20 @@ def test_each_stage_goes_on_to_the_end(old, stage):
     last_of = [[row[loss] for row in rows if loss in row][-1] for rows in (before, after)]
     assert last_of[1] == pytest.approx(last_of[0], rel=0.02)
     assert (run / "final" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_goes_on_alone(old, stage, monkeypatch):
+    """Their data are at another place now; all else they know, what the presets are today aside."""
+    run = newest(old / "runs", f"{stage}_old")
+    shutil.rmtree(run / "final", ignore_errors=True)
+    words = ["--resume", f"{stage}_old", "--runs-dir", str(old / "runs")]
+    data = "answers.jsonl" if stage == "sft" else "pairs.jsonl"
+    error = call_bare(stage, *words).error
+    assert "add what cannot be taken from the run: --dataset PATH (" in error and f"{data} is not there)" in error
+    result = call_bare(stage, *words, "--dataset", str(old / data))
+    assert result.code == 0 and "step_00000002" in result.out, result.err
+    assert json.loads((run / "final" / "model.json").read_text())["step"] == 4
 
 
 def test_a_reward_that_moved_with_the_repository_is_no_other_reward():

@@ -110,6 +110,11 @@ def make(tmp_path):
     return make_runs
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_told() -> None:
+    finding._tell.cache_clear()
+
+
 def name_of(run: Path) -> str:
     return run.name.rpartition("_")[0]
 
