@@ -1,12 +1,13 @@
 """Presets, validation and the command line."""
 
+import contextlib
 import dataclasses
 import json
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from config.command_line import parse_cli
+from config.command_line import config_of_record, parse_cli
 from config.configs import (
     PRESETS,
     GPTConfig,
@@ -338,6 +339,49 @@ def test_the_offline_defaults():
 def test_underscores_equal_signs_and_repetition():
     config = parse_cli(SFTConfig, ["--batch_size=3", "--global-batch-size=6", "--lr", "1e-4", "--lr=2e-4"])
     assert (config.batch_size, config.global_batch_size, config.lr) == (3, 6, 2e-4)
+
+
+@pytest.mark.parametrize("words, given", [
+    (["-n", "a", "-b8", "--lr=2e-4", "--max_steps", "3"],
+     {"name": "a", "batch_size": "8", "lr": "2e-4", "max_steps": "3"}),
+    (["-n=a", "--name", "b", "--lr", "-1"], {"name": "b", "lr": "-1"}),
+    (["--skip-bad-rows", "--resume="], {"skip_bad_rows": "--resume=", "resume": ""}),
+])  # fmt: skip
+def test_a_run_to_go_on_with_is_told_what_is_given(words, given):
+    seen = []
+
+    def recorded(stage, flags):
+        seen.append((stage, flags))
+
+    with contextlib.suppress(UserError):
+        parse_cli(SFTConfig, [*words, "--resume", "r"], recorded)
+    assert seen == [(SFTConfig, given | {"resume": "r"})]
+    with contextlib.suppress(UserError):
+        parse_cli(SFTConfig, words, recorded)  # nothing goes on
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_recorded_run_gives_the_defaults(stage):
+    then = replace(stage_defaults(stage, "gpt2/lora"), lr=0.25, seed=7, name="mine", batch_size=2, skip_bad_rows=True)
+    defaults = config_of_record(stage, json.loads(json.dumps(resolved(then))), "r")
+    assert defaults == then
+    assert parse_cli(stage, ["--resume", "r"], lambda *_: defaults) == replace(then, resume="r")
+    config = parse_cli(stage, ["--resume", "r", "--seed", "8", "--no-skip-bad-rows"], lambda *_: defaults)
+    assert config == replace(then, resume="r", seed=8, skip_bad_rows=False)
+    assert parse_cli(stage, ["--resume", "r", "-b", "1"], lambda *_: defaults).tokens_per_micro_batch == 0
+    assert parse_cli(stage, ["--resume", "r"], lambda *_: None) == replace(stage(), resume="r", **{
+        field: value for field, value in resolved(stage_defaults(stage, stage.config)).items() if field != "resume"
+    })  # fmt: skip
+
+
+def test_a_record_of_another_day():
+    values = {"lr": 1, "name": "it's --odd", "tokenizer": "", "no_longer": 3}
+    with pytest.raises(UserError, match="^r: --name"):
+        config_of_record(SFTConfig, values, "r")
+    config = config_of_record(SFTConfig, values | {"name": "x", "dataset": "--a b=c d.jsonl", "pretrain": "-x"}, "r")
+    expected = dict(lr=1.0, name="x", tokenizer="", dataset="--a b=c d.jsonl", pretrain="-x")
+    assert config == replace(stage_defaults(SFTConfig, "gpt2-nano"), **expected)
 
 
 def test_the_last_config_decides_the_recipe():
