@@ -25,7 +25,8 @@ from config.user_error import UserError
 from models.gpt import GPTRewardModel
 from training.start import describe_model, template_of
 from training.storage.saving import STATE, Saver, load_state
-from utils.data.rows import BadRow, parse_row, read_jsonl
+from utils.data.files import read_jsonl
+from utils.data.rows import BadRow, parse_row
 from utils.data.sources import DEMO_FOLDER
 from utils.dataset import load_dataset
 from utils.runs.manifest import MANIFEST

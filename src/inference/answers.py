@@ -29,7 +29,8 @@ from models.generation import generate
 from models.weights.checkpoint import weights_digest
 from utils.data.batching import collate_sft
 from utils.data.examples import SFTExample
-from utils.data.rows import BadRow, parse_row, read_jsonl
+from utils.data.files import read_jsonl
+from utils.data.rows import BadRow, parse_row
 from utils.loss import target_mask
 from utils.metrics import correlation, text_degeneracy
 from utils.template import PromptTemplate

@@ -27,7 +27,10 @@ from utils.data.token_table import Counts, LengthLimits, TokenTable, tokenize_ro
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
-_CACHE_VERSION = 2  # raise it when the same rows would give other tokens
+_CACHE_VERSION = 3  # raise it when the same rows would give other tokens
+# Version 2 read fewer forms, kept CR in some texts and dropped long plain texts: data without any of these
+# (`Counts.renewed`) have its fingerprint still, so that its runs can be gone on with.
+_SAME_ROWS_VERSION = 2
 # Runs of version 1 may be gone on with: its rows were the same, but that white space in a first turn could put parts of
 # one conversation on two sides of a split.
 _EARLIER_VERSION = 1
@@ -48,6 +51,7 @@ class DatasetReport(Counts):
         notes = {
             "with the prompt cut from the left": self.cut,
             "dropped as too long": self.dropped,
+            f"long texts in {self.pieces:,} pieces": self.long,
             "bad": self.bad,
             "with nothing said": self.empty,
             "duplicates": self.duplicates,
@@ -61,7 +65,7 @@ class DatasetReport(Counts):
 class TokenDataset:
     """Tokenised rows that can be indexed; `lengths` [N] int64 are the tokens of each row.
 
-    fingerprint: of all that decides the rows. earlier_fingerprint: what the code before `_CACHE_VERSION` gave for them.
+    fingerprint: of all that decides the rows. earlier_fingerprint: what the code of version 1 gave for them, or "".
     """
 
     def __init__(self, table: TokenTable, report: DatasetReport, fingerprint: str, earlier: str):
@@ -125,7 +129,7 @@ def load_dataset(
     """Reads, divides, tokenises and cuts a dataset, or takes the result of doing so from the cache.
 
     Args:
-        name_or_path: a name of the table above, or the path of a JSON Lines file.
+        name_or_path: a name of the table above, or the path of a file.
         stage: "sft" (prompt and response), "rm" (ranked completions), "ppo" (prompts), "text" (plain text).
         split: "train", "validation" or "test".
         tokenizer: gives the ids.
@@ -154,7 +158,9 @@ def load_dataset(
     content = source.fingerprint()
     settings = [stage, split, skip_bad_rows, limit, asdict(splits), template.to_dict(), asdict(limits)]
     decides = [type(source).__name__, content, tokenizer.identity()["sha256"], settings]
-    key, earlier = (_sha256([version, *decides]) for version in (_CACHE_VERSION, _EARLIER_VERSION))
+    key, same, earlier = (
+        _sha256([version, *decides]) for version in (_CACHE_VERSION, _SAME_ROWS_VERSION, _EARLIER_VERSION)
+    )
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
 
     cached = _from_cache(folder, key, tokenizer.vocab_size)
@@ -176,7 +182,8 @@ def load_dataset(
         if report.first_bad.startswith(f"{report.name}:"):
             report.first_bad = source.name + report.first_bad.removeprefix(report.name)
         report.name = source.name
-    return _DATASET_OF_STAGE[stage](table, report, key, earlier)
+    fingerprints = (key, "") if report.renewed or report.long else (same, earlier)
+    return _DATASET_OF_STAGE[stage](table, report, *fingerprints)
 
 
 _DATASET_OF_STAGE = {"sft": SFTDataset, "text": SFTDataset, "rm": RankedDataset, "ppo": PromptDataset}

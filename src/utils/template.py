@@ -6,10 +6,19 @@ A *prompt* is everything up to and including the last "\\n\\nAssistant:", a *res
 its own space, so that prompt and response can be tokenised apart and their ids joined. Training, generation and
 evaluation all use these functions: a prompt that misses the leading blank line or carries a trailing space is another
 prompt to the model.
+
+They are also where line ends become the project's own (`unix_lines`): a text looks the same to the model whatever
+system it was written on. Nothing else of it changes: a byte order mark inside a text, U+2028, composed and decomposed
+letters are what somebody wrote.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+
+
+def unix_lines(text: str) -> str:
+    """The text with LF for every line end, CRLF and a CR alone."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,13 @@ class PromptTemplate:
             raise ValueError(
                 f"a prompt ends with a turn of the person, so it has an odd number of turns, not {len(turns)}"
             )
-        openings = (self.human, self.assistant + self.response_prefix)
-        return "".join(openings[i % 2] + turn.strip() for i, turn in enumerate(turns)) + self.assistant
+        return self.prompt_of_turns([(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)])
+
+    def prompt_of_turns(self, turns: Sequence[tuple[str, str]]) -> str:
+        """Writes a prompt from (role, text) of "system", "user" and "assistant" in any order. The text of "system"
+        stands as it is, as a text before the first turn of a dialogue does."""
+        openings = {"system": "", "user": self.human, "assistant": self.assistant + self.response_prefix}
+        return unix_lines("".join(openings[role] + text.strip() for role, text in turns)) + self.assistant
 
     def split_dialogue(self, text: str) -> tuple[str, str]:
         """Cuts a whole dialogue after its last `assistant`.
@@ -55,7 +69,7 @@ class PromptTemplate:
         Raises:
             ValueError: there is no turn of the model, or the person's turn is the last one. The message says which.
         """
-        text = self._with_opening(text)
+        text = self._with_opening(unix_lines(text))
         cut = text.rfind(self.assistant)
         if cut < 0:
             raise ValueError(f"has no turn of the model ({_shown(self.assistant)})")
@@ -80,6 +94,7 @@ class PromptTemplate:
         """
         if not text.strip():
             raise ValueError("is empty")
+        text = unix_lines(text)
         human, assistant = self.human.rstrip(), self.assistant
         if not (text.lstrip().startswith(human.strip()) or human in text or assistant in text):
             return self.format([text])
@@ -96,7 +111,7 @@ class PromptTemplate:
     def response(self, text: str) -> str:
         """The text of a reply: exactly `response_prefix` before it, no white space after it; "" if there is nothing in
         it."""
-        text = text.strip()
+        text = unix_lines(text).strip()
         return self.response_prefix + text if text else ""
 
     def opening(self, prompt: str) -> str:
@@ -127,9 +142,7 @@ class PromptTemplate:
         return cls(**data)
 
     def _with_opening(self, text: str) -> str:
-        """The text with Unix line ends and, if its first turn is a person's or the model's, with the blank line before
-        it."""
-        text = text.replace("\r\n", "\n")
+        """The text; if its first turn is a person's or the model's, with the blank line before it."""
         bare = text.lstrip()
         for opening in (self.human.rstrip(), self.assistant):
             if bare.startswith(opening.strip()):

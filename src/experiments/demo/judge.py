@@ -23,7 +23,7 @@ from experiments.overoptimisation.run import (
 from experiments.run_plots import read_metrics
 from inference.answers import Machine, Sampling, TextModel, score_texts
 from inference.systems import load_reward_model
-from utils.data.rows import read_jsonl
+from utils.data.files import read_jsonl
 from utils.demo.gold import gold_reward
 from utils.demo.world import best_possible_accuracy
 from utils.judging.length_control import length_controlled_win_rate

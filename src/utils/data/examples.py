@@ -7,12 +7,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SFTExample:
-    """A demonstration, or a plain text with an empty prompt."""
+    """A demonstration, or a plain text or a piece of one with an empty prompt."""
 
     prompt_ids: np.ndarray
     """[P] int32."""
     response_ids: np.ndarray
-    """[T] int32, ends in EOS."""
+    """[T] int32, ends in EOS unless the text goes on in the next example."""
 
 
 @dataclass(frozen=True)

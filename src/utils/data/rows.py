@@ -1,42 +1,59 @@
 """Text rows: what the files and hub datasets hold, brought to one form and checked.
 
-Accepted forms of a row (an object in JSON Lines, or a row of a hub dataset); other keys are ignored:
+Accepted forms of a row (an object of a file of any kind, or a row of a hub dataset); other keys are ignored:
 
     {"chosen", "rejected"}                     HH form: two whole dialogues, cut after their last "\\n\\nAssistant:"
     {"prompt"}                                 a prompt alone
     {"prompt", "response"}                     a demonstration
     {"prompt", "chosen", "rejected"}           a ranked pair of replies (rm-static)
     {"prompt", "completions"}                  K >= 2 ranked replies, best first; K may differ from row to row
+    {"messages"}                               a whole dialogue as a list of {"role", "content"}
     {"text"}                                   plain text
 
-Texts are normalised by `PromptTemplate` (leading blank line, one space before a reply, nothing after it); a bare
-question as `prompt` becomes the one turn of a person. Anything that a tokenizer would take for a special token stays
-plain text.
+Names that mean the same: "completion" for "response"; "conversations" of {"from", "value"} for "messages";
+{"instruction", "input", "output"} (Alpaca) and {"question", "answer"} alone for "prompt" and "response". A prompt, a
+reply or a dialogue may be a list of messages instead of a string. docs/data.md shows all of them.
+
+What is asked of a whole dialogue is the last turn of the model, in every form: the turns before it are the prompt.
+Texts are normalised by `PromptTemplate` (line ends, leading blank line, one space before a reply, nothing after it); a
+bare question as `prompt` becomes the one turn of a person. Anything that a tokenizer would take for a special token
+stays plain text.
 """
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from config.user_error import UserError
-from utils.template import PromptTemplate
+from utils.template import PromptTemplate, unix_lines
 
 STAGES = ("sft", "rm", "ppo", "text")
 """What a row is read for: a demonstration, a ranking, a prompt, or plain text."""
 
-MAX_LINE_BYTES = 64 * 2**20
-"""A longer line is no row: most likely the file is one big JSON array."""
-
 FORMS = {
-    "sft": 'stage sft needs "prompt" and "response", or a "chosen" dialogue',
+    "sft": 'stage sft needs "prompt" and "response", "messages", or a "chosen" dialogue',
     "rm": 'stage rm needs "chosen" and "rejected", or "prompt" and "completions" (two or more, best first)',
-    "ppo": 'stage ppo needs "prompt", or a "chosen" dialogue',
+    "ppo": 'stage ppo needs "prompt", "messages", or a "chosen" dialogue',
     "text": 'stage text needs "text"',
 }
+
+_DIALOGUES = ("messages", "conversations")
+_ASKED = ("prompt", *_DIALOGUES, "instruction")
+# Names that are not read because it is not known what they mean, but nearly always mean this one.
+_LIKE = {
+    "prompt": ("question", "query", "input", "user", "human", "instruction", "problem", "prompts"),
+    "response": ("answer", "output", "reply", "assistant", "target", "solution", "responses", "completion"),
+    "chosen": ("preferred", "accepted", "better", "winner", "preferred_output", "chosen_response"),
+    "rejected": ("non_preferred", "dispreferred", "worse", "loser", "non_preferred_output", "rejected_response"),
+    "text": ("content", "body", "document"),
+}
+_REPLIES = {None: ("chosen",), "question": ("answer",)} | dict.fromkeys(
+    _ASKED, ("response", "completions", "chosen", "completion")
+)
+_REPLIES["instruction"] += ("output",)
+_NEEDED = {"sft": ("prompt", "response"), "rm": ("prompt", "chosen", "rejected"), "ppo": ("prompt",), "text": ("text",)}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
+_ROLES |= {"gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}
 
 
 class BadRow(UserError):
@@ -56,105 +73,242 @@ class Row:
 
     prompts: tuple[str, ...]
     completions: tuple[str, ...]
+    is_new: bool = False
+    """Of a form that the code before version 3 (utils/dataset.py) refused or read otherwise."""
 
 
 def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Row | None:
     """Brings one decoded row to the form that a stage of `STAGES` needs; `where` is put in front of every message.
 
     Returns:
-        The row, or None for a demonstration that says nothing: in the HH form the last reply of a dialogue can be
-        empty. Such a reply is kept in a ranking, where it scores an immediate end; learning to answer nothing from it
-        would be harmful.
+        The row, or None for a demonstration that says nothing. An empty reply is kept in a ranking, where it scores an
+        immediate end; learning to answer nothing from it would be harmful.
 
     Raises:
         BadRow: the row is malformed, or is of a form that the stage cannot use.
     """
     if not isinstance(data, dict):
         raise BadRow(f'{where}: is {_kind(data)}; a row is an object such as {{"prompt": ..., "response": ...}}')
-    if stage == "text" or (stage == "sft" and "text" in data and "prompt" not in data and "chosen" not in data):
-        return Row(("",), (_text(data, "text", where, stage),))
-    form = _prompt_and_replies if "prompt" in data else _dialogues
-    pairs = form(data, stage, where, template)
+    reader = _RowReader(data, stage, where, template)
+    if is_plain_text(data, stage):
+        return Row(("",), (unix_lines(reader.text("text")),))
+    pairs = reader.pairs()
     prompts, responses = zip(*pairs, strict=True)
     if stage == "ppo":
-        return Row(prompts, ())
+        return Row(prompts, (), reader.is_new)
     if stage == "sft" and not responses[0]:
         return None
     if len(set(pairs)) < len(pairs):
         raise BadRow(
             f"{where}: two of the ranked replies are identical, which ranks nothing; remove one of them or the row"
         )
-    return Row(prompts, responses)
+    return Row(prompts, responses, reader.is_new)
 
 
-# A form gives (prompt, response) of each completion that the stage needs; for PPO one pair, whose response is not used.
+def is_plain_text(data: dict[str, Any], stage: str) -> bool:
+    """Whether a stage reads "text" of a row: stage text always, SFT where there is nothing else to read."""
+    has_other = any(data.get(key) is not None for key in (*_ASKED, "chosen")) or "prompt" in data
+    return stage == "text" or (stage == "sft" and "text" in data and not has_other)
 
 
-def _prompt_and_replies(data: dict, stage: str, where: str, template: PromptTemplate) -> list[tuple[str, str]]:
-    try:
-        prompt = template.prompt(_text(data, "prompt", where, stage))
-    except ValueError as error:
-        raise BadRow(f'{where}: "prompt" {error}') from None
-    if stage == "ppo":
-        return [(prompt, "")]
-    if stage == "sft" and isinstance(data.get("response"), str):
-        replies = {"response": data["response"]}
-    elif "completions" in data:
-        replies = _completions(data["completions"], where)
-    else:
-        shown = "chosen" if "chosen" in data and "response" not in data else "response"
-        keys = (shown,) if stage == "sft" else ("chosen", "rejected")
-        replies = {key: _text(data, key, where, stage) for key in keys}
-    pairs = []
-    for name, reply in list(replies.items())[: 1 if stage == "sft" else None]:
-        _check_text(reply, name, where)
+class _RowReader:
+    """One row while it is read; null is as good as nothing there."""
+
+    def __init__(self, data: dict[str, Any], stage: str, where: str, template: PromptTemplate):
+        self.given, self.stage, self.where, self.template = data, stage, where, template
+        self.data = {key: value for key, value in data.items() if value is not None}
+        self.is_new = False
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(prompt, response) of each completion that the stage needs; for PPO one pair, whose response is not used.
+
+        All stages take the same prompt from a row, so that its split and what a reward model has seen are the same.
+        """
+        asked, replies, whole = self._form()
+        self._refuse_what_is_not_read(asked, replies)
+        self.is_new = asked in ("instruction", "question") or replies[:1] == ["completion"]
+        if self.stage == "ppo":
+            if whole is None and asked and not _is_dialogue(self.data.get("chosen")):
+                return [(self._prompt(asked), "")]
+            names = [whole or "chosen"]
+        elif self.stage == "rm":
+            names = ["completions"] if "completions" in replies else ["chosen", "rejected"]
+        else:
+            names = (replies or ["response" if asked else "chosen"])[:1]
+        values = {name: self._value(name) for name in names}
+        if names == ["completions"]:
+            values = self._completions()
+        last = 1 if self.stage == "sft" else None
+        return [self._pair(name, value, asked) for name, value in list(values.items())[:last]]
+
+    def _form(self) -> tuple[str | None, list[str], str | None]:
+        """The key of what is asked, or None where it is the beginning of whole dialogues; the keys of what is replied
+        to it, first what SFT takes; the key of a whole dialogue that is all there is."""
+        keys, chosen = self.data.keys(), self.data.get("chosen")
+        asked = next((key for key in _ASKED if key in keys), "prompt" if "prompt" in self.given else None)
+        if keys == {"question", "answer"}:
+            asked = "question"
+        is_whole = isinstance(chosen, str) and self.template.assistant in unix_lines(chosen)
+        if asked != "prompt" and (is_whole or _is_dialogue(chosen)):
+            asked = None
+        replies = [key for key in _REPLIES[asked] if key in keys]
+        if replies or "rejected" in keys:
+            return asked, replies, None
+        whole = next((key for key in _DIALOGUES if key in keys), None)
+        return (None if asked == whole else asked), [whole] if whole else [], whole
+
+    def text(self, key: str) -> str:
+        """The text of a key, which has to have one."""
+        return self._checked(self._value(key), key, may_be_empty=False)
+
+    def _value(self, key: str) -> Any:
+        if key in self.given:
+            return self.given[key]
+        found = {name: self._like(name) for name in _NEEDED[self.stage] if name not in self.given}
+        renamed = " and ".join(f"{json.dumps(other)} to {json.dumps(name)}" for name, other in found.items() if other)
+        hint = f"; rename {renamed}, if that is what they are" if renamed else ""
+        raise self._bad(f'has no "{key}" (keys: {_keys(self.given)}); {FORMS[self.stage]}{hint}')
+
+    def _like(self, name: str) -> str | None:
+        """The key that seems to mean `name`."""
+        return next((key for key in self.given if str(key).strip().lower() in (name, *_LIKE[name])), None)
+
+    def _pair(self, name: str, value: Any, asked: str | None) -> tuple[str, str]:
+        """(prompt, response) from a reply to what is asked, or from a whole dialogue."""
+        if isinstance(value, str) and asked is None:
+            try:
+                return self.template.split_dialogue(self._checked(value, name, may_be_empty=False))
+            except ValueError as error:
+                raise self._bad(f'"{name}" {error}') from None
+        if _is_turns(value) or name in _DIALOGUES:
+            return self._of_turns(name, value, asked)
+        reply = self.template.response(self._checked(value, name))
         # A reply may quote "Human:"; only with a turn of the model as well is it a dialogue.
-        if reply.lstrip().startswith(template.human.strip()) and template.assistant in reply:
-            raise BadRow(
-                f'{where}: "{name}" is a whole dialogue although there is a "prompt" too; give the reply alone, '
-                'or leave "prompt" out'
+        if reply.lstrip().startswith(self.template.human.strip()) and self.template.assistant in reply:
+            raise self._bad(
+                f'"{name}" is a whole dialogue although there is a "{asked}" too; give the reply alone, '
+                f'or leave "{asked}" out'
             )
-        pairs.append((prompt, template.response(reply)))
-    return pairs
+        self.is_new |= not reply
+        return self._prompt(asked), reply
 
+    def _of_turns(self, name: str, value: Any, asked: str | None) -> tuple[str, str]:
+        """(prompt, response) from messages: a reply alone, or a whole dialogue with what is asked in it."""
+        self.is_new = True
+        turns = self._turns(value, name)
+        if self.stage == "ppo" and turns[-1][0] == "user":
+            turns.append(("assistant", ""))
+        if turns[-1][0] != "assistant":
+            raise self._bad(f'"{name}" ends with a turn of the person; the last turn has to be of the model')
+        *begun, (_, reply) = turns
+        prompt = self._prompt(asked) if asked else ""
+        if begun or not asked:
+            if not any(role == "user" for role, _ in begun):
+                raise self._bad(f'"{name}" has no turn of the person before the last one of the model')
+            whole = self.template.prompt_of_turns(begun)
+            if prompt.removesuffix(self.template.assistant) not in whole:
+                raise self._bad(f'"{name}" is a dialogue without "{asked}" in it; leave one of them out')
+            prompt = whole
+        return prompt, self.template.response(reply)
 
-def _dialogues(data: dict, stage: str, where: str, template: PromptTemplate) -> list[tuple[str, str]]:
-    pairs = []
-    for key in ("chosen", "rejected") if stage == "rm" else ("chosen",):
+    def _prompt(self, asked: str) -> str:
+        """The text of what is asked, in the template's form."""
+        if _is_turns(self.given[asked]):
+            self.is_new = True
+            turns = self._turns(self.given[asked], asked)
+            if turns[-1][0] != "user":
+                raise self._bad(f'"{asked}" ends with a turn of the model; a prompt ends with a turn of the person')
+            return self.template.prompt_of_turns(turns)
+        text = self.text(asked)
+        more = self._checked(self.data.get("input", ""), "input") if asked == "instruction" else ""
         try:
-            pairs.append(template.split_dialogue(_text(data, key, where, stage)))
+            return self.template.prompt(f"{text}\n\n{more}" if more.strip() else text)
         except ValueError as error:
-            raise BadRow(f'{where}: "{key}" {error}') from None
-    return pairs
+            raise self._bad(f'"{asked}" {error}') from None
+
+    def _completions(self) -> dict[str, Any]:
+        value = self.data["completions"]
+        if not isinstance(value, list) or len(value) < 2:
+            raise self._bad(f'"completions" is {_kind(value)}; it has to be a list of two or more replies, best first')
+        return {f"completions[{i}]": reply for i, reply in enumerate(value)}
+
+    def _turns(self, value: Any, name: str) -> list[tuple[str, str]]:
+        """(role, text) of messages, roles as in `PromptTemplate.prompt_of_turns`; the texts of a system are one."""
+        if not _is_turns(value):
+            raise self._bad(f'"{name}" is {_kind(value)}; it has to be a list of {{"role": ..., "content": ...}}')
+        messages = [value] if isinstance(value, dict) else value
+        turns: list[tuple[str, str]] = []
+        for i, message in enumerate(messages):
+            shown = f"{name}[{i}]"
+            unread = next((key for key in ("tool_calls", "function_call") if message.get(key)), None)
+            role = _ROLES.get(str(message.get("role", message.get("from"))).lower())
+            if role is None or unread:
+                told = f'"{unread}"' if unread else f"the role {_shown(message.get('role', message.get('from')))}"
+                raise self._bad(f'"{shown}" has {told}; a dialogue has turns of system, user and assistant alone')
+            text = self._content(message.get("content", message.get("value")), shown)
+            if not text.strip() and (role != "assistant" or i + 1 < len(messages)):
+                raise self._bad(f'"{shown}" is empty; it has to have a text')
+            if role != "system":
+                turns.append((role, text))
+            elif all(earlier == "system" for earlier, _ in turns):
+                turns = [("system", "\n\n".join([*(earlier for _, earlier in turns), text.strip()]))]
+            else:
+                raise self._bad(f'"{shown}" is a system text inside the dialogue; it is read at the beginning only')
+        return turns
+
+    def _content(self, value: Any, name: str) -> str:
+        """The text of a message: a string, or parts that are all texts."""
+        if not isinstance(value, list):
+            return self._checked(value, name)
+        for part in value:
+            if not (isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))):
+                what = _shown(part.get("type")) if isinstance(part, dict) else _kind(part)
+                raise self._bad(f'"{name}" has a part that is no text ({what}); only texts are read')
+        return self._checked("".join(part if isinstance(part, str) else part["text"] for part in value), name)
+
+    def _refuse_what_is_not_read(self, asked: str | None, replies: list[str]) -> None:
+        """Tells what would change the meaning of a row if it were passed over."""
+        if replies[:1] == ["completion"] and isinstance(self.data.get("label"), bool) and self.stage != "ppo":
+            raise self._bad(
+                'is a reply with a "label", which is not read; write good ones as "prompt" and "response", or pairs as '
+                '"prompt", "chosen" and "rejected"'
+            )
+        if "completions" in replies and isinstance(self.data.get("labels"), list):
+            raise self._bad('has "labels" beside "completions", which are not read; completions are ranked, best first')
+        in_lists = any(_is_turns(self.data.get(key)) for key in (asked, *replies))
+        told = ("context", "history", "system") * (asked == "instruction") + ("system", "tools", "images") * in_lists
+        unread = next((key for key in told if self.data.get(key)), None)
+        if unread is not None:
+            raise self._bad(f'has "{unread}", which is not read; write it into the dialogue, or remove it')
+
+    def _checked(self, value: Any, name: str, may_be_empty: bool = True) -> str:
+        if not isinstance(value, str):
+            raise self._bad(f'"{name}" is {_kind(value)}; it has to be a string')
+        if not (may_be_empty or value.strip()):
+            raise self._bad(f'"{name}" is empty; it has to have a text')
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            code = ord(value[error.start])
+            raise self._bad(
+                f'"{name}" has half of a surrogate pair (\\u{code:04x}) at character {error.start}, no text'
+            ) from None
+        return value
+
+    def _bad(self, told: str) -> BadRow:
+        return BadRow(f"{self.where}: {told}")
 
 
-def _completions(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, list) or len(value) < 2:
-        raise BadRow(
-            f'{where}: "completions" is {_kind(value)}; it has to be a list of two or more replies, best first'
-        )
-    return {f"completions[{i}]": reply for i, reply in enumerate(value)}
+def _is_turns(value: Any) -> bool:
+    """Whether a value is a list of messages, or one message."""
+    return isinstance(value, dict) or (
+        isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+    )
 
 
-def _text(data: dict, key: str, where: str, stage: str) -> str:
-    if key not in data:
-        raise BadRow(f'{where}: has no "{key}" (keys: {_keys(data)}); {FORMS[stage]}')
-    _check_text(data[key], key, where)
-    return data[key]
-
-
-def _check_text(value: Any, name: str, where: str) -> None:
-    if not isinstance(value, str):
-        raise BadRow(f'{where}: "{name}" is {_kind(value)}; it has to be a string')
-    if not value.strip():
-        raise BadRow(f'{where}: "{name}" is empty; it has to have a text')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise BadRow(
-            f'{where}: "{name}" has half of a surrogate pair (\\u{code:04x}) at character {error.start}, no text'
-        ) from None
+def _is_dialogue(value: Any) -> bool:
+    """Whether a value has messages before its last one."""
+    return isinstance(value, list) and len(value) > 1 and _is_turns(value)
 
 
 def _kind(value: Any) -> str:
@@ -165,72 +319,9 @@ def _kind(value: Any) -> str:
 
 
 def _keys(data: dict) -> str:
-    shown = ", ".join(json.dumps(str(key)[:40]) for key in list(data)[:8])
+    shown = ", ".join(_shown(key) for key in list(data)[:8])
     return (shown or "none") + (", ..." if len(data) > 8 else "")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, Any | BadRow]]:
-    """Reads JSON Lines, plain or gzip (told by its first bytes), as UTF-8 with or without a byte order mark.
-
-    Lines end with LF or CRLF; blank lines are passed over.
-
-    Yields:
-        (line number from 1, decoded value), or (line number, BadRow) for a line that is not JSON, so that the caller
-        can count it and read on.
-
-    Raises:
-        UserError: the file cannot be read at all, or not to its end (missing, a directory, no permission, torn gzip).
-    """
-    number = 0
-    try:
-        with open_binary(path) as file:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise UserError(
-                        f"{path}:{number}: a line over {MAX_LINE_BYTES >> 20} MiB; write one JSON object per line"
-                    )
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield number, _decode(line, f"{path}:{number}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(
-            f"{path}: gzip data is damaged or cut short after line {number} ({error}); copy the file again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _decode(line: bytes, where: str) -> Any | BadRow:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(
-            f"{where}: not UTF-8 text (byte 0x{line[error.start]:02x} at {error.start}); save the file as UTF-8"
-        )
-    except json.JSONDecodeError as error:
-        return BadRow(f"{where}: not JSON ({error.msg} at character {error.pos}); one JSON object per line is needed")
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"{where}: not usable JSON ({error}); one JSON object per line is needed")
-
-
-def open_binary(path: Path) -> BinaryIO:
-    """Opens a file for reading, through gzip if it is compressed.
-
-    Raises:
-        UserError: there is no such regular file, or it is named .gz but is not gzip. OSError when it cannot be opened.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; a .jsonl or .jsonl.gz file is needed")
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: is not a regular file; a .jsonl or .jsonl.gz file is needed")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"\x1f\x8b":
-        return gzip.open(path, "rb")
-    if path.suffix == ".gz" and start:
-        raise UserError(f"{path}: is named .gz but is not gzip data; rename it, or compress it with gzip")
-    return path.open("rb")
+def _shown(value: Any) -> str:
+    return json.dumps(str(value)[:40])

@@ -8,7 +8,7 @@
     hh-sft        HHSFTDataset            made by utils/prepare_sft_dataset.py      sft, ppo
     demo          DemoDataset             assets/demo                               sft, rm, ppo, text
     demo-text     DemoTextDataset         assets/demo/text.jsonl.gz                 text (also under the name sft)
-    PATH          JSONLDataset            a .jsonl or .jsonl.gz file                what its rows allow (data/rows.py)
+    PATH          JSONLDataset            a file of any kind of data/files.py       what its rows allow (data/rows.py)
 
 Splits. The demo ships its own. Everything else is divided by a hash of the conversation (utils/data/splits.py): a
 local file into train, validation and test; hh and rm-static, which have a test split, share the hub's test split
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
-from utils.data.rows import FORMS, STAGES, BadRow, Row, open_binary, parse_row, read_jsonl
+from utils.data.files import KINDS_TOLD, file_kind, is_data_file, read_rows
+from utils.data.rows import FORMS, STAGES, BadRow, Row, is_plain_text, parse_row
 from utils.data.splits import SplitOptions
 from utils.data.token_table import Counts
 from utils.runs.folder import REPO
@@ -85,8 +86,8 @@ class RowSource(ABC):
         """A string that changes when the content of the data changes."""
 
     def file_rows(self, path: Path) -> Iterator[Row]:
-        """Every row of a file of JSON Lines; `counts` goes on counting."""
-        return self._rows_of((f"{path}:{number}", data) for number, data in read_jsonl(path))
+        """Every row of a file; `counts` goes on counting."""
+        return self._rows_of((f"{path}:{number}", data) for number, data in read_rows(path))
 
     def _rows_of(self, values: Iterable[tuple[str, Any]]) -> Iterator[Row]:
         """The rows of (where, decoded value)."""
@@ -96,6 +97,7 @@ class RowSource(ABC):
     def _parse(self, where: str, data: Any, counts: Counts) -> Row | None:
         """One row, or None (counted) for one that is malformed and skipped, or says nothing."""
         counts.read += 1
+        is_new = _holds_cr(data)
         try:
             if isinstance(data, BadRow):
                 raise data
@@ -104,16 +106,18 @@ class RowSource(ABC):
             if not self.skip_bad_rows:
                 raise UserError(f"{error} (--skip-bad-rows passes over such rows)") from None
             counts.bad += 1
+            counts.renewed += is_new
             counts.first_bad = counts.first_bad or str(error)
             return None
         counts.empty += row is None
+        counts.renewed += is_new or (row is not None and row.is_new)
         return row
 
     def _any_stage(self, data: Any) -> Row | None:
         """What decides a row's split, read alike in all stages: also rows that are of no use to this one count."""
         if not isinstance(data, dict):
             return None
-        is_text = self.stage == "text" or ("prompt" not in data and "chosen" not in data)
+        is_text = self.stage == "text" or is_plain_text(data, "sft")
         try:
             return parse_row(data, "text" if is_text else "ppo", "", self.template)
         except BadRow:
@@ -125,22 +129,26 @@ class RowSource(ABC):
 
 
 class JSONLDataset(RowSource):
-    """A local file of JSON Lines, divided into splits by a hash of each conversation's opening."""
+    """A local file, divided into splits by a hash of each conversation's opening.
+
+    The class's name is part of the fingerprints of runs, so it stays what it was when JSON Lines were all that is read.
+    """
 
     def __init__(self, stage: str, path: str | Path, **options: Any):
-        """Args: `path` of a .jsonl or .jsonl.gz file, against the working directory; the rest as for `RowSource`."""
+        """Args: `path` of a file, against the working directory; the rest as for `RowSource`."""
         self.path = Path(os.path.expanduser(path))
         self.name = getattr(type(self), "name", str(path))
         super().__init__(stage, **options)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file's bytes."""
+        """SHA-256 of the file's bytes, behind what kind they are read as."""
+        kind = file_kind(self.path)
         try:
-            open_binary(self.path).close()
             with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        return digest if kind == "jsonl" else f"{kind} {digest}"
 
     def rows(self, split: str) -> Iterator[Row]:
         """See `RowSource.rows`. Reads the file twice: what is held out of a small file depends on all its prompts."""
@@ -160,11 +168,16 @@ class JSONLDataset(RowSource):
 
     def _survey(self) -> tuple[set[float], bool, bool]:
         """Hash points of all keys, whether any row is ranked, and whether openings (or whole prompts) are the keys."""
+        if self.stage != "ppo" and file_kind(self.path) == "txt":
+            raise UserError(
+                f"{self.path}: a .txt file has one prompt a line, for PPO and evaluations; write plain text for SFT as "
+                'rows {"text": ...} of a .jsonl file'
+            )
         counts = Counts()
         openings, prompts = set(), set()
         is_ranked = False
         usable = 0
-        for number, data in read_jsonl(self.path):
+        for number, data in read_rows(self.path):
             usable += self._parse(f"{self.path}:{number}", data, counts) is not None
             row = self._any_stage(data)
             if row is not None:
@@ -173,7 +186,8 @@ class JSONLDataset(RowSource):
                 is_ranked = is_ranked or "rejected" in data or "completions" in data
         if not usable:
             bad = f"{counts.bad} bad, the first: {counts.first_bad}"
-            told = bad if counts.bad else f"one JSON object per line is needed; {FORMS[self.stage]}"
+            empty = f"{counts.empty} say nothing" if counts.empty else "there is no row in it"
+            told = bad if counts.bad else f"{empty}; {FORMS[self.stage]}"
             raise UserError(f"{self.path}: has no rows for stage {self.stage}; {told}")
         # A few openings over many prompts are a fixed preamble, not conversations that belong together.
         by_opening = len(openings) >= _FEW_OPENINGS or len(openings) == len(prompts)
@@ -293,7 +307,7 @@ class HubDataset(RowSource):
             UserError: it is neither in the local cache nor can it be downloaded.
         """
         told = f"{self.flag} {self.name}: {self.repository}"
-        return load_from_hub(self.repository, split, told, "give the path of a local .jsonl file")
+        return load_from_hub(self.repository, split, told, "give the path of a local .jsonl or .parquet file")
 
     def fingerprint(self) -> str:
         """The revision that `datasets` has on disk."""
@@ -347,11 +361,17 @@ def open_source(name_or_path: str, stage: str, **options: Any) -> RowSource:
     name = str(name_or_path)
     if name in DATASETS:
         return DATASETS[name](stage, **options)
-    if name.endswith((".jsonl", ".json", ".gz")) or os.path.exists(os.path.expanduser(name)):
+    if is_data_file(name) or os.path.exists(os.path.expanduser(name)):
         return JSONLDataset(stage, name, **options)
-    raise UserError(
-        f"--dataset {name}: not known; choose {', '.join(DATASETS)}, or the path of a .jsonl or .jsonl.gz file"
-    )
+    raise UserError(f"--dataset {name}: not known; choose {', '.join(DATASETS)}, or the path of a {KINDS_TOLD} file")
+
+
+def _holds_cr(value: Any) -> bool:
+    """Whether a text in a row has a carriage return, which code before version 3 (utils/dataset.py) kept."""
+    if isinstance(value, str):
+        return "\r" in value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_holds_cr, parts))
 
 
 def _whole_key(row: Row) -> str:

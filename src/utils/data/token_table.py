@@ -3,9 +3,10 @@
 Shapes: N rows, M completions over all rows, P distinct prompts (counted once per row), K completions of one row.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ MAX_CHARACTERS_PER_TOKEN = 128
 """The longest token of GPT-2 has 128 characters, so a longer text than this times the budget cannot fit, and is not
 tokenised."""
 
+_SEAM = re.compile(r".*\S(?= \S)", re.DOTALL)  # up to the last end of a word before one space
 _CHUNK = 2048  # rows tokenised at a time: enough for the batch API, little enough for memory and a smooth progress bar
 
 
@@ -50,6 +52,12 @@ class Counts:
     """Of those elsewhere: rows of the training data whose conversation is one of the data's own test split."""
     cut: int = 0
     """Of those kept: prompt shortened from the left."""
+    long: int = 0
+    """Of those kept: plain texts longer than a row, cut into pieces."""
+    pieces: int = 0
+    """Rows that the long ones became."""
+    renewed: int = 0
+    """Of those read: rows that the code before version 3 (utils/dataset.py) read otherwise, or not at all."""
     duplicates: int = 0
     """Of those kept: the same text as an earlier row."""
     first_bad: str = ""
@@ -99,7 +107,7 @@ class TokenTable:
     prompts: Ragged
     """[P]; for prompt-only rows P = N."""
     responses: Ragged
-    """[M], each ending in EOS; empty for prompt-only rows."""
+    """[M], each ending in EOS but for the pieces of a long text; empty for prompt-only rows."""
     prompt_of: np.ndarray
     """[M] int64, the prompt of each completion."""
     row_start: np.ndarray
@@ -158,7 +166,8 @@ def tokenize_rows(
 ) -> TokenTable:
     """Tokenises rows, prompt and response apart, appends one EOS to every response, and cuts or drops what is too long.
 
-    `counts` gets kept, cut, dropped and duplicates; `description` is of the progress bar, which shows after 3 seconds.
+    A plain text that is too long becomes several rows: see `_pieces`. `counts` gets what `Counts` has of kept rows, and
+    dropped; `description` is of the progress bar, which shows after 3 seconds.
     """
     all_prompts: list[np.ndarray] = []
     all_responses: list[np.ndarray] = []
@@ -168,24 +177,28 @@ def tokenize_rows(
     rows = iter(rows)
     with tqdm(desc=description, unit=" rows", delay=3, leave=False, disable=None) as bar:
         while chunk := list(islice(rows, _CHUNK)):
-            hopeful = [row for row in chunk if all(len(text) <= longest for text in row.completions)]
+            hopeful = [row for row in chunk if _is_text(row) or all(len(text) <= longest for text in row.completions)]
             counts.dropped += len(chunk) - len(hopeful)
             for row, prompts, responses in _encode(hopeful, tokenizer, longest):
-                fitted = fit(prompts, responses, limits)
+                pieces = _pieces(responses[0], limits.max_length) if _is_text(row) else []
+                fitted = prompts if pieces else fit(prompts, responses, limits)
                 if fitted is None:
                     counts.dropped += 1
                     continue
                 counts.kept += 1
                 counts.cut += any(len(a) < len(b) for a, b in zip(fitted, prompts, strict=True))
+                if len(pieces) > 1:
+                    counts.long, counts.pieces = counts.long + 1, counts.pieces + len(pieces)
                 duplicate_key = hash((row.prompts, row.completions))
                 counts.duplicates += duplicate_key in seen
                 seen.add(duplicate_key)
                 keys = [tuple(prompt) for prompt in fitted]
-                place = {key: len(all_prompts) + i for i, key in enumerate(dict.fromkeys(keys))}
-                prompt_of += [place[key] for key in keys[: len(responses)]]
-                row_start.append(len(prompt_of))
-                all_prompts += [np.array(ids, dtype=np.int32) for ids in place]
-                all_responses += [np.array(ids, dtype=np.int32) for ids in responses]
+                for replies in [[piece] for piece in pieces] or [responses]:
+                    place = {key: len(all_prompts) + i for i, key in enumerate(dict.fromkeys(keys))}
+                    prompt_of += [place[key] for key in keys[: len(replies)]]
+                    row_start.append(len(prompt_of))
+                    all_prompts += [np.array(ids, dtype=np.int32) for ids in place]
+                    all_responses += [np.array(ids, dtype=np.int32) for ids in replies]
             bar.update(len(chunk))
     index = np.array(prompt_of, dtype=np.int64), np.array(row_start, dtype=np.int64)
     return TokenTable(Ragged.of(all_prompts), Ragged.of(all_responses), *index)
@@ -217,6 +230,20 @@ def fit(prompts: list[list[int]], responses: list[list[int]], limits: LengthLimi
     return fitted if len(pairs) == len(responses) else None
 
 
+def _is_text(row: Row) -> bool:
+    """Whether a row is plain text: a completion of nothing."""
+    return row.prompts == ("",) and len(row.completions) == 1
+
+
+def _pieces(ids: list[int], max_length: int) -> list[list[int]]:
+    """A plain text, with its EOS, in pieces of at most `max_length` that follow each other.
+
+    A piece begins with the last token of the one before it. Nothing predicts a row's first token, so each token of the
+    text but the first is predicted once.
+    """
+    return [ids[at : at + max_length] for at in range(0, max(1, len(ids) - 1), max(1, max_length - 1))]
+
+
 def _encode(
     rows: list[Row], tokenizer: Tokenizer, longest: int
 ) -> Iterator[tuple[Row, list[list[int]], list[list[int]]]]:
@@ -224,10 +251,27 @@ def _encode(
     what can fit, since the split into words can start out of step where a text was cut."""
     shortened = [[prompt[-2 * longest :] for prompt in row.prompts] for row in rows]
     texts = [text for row, prompts in zip(rows, shortened, strict=True) for text in (*prompts, *row.completions)]
-    texts = list(dict.fromkeys(texts))
-    ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    parts = {text: _parts(text, longest) for text in texts}
+    wanted = list(dict.fromkeys(part for found in parts.values() for part in found))
+    ids = dict(zip(wanted, tokenizer.encode_batch(wanted), strict=True))
+
+    def ids_of(text: str) -> list[int]:
+        return ids[text] if len(parts[text]) == 1 else list(chain.from_iterable(ids[part] for part in parts[text]))
+
     for row, prompts in zip(rows, shortened, strict=True):
-        yield row, [ids[text] for text in prompts], [[*ids[text], tokenizer.eos_id] for text in row.completions]
+        yield row, list(map(ids_of, prompts)), [[*ids_of(text), tokenizer.eos_id] for text in row.completions]
+
+
+def _parts(text: str, longest: int) -> list[str]:
+    """A text in parts of at most 2 x `longest` characters, cut before a space between two words, where byte-level BPE
+    cuts too: the tokens are those of the whole, and a tokenizer need not take megabytes at once."""
+    parts, start = [], 0
+    while len(text) - start > 2 * longest:
+        seam = _SEAM.match(text, start, start + 2 * longest)
+        end = seam.end() if seam else start + 2 * longest
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
 
 
 def _is_partition(start: np.ndarray, total: int) -> bool:

@@ -20,7 +20,7 @@ import tyro
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
 
-from utils.data.rows import read_jsonl
+from utils.data.files import read_jsonl
 from utils.tokenizer import DEMO_FOLDER
 from utils.tokenizers.bpe import EOS_TEXT, byte_alphabet, write_ranks
 
