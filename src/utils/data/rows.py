@@ -164,6 +164,9 @@ class _RowReader:
     def _value(self, key: str) -> Any:
         if key in self.given:
             return self.given[key]
+        others = [value for key, value in self.given.items() if key not in _ASKED]
+        if others and all(isinstance(value, list) and _is_turns(value) for value in others):
+            raise self._bad(f"is an object around a list of rows ({_keys(self.given)}); write that list alone")
         found = {name: self._like(name) for name in _NEEDED[self.stage] if name not in self.given}
         renamed = " and ".join(f"{json.dumps(other)} to {json.dumps(name)}" for name, other in found.items() if other)
         hint = f"; rename {renamed}, if that is what they are" if renamed else ""
@@ -175,7 +178,7 @@ class _RowReader:
 
     def _pair(self, name: str, value: Any, asked: str | None) -> tuple[str, str]:
         """(prompt, response) from a reply to what is asked, or from a whole dialogue."""
-        if isinstance(value, str) and asked is None:
+        if isinstance(value, str) and asked is None and name not in _DIALOGUES:
             try:
                 return self.template.split_dialogue(self._checked(value, name, may_be_empty=False))
             except ValueError as error:
