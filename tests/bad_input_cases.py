@@ -6,6 +6,7 @@ In a command FILE is the data file, MODEL the model folder, RUNS the folder of r
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +90,34 @@ def rows(*values: Any, end: str = "\n") -> Prepare:
     """The data file has these values as JSON, one a line; a string is a line as it stands."""
     lines = [value if isinstance(value, str) else json.dumps(value) for value in values]
     return content("".join(line + end for line in lines).encode("utf-8", "surrogatepass"))
+
+
+def named(name: str, data: bytes) -> Prepare:
+    """HERE/name has these bytes."""
+    return lambda world: (world.here / name).write_bytes(data)
+
+
+def parquet(values: list[dict[str, Any]]) -> bytes:
+    """A parquet file of these rows."""
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), out)
+    return out.getvalue()
+
+
+def chats(count: int = 40, **changes: Any) -> list[dict[str, Any]]:
+    """Good rows of messages; the third one with `changes` in its last turn."""
+    found = []
+    for row in demonstrations(count):
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+        found.append({"messages": turns})
+    found[2]["messages"][1] |= changes
+    return found
+
+
+def table(values: list[dict[str, Any]]) -> bytes:
+    """CSV of these rows."""
+    lines = [",".join(f'"{cell}"' for cell in row.values()) for row in values]
+    return "\n".join([",".join(values[0]), *lines, ""]).encode()
 
 
 def demonstrations(count: int = 40, **changes: Any) -> list[dict[str, Any]]:
@@ -259,6 +289,23 @@ FILES = [
     Case("UTF-16", SFT, content(GOOD.decode().encode("utf-16"))),
     Case("Latin-1", SFT, content('{"prompt": "caf\xe9", "response": "b"}\n'.encode("latin-1"))),
     Case("one line of 65 MiB", SFT, lambda w: w.file.write_bytes(b"[" + b" " * (65 << 20))),
+    Case("zstandard data that is cut short", "sft --dataset HERE/rows.jsonl.zst",
+         named("rows.jsonl.zst", pyarrow.compress(GOOD * 50, "zstd", asbytes=True)[:-5])),
+    Case("a parquet file that is cut short", "sft --dataset HERE/rows.parquet",
+         named("rows.parquet", parquet(demonstrations())[:-20])),
+    Case("named .parquet, but not parquet", "sft --dataset HERE/rows.parquet", named("rows.parquet", GOOD)),
+    Case("an Excel workbook", "sft --dataset HERE/rows.xlsx", named("rows.xlsx", b"PK\x03\x04...")),
+    Case("a folder of parquet files", "sft --dataset HERE/part",
+         lambda w: ((w.here / "part").mkdir(), named("part/0.parquet", parquet(demonstrations()))(w))),
+    Case("CSV under the name of JSON Lines", SFT, content(b"prompt,response\na,b\n")),
+    Case("JSON Lines under the name of CSV", "sft --dataset HERE/rows.csv", named("rows.csv", GOOD)),
+    Case("CSV with semicolons", "sft --dataset HERE/rows.csv", named("rows.csv", b"prompt;response\na;b\n")),
+    Case("CSV with two columns of one name", "sft --dataset HERE/rows.csv",
+         named("rows.csv", b"prompt,prompt\na,b\n")),
+    Case("a JSON array that is cut short", "sft --dataset HERE/rows.json",
+         named("rows.json", json.dumps(demonstrations()).encode()[:-40])),
+    Case("a JSON array with nothing in it", "sft --dataset HERE/rows.json", named("rows.json", b"[]")),
+    Case("a text file, for SFT", "sft --dataset HERE/rows.txt", named("rows.txt", b"a\nb\n")),
     Case("the name of no dataset", "sft --dataset hh-rlhf"),
     Case("a dataset of another stage", "rm -p sft_tiny --dataset demo-text"),
 ]  # fmt: skip
@@ -271,7 +318,23 @@ ROWS = [
     Case("a line with a text alone", SFT, rows('"What is two and two?"')),
     Case("a line that is nested 100,000 deep", SFT, content(b"[" * 100_000 + b"]" * 100_000)),
     Case("a number with 5,000 digits", SFT, rows('{"prompt": ' + "1" * 5000 + "}")),
-    Case("wrong keys", SFT, rows({"question": "a", "answer": "b"})),
+    Case("one object around all rows", "sft --dataset HERE/rows.json",
+         named("rows.json", json.dumps({"data": demonstrations()}).encode())),
+    Case("a row of CSV with a field too few", "sft --dataset HERE/rows.csv",
+         named("rows.csv", b"prompt,response\na\n")),
+    Case("a quote inside a field of CSV", "sft --dataset HERE/rows.csv",
+         named("rows.csv", b'prompt,response\n"a" b,c\n')),
+    Case("null in parquet", "sft --dataset HERE/rows.parquet",
+         named("rows.parquet", parquet(demonstrations(response=None)))),
+    Case("wrong keys", SFT, rows({"query": "a", "reply": "b"})),
+    Case("a tool call in a dialogue", SFT, rows(*chats(tool_calls=[{"id": "1"}]))),
+    Case("an image in a dialogue", SFT, rows(*chats(content=[{"type": "image"}]))),
+    Case("a role that is not known", SFT, rows(*chats(role="narrator"))),
+    Case("a dialogue of messages that ends with the person", SFT, rows(*chats(role="user"))),
+    Case("messages in a cell of CSV", "sft --dataset HERE/rows.csv",
+         named("rows.csv", table([{"messages": "[{'role': 'user'}]"}]))),
+    Case("a reply that is labelled good or bad (KTO)", SFT, rows({"prompt": "a", "completion": "b", "label": False})),
+    Case("a prompt that is not in its dialogue", SFT, rows(*({"prompt": "other?"} | row for row in chats()))),
     Case("prompts alone, for the reward model", RM, rows(*({"prompt": f"{i}?"} for i in range(40)))),
     Case("plain text, for PPO", PPO, rows({"text": "a"})),
     Case("a number for a prompt", SFT, rows(*demonstrations(prompt=5))),
@@ -279,7 +342,6 @@ ROWS = [
     Case("null for a chosen dialogue", RM, rows(*pairs(chosen=None))),
     Case("an empty prompt", SFT, rows(*demonstrations(prompt=""))),
     Case("an empty prompt, for PPO", PPO, rows(*demonstrations(prompt=""))),
-    Case("a response of white space", SFT, rows(*demonstrations(response=" \n\t"))),
     Case("an empty rejected dialogue", RM, rows(*pairs(rejected=""))),
     Case("half of a surrogate pair", SFT, rows(*demonstrations(response="a \ud83d b"))),
     Case("half of a surrogate pair in a key", SFT, rows({"prompt\ud800": "a"})),
@@ -289,6 +351,8 @@ ROWS = [
     Case("a prompt that ends inside a reply", PPO, rows(*demonstrations(prompt="\n\nHuman: a\n\nAssistant: b"))),
     Case("a whole dialogue for a reply beside a prompt", RM,
          rows(*({"prompt": f"{i}?", **p} for i, p in enumerate(pairs())))),
+    Case("chosen and rejected identical but for line ends", RM,
+         rows({"prompt": "a", "chosen": "b\nc", "rejected": "b\r\nc"})),
     Case("chosen and rejected identical", RM, rows(*pairs(rejected=pairs()[2]["chosen"]))),
     Case("two completions identical", RM, rows({"prompt": "a", "completions": ["b", "c", "b"]})),
     Case("one completion", RM, rows({"prompt": "a", "completions": ["b"]})),
@@ -305,6 +369,25 @@ ACCEPTED = [
          content(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\n" for row in demonstrations()).encode()), 0),
     Case("CRLF line ends, also inside a dialogue", RM,
          rows(*({k: v.replace("\n", "\r\n") for k, v in p.items()} for p in pairs()), end="\r\n"), 0),
+    Case("CRLF behind a system text, and in replies", SFT,
+         rows(*demonstrations(prompt="Be kind.\r\n\r\nHuman: a\r\n\r\nAssistant:", response="b\r\nc")), 0),
+    Case("a JSON array", "sft --dataset HERE/rows.json",
+         named("rows.json", json.dumps(demonstrations(), indent=1).encode()), 0),
+    Case("CSV", "sft --dataset HERE/rows.csv", named("rows.csv", table(demonstrations())), 0),
+    Case("parquet", "sft --dataset HERE/rows.parquet", named("rows.parquet", parquet(demonstrations())), 0),
+    Case("zstandard", "sft --dataset HERE/rows.jsonl.zst",
+         named("rows.jsonl.zst", pyarrow.compress(
+             "".join(json.dumps(row) + "\n" for row in demonstrations()).encode(), "zstd", asbytes=True)), 0),
+    Case("a text file, for PPO", "ppo -a sft_tiny -c rm_tiny --dataset HERE/rows.txt",
+         named("rows.txt", "".join(row["prompt"] + "\n" for row in demonstrations()).encode()), 0),
+    Case("dialogues as messages", SFT, rows(*chats()), 0),
+    Case("a question and an answer", SFT,
+         rows(*({"question": row["prompt"], "answer": row["response"]} for row in demonstrations())), 0),
+    Case("a response of white space: passed over in SFT", SFT, rows(*demonstrations(response=" \n\t")), 0),
+    Case("an empty reply beside a prompt: kept in a ranking", RM,
+         rows(*({"prompt": f"{i}?", "chosen": "a", "rejected": "" if i == 2 else "b"} for i in range(40))), 0),
+    Case("a plain text longer than the context: cut into pieces", SFT,
+         rows(*({"text": row["prompt"] * (40 if i == 2 else 1)} for i, row in enumerate(demonstrations()))), 0),
     Case("NUL in a text", SFT, rows(*demonstrations(response="a\0b")), 0),
     Case("special tokens in a text: plain text, never EOS", SFT,
          rows(*demonstrations(response="a <|endoftext|> b")), 0),

@@ -171,7 +171,8 @@ class RunConfig:
     """Model preset: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-nano, plain or with /dropout or /lora. With a
     pre-trained model the sizes are the model's; the preset gives dropout, adapters and the recipe."""
     dataset: str = "demo"
-    """hh, rm-static, sft-static, hh-sft, demo, demo-text, or the path of a .jsonl or .jsonl.gz file."""
+    """hh, rm-static, sft-static, hh-sft, demo, demo-text, hub:OWNER/NAME, or the path of a file: .jsonl, .json, .csv,
+    .tsv, .parquet, or .txt with a prompt a line."""
     strategy: Annotated[Literal["naive"], arg(aliases=["-s"])] = "naive"
     """How the work is spread over devices: naive is one device."""
     batch_size: Annotated[int, arg(aliases=["-b"])] = 8

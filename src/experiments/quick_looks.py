@@ -161,7 +161,7 @@ def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 def look_at_dataset(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Print the first rows of a data set as the batch that a training script would make of them."""
-    parser.add_argument("--dataset", default="demo", help="a name, or the path of a .jsonl or .jsonl.gz file")
+    parser.add_argument("--dataset", default="demo", help="a name, hub:OWNER/NAME, or the path of a file")
     parser.add_argument("--stage", default="sft", choices=STAGES, help="what the rows are read for")
     parser.add_argument("--split", default="train", choices=SPLITS)
     text = "gpt2, demo, a run or checkpoint, or a Hugging Face folder (default: demo for the demo, else gpt2)"

@@ -178,7 +178,8 @@ def read_answers(path: Path, prompts: Sequence[str], template: PromptTemplate, f
         response = data.get("response")
         if not isinstance(response, str):
             raise UserError(f'{where}: has no text as "response"; a row is {{"prompt": ..., "response": ...}}')
-        if found.setdefault(prompt, response.strip()) != response.strip():
+        response = template.response(response).strip()
+        if found.setdefault(prompt, response) != response:
             raise UserError(f"{where}: a second, different answer to a prompt of this file; keep one")
     missing = [" ".join(prompt.split()) for prompt in prompts if prompt not in found]
     if missing:

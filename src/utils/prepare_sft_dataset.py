@@ -1,6 +1,6 @@
 """Makes the SFT split of HH-RLHF: `python src/utils/prepare_sft_dataset.py`, once, before `--dataset hh-sft`.
 
-    --hh hub|PATH          HH-RLHF; the hub's training split by default, or a local JSON Lines file in the HH form
+    --hh hub|PATH          HH-RLHF; the hub's training split by default, or a local file of whole dialogues
     --rm-static hub|PATH   what the reward model trains and is tested on; all its conversations stay out of the split
     --out PATH             runs/data/hh-sft.jsonl by default, which is where the dataset name hh-sft looks
     --skip-bad-rows        count malformed rows of a local file instead of stopping at the first
@@ -39,9 +39,9 @@ class PrepareConfig:
     """Writes the rows of HH-RLHF whose conversation is not in rm-static, as demonstrations for SFT."""
 
     hh: str = "hub"
-    """HH-RLHF: "hub", or a local .jsonl or .jsonl.gz file of "chosen" and "rejected" dialogues."""
+    """HH-RLHF: "hub", or a local file of "chosen" and "rejected" dialogues."""
     rm_static: str = "hub"
-    """rm-static: "hub", or a local .jsonl or .jsonl.gz file of "prompt", "chosen" and "rejected"."""
+    """rm-static: "hub", or a local file of "prompt", "chosen" and "rejected"."""
     out: Path = HH_SFT_FILE
     """The file to write; it appears only when it is whole."""
     skip_bad_rows: bool = False
@@ -115,7 +115,7 @@ def _source(value: str, hub_class: type[HubDataset], flag: str, skip_bad_rows: b
         source.flag = flag
         return source
     if not os.path.exists(os.path.expanduser(value)):
-        raise UserError(f'{flag} {value}: no such file; give "hub" or the path of a .jsonl or .jsonl.gz file')
+        raise UserError(f'{flag} {value}: no such file; give "hub" or the path of a file of rankings')
     return JSONLDataset("rm", value, skip_bad_rows=skip_bad_rows)
 
 

@@ -343,6 +343,22 @@ def test_other_hub_names(load, tok, hub):
     assert sorted(prompt_texts(load("prompts-only", "ppo"), tok)) == sorted(prompt_texts(load("rm-static", "ppo"), tok))
 
 
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_any_dataset_of_the_hub_by_its_name(load, tok, hub, stage):
+    def turns(i, reply):
+        return [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"{reply} {i}"}]
+
+    rows = [{"prompt": f"question {i}", "chosen": turns(i, "good"), "rejected": turns(i, "bad")} for i in range(300)]
+    hub.rows_of["owner/own"] = {"train": rows}
+    sets = [load("hub:owner/own", stage, split) for split in ("train", "validation", "test")]
+    found = [set(prompt_texts(data, tok)) for data in sets]
+    assert not (found[0] & found[1] or found[1] & found[2]) and min(map(len, found)) > 3
+    assert sets[0].report.name == "hub:owner/own" and sets[0].report.bad == 0
+    assert sum(map(len, found)) == 300 or stage != "sft"
+    everything = load("hub:owner/own", "sft")
+    assert found[0] <= set(prompt_texts(everything, tok)) and (len(found[0]) == len(everything)) == (stage == "sft")
+
+
 def test_hub_content_decides_the_cache(load, hub):
     first = load("hh", "rm").fingerprint
     assert load("hh", "rm").fingerprint == first
@@ -543,6 +559,33 @@ def test_content_and_tokenizer_make_another_entry(load, tok, tmp_path):
     assert load_dataset(str(path), "sft", "train", other, 256, cache_dir=tmp_path / "cache").fingerprint != first
     write(path, pairs(61))
     assert load(path).fingerprint != first
+
+
+@pytest.mark.parametrize(("row", "is_new"), [
+    ({"prompt": "q", "response": "r"}, False),
+    ({"text": "r"}, False),
+    ({"prompt": "q", "response": "r\r\ns"}, True),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}, True),
+    ({"prompt": "q", "completion": "r"}, True),
+    ({"question": "q", "answer": "r"}, True),
+    ({"text": "word " * 400}, True),
+])  # fmt: skip
+def test_rows_that_an_earlier_version_read_alike_keep_their_fingerprint(load, tmp_path, monkeypatch, row, is_new):
+    """Runs of version 2 are gone on with, unless they would see other rows now."""
+    path = write(tmp_path / "f.jsonl", [*({"prompt": f"q {i}", "response": "r"} for i in range(20)), row])
+    whole = SplitOptions(validation_fraction=0.001)
+    now = load(path, splits=whole)
+    monkeypatch.setattr("utils.dataset._CACHE_VERSION", 99)
+    later = load(path, splits=whole)
+    assert (later.fingerprint != now.fingerprint) == is_new and (now.earlier_fingerprint == "") == is_new
+
+
+def test_long_texts_are_told(load, tmp_path):
+    path = write(tmp_path / "f.jsonl", [{"text": f"{i} " + "word " * 300} for i in range(9)])
+    data = load(path, "text", max_length=100)
+    report = data.report
+    assert report.kept == report.long > 0 == report.dropped and report.pieces == len(data) > 3 * report.kept
+    assert f"{report.long} long texts in {report.pieces} pieces" in report.summary()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign"])

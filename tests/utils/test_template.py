@@ -73,6 +73,24 @@ def test_prompt_brings_every_spelling_to_one_text(text):
     assert T.prompt(text) == "\n\nHuman: What is it?\n\nAssistant:"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_make_no_other_text(end):
+    system = "You are kind.\nBe brief."
+    text = f"{system}\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d"
+    written = text.replace("\n", end)
+    assert T.prompt(written) == T.prompt(text) == text + CUE
+    assert T.split_dialogue(f"{text}{CUE} e\nf".replace("\n", end)) == (text + CUE, " e\nf")
+    assert T.response(f"{end}e{end}{end}f{end}") == " e\n\nf"
+    assert T.format([f"a{end}b"]) == "\n\nHuman: a\nb\n\nAssistant:"
+
+
+def test_a_system_text_stands_before_the_first_turn_as_it_is():
+    turns = [("system", " Be kind.\n"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    written = "Be kind.\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert T.prompt_of_turns(turns) == written == T.prompt(written)
+    assert T.opening(written) == "\n\nHuman: a"
+
+
 def test_prompt_is_idempotent_and_keeps_earlier_turns():
     prompt = T.format(["a", "b", "c"])
     assert T.prompt(prompt) == prompt

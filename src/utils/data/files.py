@@ -194,9 +194,8 @@ def _columns(cells: list[str], where: str, separator: str) -> list[str]:
         raise UserError(str(fault))
     other = next((mark for mark in (",", "\t", ";") if mark in columns[0]), None)
     if len(columns) == 1 and other not in (None, separator):
-        named = {",": "is named .csv", "\t": "is named .tsv"}
-        remedy = named.get(other or "", "has commas (.csv) or tabs (.tsv)")
-        raise UserError(f"{where}: its columns are separated by {other!r}; a file with such a separator {remedy}")
+        remedy = {",": "name it .csv", "\t": "name it .tsv"}.get(other or "", "save it with commas, or tabs as .tsv")
+        raise UserError(f"{where}: its columns are separated by {other!r}; {remedy}")
     return _without_twins(columns, where)
 
 

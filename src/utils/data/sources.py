@@ -8,12 +8,15 @@
     hh-sft        HHSFTDataset            made by utils/prepare_sft_dataset.py      sft, ppo
     demo          DemoDataset             assets/demo                               sft, rm, ppo, text
     demo-text     DemoTextDataset         assets/demo/text.jsonl.gz                 text (also under the name sft)
+    hub:NAME      NamedHubDataset         any other dataset OWNER/NAME of the hub   what its rows allow
     PATH          JSONLDataset            a file of any kind of data/files.py       what its rows allow (data/rows.py)
 
 Splits. The demo ships its own. Everything else is divided by a hash of the conversation (utils/data/splits.py): a
 local file into train, validation and test; hh and rm-static, which have a test split, share the hub's test split
 between validation and test, half each, and lose from their training split the rows whose conversation is in it. The
 training prompts are divided once more between the reward model and PPO.
+
+A dataset named with hub: has its training split divided as a local file is.
 
 Malformed rows of a file stop with file and line, unless `skip_bad_rows`; those of a hub dataset, which the user cannot
 mend, are always passed over. Either way the `DatasetReport` counts them.
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
-from utils.data.files import KINDS_TOLD, file_kind, is_data_file, read_rows
+from utils.data.files import file_kind, is_data_file, read_rows
 from utils.data.rows import FORMS, STAGES, BadRow, Row, is_plain_text, parse_row
 from utils.data.splits import SplitOptions
 from utils.data.token_table import Counts
@@ -347,6 +350,23 @@ class PromptsOnlyDataset(HubDataset):
     stages = ("ppo",)
 
 
+class NamedHubDataset(HubDataset):
+    """Any other dataset of the hub, by its name: its training split, divided as a local file is."""
+
+    stages = STAGES
+    has_test_split = False
+
+    def __init__(self, stage: str, repository: str, **options: Any):
+        """Args: `repository` as OWNER/NAME; the rest as for `RowSource`."""
+        self.repository, self.name = repository, f"hub:{repository}"
+        super().__init__(stage, **options)
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether its columns have rankings."""
+        return not {"rejected", "completions"}.isdisjoint(self.load("train").column_names)
+
+
 _HUB = (AnthropicHHRLHFDataset, DahoasRMStaticDataset, DahoasSFTStaticDataset, PromptsOnlyDataset)
 _LOCAL = (HHSFTDataset, DemoDataset, DemoTextDataset)
 DATASETS: dict[str, type[RowSource]] = {cls.name: cls for cls in (*_HUB, *_LOCAL)}
@@ -361,9 +381,11 @@ def open_source(name_or_path: str, stage: str, **options: Any) -> RowSource:
     name = str(name_or_path)
     if name in DATASETS:
         return DATASETS[name](stage, **options)
+    if name.startswith("hub:"):
+        return NamedHubDataset(stage, name.removeprefix("hub:"), **options)
     if is_data_file(name) or os.path.exists(os.path.expanduser(name)):
         return JSONLDataset(stage, name, **options)
-    raise UserError(f"--dataset {name}: not known; choose {', '.join(DATASETS)}, or the path of a {KINDS_TOLD} file")
+    raise UserError(f"--dataset {name}: not known; choose {', '.join(DATASETS)}, hub:OWNER/NAME, or the path of a file")
 
 
 def _holds_cr(value: Any) -> bool:

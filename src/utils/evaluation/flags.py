@@ -30,7 +30,7 @@ class EvaluateConfig:
     reward_model: Annotated[str, arg(aliases=["-c"])] = ""
     """The reward model of proxy scores and --best-of; default: the one that the PPO run was trained with."""
     prompts: str = ""
-    """FILE.csv, FILE.jsonl, FILE.txt, hub:OWNER/NAME, or demo; default: assets/prompts.csv, for models of the demo its
+    """A file as for --dataset, hub:OWNER/NAME, or demo; default: assets/prompts.csv, for models of the demo its
     held-out prompts."""
     limit: int = 0
     """Ask the first so many prompts; 0: all."""

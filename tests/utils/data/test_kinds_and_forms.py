@@ -321,7 +321,7 @@ REFUSED = {
     "an open quote": ("f.csv", b'prompt,response\na,"b\nc,d\n', "sft", "f.csv:2: not CSV (unexpected end of data)"),
     "columns called alike": ("f.csv", b"prompt,prompt\na,b\n", "sft", 'f.csv:1: two columns are called "prompt"'),
     "semicolons": ("f.csv", b"prompt;response\na;b\n", "sft", "f.csv:1: its columns are separated by ';'"),
-    "tabs in .csv": ("f.csv", b"prompt\tresponse\na\tb\n", "sft", "such a separator is named .tsv"),
+    "tabs in .csv": ("f.csv", b"prompt\tresponse\na\tb\n", "sft", r"its columns are separated by '\t'; name it .tsv"),
     "no such column": ("f.csv", b"id,reply\n1,a\n", "sft", 'f.csv:2: has no "chosen" (keys: "id", "reply"); stage sft'),
     "a header alone": ("f.csv", b"prompt,response\n", "sft", "has no rows for stage sft; there is no row in it"),
     "messages in a cell": ("f.csv", b"messages\n\"[{'role': 'user'}]\"\n", "sft",

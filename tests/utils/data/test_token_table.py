@@ -106,6 +106,35 @@ def test_a_megabyte_in_a_row_costs_next_to_nothing_and_cuts_to_the_same_ids(tok)
     assert table.prompts[0].tolist() == tok.encode(T.format([words[-30_000:]]))[-(64 - 1 - len(tok.encode(" a"))) :]
 
 
+def predicted(table, of):
+    """The tokens of a table's rows that are predicted: all but the first of each."""
+    return [token for row in of for token in table.responses[row].tolist()[1:]]
+
+
+@pytest.mark.parametrize("words", [3, 62, 63, 64, 65, 127, 128, 500])
+def test_long_texts_are_cut_into_pieces_that_predict_each_token_once(tok, words):
+    text = " ".join(str(i % 10) for i in range(words))
+    whole = [*tok.encode(text), tok.eos_id]
+    table, counts = table_of([Row(("",), ("short",)), Row(("",), (text,)), Row(("",), ("last",))], tok)
+    pieces = range(1, len(table) - 1)
+    assert predicted(table, pieces) == whole[1:] and table.responses[1][0] == whole[0]
+    assert table.lengths.max() <= 64 and all(len(table.responses[row]) == 64 for row in pieces[:-1])
+    assert all(len(prompt) == 0 for prompt in table.prompts)
+    is_long = len(whole) > 64
+    assert (counts.kept, counts.dropped) == (3, 0)
+    assert (counts.long, counts.pieces) == ((1, len(pieces)) if is_long else (0, 0))
+    assert len(pieces) > 1 or not is_long
+
+
+@pytest.mark.parametrize("text", ["one two three " * 30_000, "x" * 300_000, " " * 300_000 + "q", "ä\n" * 200_000])
+def test_texts_of_megabytes_have_the_tokens_of_the_whole(tok, text):
+    table, counts = table_of([Row(("",), (text,))], tok)
+    ids = [table.responses[0][0], *predicted(table, range(len(table)))]
+    assert tok.decode(ids[:-1]) == text and ids[-1] == tok.eos_id and counts.long == 1
+    if text.startswith("one"):
+        assert ids[:-1] == tok.encode(text)
+
+
 def test_rows_across_chunks_keep_their_order(tok, monkeypatch):
     monkeypatch.setattr("utils.data.token_table._CHUNK", 3)
     rows = [Row((T.format([str(i)]),), (f" {i}",)) for i in range(10)]
