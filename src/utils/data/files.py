@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, AnyStr, BinaryIO
 
 from config.user_error import UserError
 from utils.data.rows import BadRow
@@ -81,6 +81,8 @@ def file_kind(path: Path) -> str:
         with open_binary(path) as file:
             start = file.peek(4096)[:4096]
     if start.startswith(_PARQUET):
+        if path.suffix in (".gz", ".zst"):
+            raise UserError(f"{path}: is compressed parquet; unpack it")
         return "parquet"
     if start.startswith(_UTF16):
         raise UserError(f"{path}: is UTF-16 text; save the file as UTF-8")
@@ -101,7 +103,8 @@ def file_kind(path: Path) -> str:
 
 def read_jsonl(path: Path) -> Rows:
     """Reads JSON Lines; see `read_rows`. Lines end with LF or CRLF."""
-    for number, line in _lines(path):
+    for number, line in _lines(path, open_binary):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line.strip():
             yield number, _decode(line, f"{path}:{number}", number == 1)
 
@@ -157,8 +160,7 @@ def _read_array(path: Path) -> Rows:
 def _read_table(path: Path, separator: str) -> Rows:
     """Reads CSV or TSV; every cell is a text, and a field may be as long as a line."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    lines = (line.decode("utf-8", "surrogateescape") for _, line in _lines(path))
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    reader = csv.reader((line for _, line in _lines(path, _text)), delimiter=separator, strict=True)
     columns: list[str] | None = None
     while True:
         number = reader.line_num + 1
@@ -207,9 +209,8 @@ def _without_twins(columns: list[str], where: str) -> list[str]:
 
 
 def _read_prompts(path: Path) -> Rows:
-    for number, line in _lines(path):
-        text = line.decode("utf-8", "surrogateescape").strip()
-        if text:
+    for number, line in _lines(path, _text):
+        if text := line.strip():
             yield number, _with_utf8(text, f"{path}:{number}") or {"prompt": text}
 
 
@@ -222,7 +223,7 @@ def _read_parquet(path: Path) -> Rows:
             _without_twins(file.schema_arrow.names, str(path))
             rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
             yield from enumerate(rows, start=1)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: parquet data is damaged or cut short ({reason}); copy the file again") from None
 
@@ -237,21 +238,22 @@ def _with_utf8(text: str, where: str) -> BadRow | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line with its end) of a text file, without a byte order mark."""
+def _lines(path: Path, opener: Callable[[Path], IO[AnyStr]]) -> Iterator[tuple[int, AnyStr]]:
+    """(number from 1, line with its end) of a file."""
     number = 0
-    with _told(path, lambda: f"line {number}"), open_binary(path) as file:
+    with _told(path, lambda: f"line {number}"), opener(path) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
                 raise UserError(
                     f"{path}:{number}: a line over {MAX_LINE_BYTES >> 20} MiB; write one JSON object per line"
                 )
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            yield number, line
 
 
 def _text(path: Path) -> io.TextIOWrapper:
-    """The text of a file; bytes that are not UTF-8 become lone surrogates, which `_with_utf8` finds."""
+    """The text of a file, whose lines end with LF, CRLF or CR; bytes that are not UTF-8 become lone surrogates, which
+    `_with_utf8` finds."""
     return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 

@@ -135,11 +135,10 @@ class _RowReader:
             names = ["completions"] if "completions" in replies else ["chosen", "rejected"]
         else:
             names = (replies or ["response" if asked else "chosen"])[:1]
-        values = {name: self._value(name) for name in names}
         if names == ["completions"]:
-            values = self._completions()
-        last = 1 if self.stage == "sft" else None
-        return [self._pair(name, value, asked) for name, value in list(values.items())[:last]]
+            ranked = list(self._completions().items())[: 1 if self.stage == "sft" else None]
+            return [self._pair(name, value, asked) for name, value in ranked]
+        return [self._pair(name, self._value(name), asked) for name in names]
 
     def _form(self) -> tuple[str | None, list[str], str | None]:
         """The key of what is asked, or None where it is the beginning of whole dialogues; the keys of what is replied
