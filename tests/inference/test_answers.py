@@ -84,6 +84,13 @@ def test_answers_are_what_the_model_said_after_the_prompt(build):
         assert answer.ended or answer.tokens == 7
 
 
+def test_line_ends_make_no_other_answer(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "response": f"a{end}b"}) + "\n" for end in ("\n", "\r\n", "\r")))
+    prompt = PromptTemplate().format(["q"])
+    assert [answer.text for answer in read_answers(path, [prompt], PromptTemplate(), "--system")] == ["a\nb"]
+
+
 def test_answers_depend_on_seed_name_draw_and_place_alone(build):
     source = build()
     first = sample_answers(source, PROMPTS, "sft", SAMPLING, MACHINE)

@@ -203,6 +203,8 @@ class _RowReader:
         if turns[-1][0] != "assistant":
             raise self._bad(f'"{name}" ends with a turn of the person; the last turn has to be of the model')
         *begun, (_, reply) = turns
+        if begun and name not in ("chosen", "rejected", *_DIALOGUES):
+            raise self._bad(f'"{name}" is a whole dialogue; give the reply alone, or the dialogue as "messages"')
         prompt = self._prompt(asked) if asked else ""
         if begun or not asked:
             if not any(role == "user" for role, _ in begun):

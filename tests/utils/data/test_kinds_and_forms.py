@@ -356,6 +356,8 @@ REFUSED = {
     "a prompt of the model's": ("f.jsonl", row(prompt=[USER, BOT]), "ppo", '"prompt" ends with a turn of the model'),
     "another prompt": ("f.jsonl", row(prompt="other?", chosen=[USER, BOT], rejected=[USER, BOT]), "rm",
                        '"chosen" is a dialogue without "prompt" in it; leave one of them out'),
+    "a dialogue for a reply": ("f.jsonl", row(prompt="q", completion=[USER, BOT]), "sft",
+                               '"completion" is a whole dialogue; give the reply alone, or the dialogue as "messages"'),
     "messages for the reward model": ("f.jsonl", row(messages=[USER, BOT]), "rm", 'has no "chosen" (keys: "messages")'),
     "names of its own": ("f.jsonl", row(query="q", reply="a"), "sft",
                          'rename "query" to "prompt" and "reply" to "response", if that is what they are'),
