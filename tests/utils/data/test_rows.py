@@ -140,6 +140,9 @@ def test_mutated_rows_give_a_row_or_a_one_line_complaint(tmp_path):
         {"prompt": "a question", "completions": ["one", "two", "three"], "response": "four"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"text": "plain"},
+        {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "one"}]},
+        {"prompt": [{"role": "user", "content": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+        {"instruction": "a question", "input": "more", "output": "one"},
     ]
     data = "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in good).encode()
     path = tmp_path / "f.jsonl"
