@@ -37,10 +37,12 @@ def as_csv(rows) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("name", ["p.csv", "p.csv.gz", "p.jsonl", "p.jsonl.gz", "P.CSV"])
+@pytest.mark.parametrize("name", ["p.csv", "p.csv.gz", "p.jsonl", "p.jsonl.gz", "P.CSV", "p.json"])
 def test_every_form_gives_the_same_prompts(write, name):
     if "jsonl" in name:
         text = "".join(json.dumps({"prompt": q, "other": 1}) + "\n" for q in QUESTIONS)
+    elif name == "p.json":
+        text = json.dumps([{"messages": [{"role": "user", "content": q}]} for q in QUESTIONS])
     else:
         text = as_csv([("id", "prompt", "category"), *((i, q, "x") for i, q in enumerate(QUESTIONS))])
     found = read_prompts(write(name, text), TEMPLATE)
