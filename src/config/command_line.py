@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -22,6 +24,7 @@ Recorded = Callable[[type[StageConfig], dict[str, str]], StageConfig | None]
 _SHORT = {
     "-n": "name", "-s": "strategy", "-b": "batch_size", "-p": "pretrain", "-a": "actor", "-c": "critic",
 }  # fmt: skip
+_NARROWEST = 20  # columns; tyro breaks the lines of narrower help texts for ever
 
 
 class WrongFlags(UserError):
@@ -36,6 +39,8 @@ def flags_of(kind: type[Flags], argv: list[str] | None, description: str, **opti
         SystemExit: with 0, after `--help`.
     """
     stderr = io.StringIO()
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(kind, args=argv, description=description, **options)

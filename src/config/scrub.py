@@ -1,7 +1,8 @@
 """What must not be shown, taken out of everything that is printed or recorded: secrets, and terminal control.
 
-`run_main` puts `Terminal` in the place of stdout and stderr, so every line, warning and traceback of a script passes
-`scrub` and `printable`; records (hyperparams.json, evaluation.json, ...) pass `scrubbed`. A secret is known by
+`run_main` puts `config.terminal.Terminal` in the place of stdout and stderr, so every line, warning and traceback of a
+script passes `scrub` and `printable`; records (hyperparams.json, evaluation.json, ...) pass `scrubbed`. A secret is
+known by
 
 - its place: user info and secret-looking parameters of a URL, an Authorization header, a flag called --...-key;
 - its form: `sk-...`, `hf_...`;
@@ -11,12 +12,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import sys
-from collections.abc import Iterable, Iterator
-from typing import Any, TextIO
+from collections.abc import Iterator
+from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
 SHOWN = "[secret]"
@@ -37,8 +36,6 @@ _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDE
 _URL_VARIABLE = re.compile(r"(?:^|_)(?:PROXY|URL|ENDPOINT)$", re.IGNORECASE)
 # All but line break and tab, and the marks that turn the direction of writing round.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_OWN_CONTROL = re.compile(r"(\x1b\[(?:0|2|7|32|90)m)")  # the colours of experiments/quick_looks.py
-_OF_PROGRESS_BARS = re.compile(r"(?:\n|\x1b\[A)+")
 
 _known: set[str] = set()
 
@@ -77,48 +74,6 @@ def scrubbed(value: Any) -> Any:
 def printable(text: str) -> str:
     """A text whose control characters are shown (`\\x1b`), line breaks and tabs aside, so that none of them works."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
-class Terminal:
-    """A text stream behind which nothing secret is shown and no text moves the cursor but our own colours and progress
-    bars; all else is the stream's."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write what may be shown of a text."""
-        self._stream.write(_clean(text))
-        return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write one text after the other."""
-        for line in lines:
-            self.write(line)
-
-
-def guard_terminal() -> None:
-    """Put `Terminal` in the place of stdout and stderr, also for loggers that have them already."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if isinstance(stream, Terminal):
-            continue
-        guarded = Terminal(stream)
-        setattr(sys, name, guarded)
-        for handler in logging.root.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
-                handler.setStream(guarded)
-
-
-def _clean(text: str) -> str:
-    if not text.strip() or _OF_PROGRESS_BARS.fullmatch(text):
-        return text
-    start = "\r" if text[0] == "\r" else ""  # of a progress bar
-    parts = _OWN_CONTROL.split(scrub(text[len(start) :]))
-    return start + "".join(part if i % 2 else printable(part) for i, part in enumerate(parts))
 
 
 def _without_user(rest: str) -> str:

@@ -1,13 +1,17 @@
 """The two exceptions that are told in one line without a traceback, and the one place that makes them exit codes.
 
-Exit codes of every script: 0 done; 2 the user's input is wrong, told in one line on stderr; 1 a run that cannot go on
-(one line that reports why), or anything else (with its traceback).
+Exit codes of every script: 0 done; 2 the user's input is wrong, or a place has no permission, told in one line on
+stderr; 1 a run that cannot go on, or an output that cannot be written (one line that reports why), or anything else
+(with its traceback); 130 and 143 after Ctrl-C and SIGTERM; 141 when the reader of the output has gone (`| head -1`).
 """
 
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
-from config.scrub import guard_terminal, printable, scrub
+from config.scrub import printable, scrub
+from config.terminal import OutputLost, guard_terminal
 
 
 class _OneLine(Exception):
@@ -32,22 +36,44 @@ class RunStopped(_OneLine):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and ends the process with the exit code of the contract above.
 
-    From here on everything printed, tracebacks too, is without secrets and control characters (`config.scrub`).
+    From here on everything printed, tracebacks too, passes `config.terminal`.
 
     Args:
-        main: takes nothing, returns an exit code or None for 0. A `UserError` becomes exit code 2 and one line on
-            stderr, a `RunStopped` exit code 1 and one line, a place without permission exit code 2 and one line;
-            every other exception keeps its traceback and Python's exit code 1.
+        main: takes nothing, returns an exit code or None for 0.
     """
     guard_terminal()
+    code: Any = 1
     try:
-        code = main()
+        code = _code_of(main)
+    finally:
+        try:
+            sys.stdout.flush()
+        except OutputLost as lost:
+            without_output = _code_without_output(lost)
+            code = code or without_output
+    sys.exit(code)
+
+
+def _code_of(main: Callable[[], int | None]) -> Any:
+    """What `main` comes to, as an argument of `sys.exit`; an error that is told in one line has been told."""
+    try:
+        return main() or 0
     except (UserError, RunStopped, PermissionError) as error:
         if isinstance(error, PermissionError):
             error = UserError(f"{error.filename}: permission denied; give a place that can be read and written")
-        # A path or a row can hold characters that the terminal's encoding lacks: escape them rather than fail while
-        # failing.
-        line = f"error: {error}".encode(sys.stderr.encoding or "utf-8", "backslashreplace")
-        print(line.decode(sys.stderr.encoding or "utf-8"), file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    sys.exit(code or 0)
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except SystemExit as stop:  # of --help
+        return stop.code or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OutputLost as lost:
+        return _code_without_output(lost)
+
+
+def _code_without_output(lost: OutputLost) -> int:
+    if lost.reader_left:
+        return 141  # 128 + SIGPIPE, as shells report it of other programs
+    print(f"error: stdout: cannot be written to ({lost})", file=sys.stderr)
+    return 1

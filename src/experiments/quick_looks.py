@@ -314,6 +314,6 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
 def _paint(text: str, style: str) -> str:
     """Text in an ANSI style where colours are wanted (https://no-color.org); its own control characters are shown."""
     text = printable(text)
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return text
     return f"\033[{style}m{text}\033[0m"

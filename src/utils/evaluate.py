@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from config.configs import PPOConfig, stage_defaults
+from config.terminal import outlive_terminal
 from config.user_error import UserError, run_main
 from inference.answer_sets import Answering, AnswerSet
 from inference.answers import Machine, Sampling, score_texts
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = runs_root(config.runs_dir) / ".cache" / "answers"
     sets = Answering(prompts.texts, template, sampling, machine, reward_model, cache).answer_sets(systems)
     run = create_run("eval", config.name, config.runs_dir)
+    outlive_terminal()  # verdicts may be paid for
     settings = {
         **asdict(sampling), "prompts": prompts.source, "prompt_count": len(prompts.texts),
         "repeated_prompts": prompts.repeated, "reward_model": str(rm_folder) if rm_folder else None,

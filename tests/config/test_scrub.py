@@ -1,13 +1,9 @@
-"""What is a secret and what is not, in every form and place; what a terminal gets to see."""
-
-import io
-import logging
-import sys
+"""What is a secret and what is not, in every form and place."""
 
 import pytest
 
 from config import scrub as module
-from config.scrub import SHOWN, Terminal, guard_terminal, printable, remember, remember_url, scrub, scrubbed
+from config.scrub import SHOWN, remember, remember_url, scrub, scrubbed
 
 SECRET = "hunter2-x9"
 
@@ -98,33 +94,3 @@ def test_longer_secrets_go_first_and_short_ones_stay():
     for secret in ("abcdef", "abcdef-ghijkl", "abc"):
         remember(secret)
     assert scrub("abcdef-ghijkl abcdef abc") == f"{SHOWN} {SHOWN} abc"
-
-
-@pytest.mark.parametrize("text", ["\x1b[2J", "\x1b]0;x\x07", "\x9b31m", "a\rb", "\x08", "\u202egnp", "\x7f", "\x00"])
-def test_control_characters_are_shown(text):
-    assert printable(text).isprintable() and printable(printable(text)) == printable(text)
-    stream = io.StringIO()
-    Terminal(stream).write(f"say: {text}\n")
-    assert stream.getvalue().rstrip("\n").isprintable()
-
-
-def test_texts_colours_and_progress_bars_pass():
-    stream = io.StringIO()
-    terminal = Terminal(stream)
-    texts = ["Zoë\t日本\n", "\x1b[32mgreen\x1b[0m", "\r 50%|█████     |", "\r     \r", "\n\x1b[A", ""]
-    terminal.writelines(texts)
-    assert stream.getvalue() == "".join(texts)
-    assert terminal.write("abc") == 3 and terminal.isatty() is False and terminal.encoding == stream.encoding
-
-
-def test_the_guard_takes_streams_and_loggers_once(monkeypatch):
-    out, err = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(err)])
-    guard_terminal()
-    guard_terminal()
-    print(f"http://me:{SECRET}@host/")
-    logging.warning("http://me:%s@host/", SECRET)
-    assert out.getvalue() == "http://host/\n" and err.getvalue() == "http://host/\n"
-    assert sys.stdout._stream is out

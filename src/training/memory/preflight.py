@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from config.configs import RunConfig, flag_of, get_configs
+from config.terminal import outlive_terminal
 from config.user_error import UserError
 from training.memory.device import available_bytes, base_bytes, target
 from training.memory.plan import MemoryPlan, Rows, Sources, plan_memory
@@ -177,7 +178,11 @@ def _shown(field: str, value: Any) -> str:
 
 
 def fit(trainer: Any, config: RunConfig) -> int:
-    """`trainer.fit()`; when memory runs out, exit code 1 and a line on stderr: what to change, and where to go on."""
+    """`trainer.fit()`; when memory runs out, exit code 1 and a line on stderr: what to change, and where to go on.
+
+    A run does not end with the terminal that it was started from: its results are files.
+    """
+    outlive_terminal()
     try:
         return trainer.fit()
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
