@@ -78,7 +78,8 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     rows = tqdm(_rows(hh, ("train",)), desc="HH-RLHF", unit=" rows", delay=1, disable=None)
     try:
         with whole_file(config.out) as file:
-            os.fchmod(file.fileno(), 0o644)
+            if hasattr(os, "fchmod"):  # not on Windows
+                os.fchmod(file.fileno(), 0o644)
             file.writelines(_demonstrations(rows, seen_by_rm, report))
     except OSError as error:
         raise UserError(f"--out {config.out}: cannot be written: {error.strerror or error}") from None

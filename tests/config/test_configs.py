@@ -410,3 +410,11 @@ def test_every_field_is_described(config, request):
             ):
                 described.add(field.target.id)
     assert {field.name for field in dataclasses.fields(config)} == described
+
+
+@pytest.mark.parametrize("columns", ["1", "12", "20", "500"])
+def test_help_comes_to_an_end_in_a_terminal_of_any_width(columns: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit) as stop:
+        parse_cli(SFTConfig, ["--help"])
+    assert stop.value.code == 0 and "--max-steps" in capsys.readouterr().out.replace("\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -44,13 +45,20 @@ def describe_machine(rounds: int) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "memory_gb": memory_gb(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
         "rounds": rounds,
-        "load": os.getloadavg()[0],
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,  # Windows has none
     }
+
+
+def memory_gb() -> float:
+    """Memory of the machine in GB (1e9 bytes); NaN where the system does not tell (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return math.nan
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def cpu_name() -> str:

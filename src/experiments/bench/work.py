@@ -7,14 +7,19 @@ library alone.
 from __future__ import annotations
 
 import json
+import math
 import re
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 SECONDS, TOKENS = "s/iteration", "tokens/s"
 NOT_AN_ID = -1
@@ -129,7 +134,9 @@ def median_seconds(work: Work, once: Callable[[], Any]) -> float:
 
 
 def peak_gb() -> float:
-    """Most memory this process has held, in GB (1e9 bytes)."""
+    """Most memory this process has held, in GB (1e9 bytes); NaN where the system does not tell (Windows)."""
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -12,13 +12,18 @@ because torch asks for aligned memory. So the holes are given back whenever the 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
-import resource
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _LARGE = 32 * 2**20  # bytes; glibc's DEFAULT_MMAP_THRESHOLD_MAX
@@ -58,12 +63,12 @@ class HostMemory:
 
 
 def resident_bytes(process: int | None = None) -> int:
-    """Memory that a process holds now, this one if none is given; 0 for another where the kernel does not tell."""
+    """Memory that a process holds now, this one if none is given; 0 where the system does not tell."""
     try:
         pages = int(Path(f"/proc/{process or 'self'}/statm").read_text().split()[1])
-        return pages * resource.getpagesize()
+        return pages * mmap.PAGESIZE
     except (OSError, IndexError):
-        if process is not None:
+        if process is not None or resource is None:
             return 0
         # Not Linux: the most that this one has held; macOS counts in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -50,7 +50,7 @@ def _read(file: Path) -> str:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({type(error).__name__}); it must be {_FORM}") from None
-    if others:
+    if others and os.name == "posix":  # elsewhere the bits say nothing
         print(f"warning: {file} can be read by other users of this machine; run: chmod 600 {file}", file=sys.stderr)
     try:
         value = json.loads(content)[KEY_NAME]

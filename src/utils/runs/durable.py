@@ -32,7 +32,12 @@ class Disk:
 
     def sync(self, path: Path) -> None:
         """Wait until a file, or the list of names in a folder, is on the medium."""
-        handle = os.open(path, os.O_RDONLY)
+        if os.name == "nt":  # Windows syncs no folders, and a file only where it may be written to
+            if path.is_dir():
+                return
+            handle = os.open(path, os.O_RDWR)
+        else:
+            handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -139,13 +144,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=PARTIAL, delete=False) as file:
+        partial = Path(file.name)
         try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
+            file.close()  # Windows renames and removes no open file
+            os.replace(partial, path)
         finally:
-            Path(file.name).unlink(missing_ok=True)
+            file.close()
+            partial.unlink(missing_ok=True)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -12,6 +11,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from filelock import lock_descriptor
 
 from config.scrub import scrubbed
 from config.user_error import UserError
@@ -69,18 +70,29 @@ def lock_run(run: Path) -> None:
             f"{run}: cannot write there ({error.strerror}); a run needs a folder that can be written"
         ) from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(handle, 100).decode(errors="replace").strip()
-        os.close(handle)
-        raise UserError(f"{run}: another process writes to it ({holder}); wait for its end, or stop it") from None
+        if not lock_descriptor(handle, blocking=False):
+            holder = _holder(handle)
+            os.close(handle)
+            raise UserError(f"{run}: another process writes to it ({holder}); wait for its end, or stop it")
     except OSError as error:  # some network file systems have no locks
         print(
             f"warning: {run}: cannot be locked ({error.strerror}); let no second process write there", file=sys.stderr
         )
     _locks[run] = handle
     os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, f" process {os.getpid()} on {platform.node()}".encode())
+
+
+def _holder(handle: int) -> str:
+    """What the holder of a lock wrote into its file. On Windows the lock is on the first byte, which nobody else can
+    read, so that nothing is told there."""
+    try:
+        text = os.read(handle, 100)
+    except PermissionError:
+        os.lseek(handle, 1, os.SEEK_SET)
+        text = os.read(handle, 100)
+    return text.decode(errors="replace").strip()
 
 
 def refuse_links(folder: Path) -> None:

@@ -72,7 +72,7 @@ class GrowingFile:
             return None
         try:
             self.path.parent.mkdir(exist_ok=True)
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             try:
                 self._write(handle)
                 if sync:
@@ -85,9 +85,10 @@ class GrowingFile:
 
     def _write(self, handle: int) -> None:
         done = 0
+        os.lseek(handle, self.written, os.SEEK_SET)
         try:
             while done < len(self.pending):
-                done += os.pwrite(handle, self.pending[done:], self.written + done)
+                done += os.write(handle, self.pending[done:])
         except OSError:
             os.ftruncate(handle, self.written)  # no half lines for readers
             raise

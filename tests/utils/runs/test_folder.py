@@ -1,6 +1,8 @@
 """Run folders: names, and what they say about themselves."""
 
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -8,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import lock_descriptor
 
 from config.user_error import UserError
+from utils.runs import folder as run_folder
 from utils.runs.finding import runs_named
-from utils.runs.folder import REPO, create_run, runs_root, write_hyperparams
+from utils.runs.folder import REPO, create_run, lock_run, runs_root, write_hyperparams
 
 
 def test_the_default_folder_is_the_repos_from_anywhere(monkeypatch, tmp_path) -> None:
@@ -49,3 +53,54 @@ def test_no_git_is_no_error(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     write_hyperparams(tmp_path, "sft", {"seed": 0}, {}, {})
     assert json.loads((tmp_path / "hyperparams.json").read_text())["commit"] == "unknown"
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run whose lock somebody else has: another open file is another holder."""
+    handle = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    assert lock_descriptor(handle, blocking=False)
+    yield tmp_path, handle
+    os.close(handle)
+
+
+@pytest.mark.parametrize("text", ["process 7 on there", " process 7 on there"], ids=["of earlier code", "of today"])
+def test_a_run_that_another_process_writes_to_is_refused_by_name(held, text: str) -> None:
+    run, handle = held
+    os.write(handle, text.encode())
+    with pytest.raises(UserError, match=r"another process writes to it \(process 7 on there\); wait for its end"):
+        lock_run(run)
+    assert (run / ".lock").read_text() == text
+
+
+def test_the_holder_is_told_where_a_locked_byte_cannot_be_read(held, monkeypatch) -> None:
+    """As on Windows."""
+    run, handle = held
+    os.write(handle, b" process 7 on there")
+    read = os.read
+
+    def on_windows(fd: int, count: int) -> bytes:
+        if os.lseek(fd, 0, os.SEEK_CUR) == 0:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(fd, count)
+
+    monkeypatch.setattr(os, "read", on_windows)
+    with pytest.raises(UserError, match=r"\(process 7 on there\)"):
+        lock_run(run)
+
+
+def test_the_lock_of_a_process_that_died_is_nobodys(tmp_path) -> None:
+    (tmp_path / ".lock").write_text("process 1234567 on a machine whose name is longer than that of this one")
+    lock_run(tmp_path)
+    lock_run(tmp_path)  # it is this process's own
+    told = (tmp_path / ".lock").read_text()
+    assert told.startswith(f" process {os.getpid()} on ") and "1234567" not in told
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys) -> None:
+    def no_locks(handle: int, blocking: bool) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder, "lock_descriptor", no_locks)
+    lock_run(tmp_path)
+    assert "cannot be locked (No locks available); let no second process write there" in capsys.readouterr().err

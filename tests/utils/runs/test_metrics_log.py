@@ -120,17 +120,17 @@ def test_a_log_that_was_cut_by_hand_is_told(tmp_path, capfd) -> None:
 def test_a_full_disk_keeps_lines_in_memory_until_they_fit(tmp_path, monkeypatch, capfd) -> None:
     log = MetricsLog(tmp_path)
     log.log(1, {"x": 1})
-    room, write = [5], os.pwrite
+    room, write = [5], os.write
 
-    def full(handle: int, data: bytes, offset: int) -> int:
+    def full(handle: int, data: bytes) -> int:
         if room[0] <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        done = write(handle, data[: room[0]], offset)
+        done = write(handle, data[: room[0]])
         room[0] -= done
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "write", full)
         log.log(2, {"x": 2})
         log.log(3, {"x": 3})
         assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1]  # and no half line
