@@ -26,7 +26,7 @@ from config.user_error import UserError
 from experiments.graded_answers import text_model
 from experiments.loss_example import loss_example
 from inference.answers import Answer, Machine, TextModel, score_answers
-from inference.systems import System
+from inference.systems import System, run_around
 from models.generation import generate
 from models.gpt import GPTRewardModel
 from models.weights.checkpoint import describe
@@ -34,6 +34,7 @@ from utils.data.batching import collate_ranked, collate_sft, left_pad
 from utils.data.rows import STAGES
 from utils.data.splits import SPLITS
 from utils.dataset import load_dataset, open_source
+from utils.demo.facts import world_in_a_line
 from utils.runs.finding import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
@@ -66,6 +67,8 @@ def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
     source = load_language_model(flags.model, flags.runs_dir)
     tokenizer, context = source.tokenizer, source.context
+    if tokenizer.kind == "demo" and _trained_on_demo(find_checkpoint(flags.model, flags.runs_dir, "-m")):
+        print(f"note: {world_in_a_line()}", file=sys.stderr)
     texts = [_prompt_text(text, source.template, flags.raw) for text in flags.prompt or [_PROMPT]]
     prompts = tokenizer.encode_batch(texts)
     longest = max(map(len, prompts))
@@ -91,6 +94,12 @@ def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
             print(f"-- sample {k + 1}: {int(generation.n[b])} tokens, {ended}")
             print(_paint(tokenizer.decode(generation.row(b)).strip(), _GREEN))
     return 0
+
+
+def _trained_on_demo(checkpoint: Path) -> bool:
+    """Whether a model with the demo's vocabulary knows the demo's world, and not data of the user's own."""
+    dataset = run_around(checkpoint)[1].get("config", {}).get("dataset", "demo")
+    return dataset in ("demo", "demo-text")
 
 
 def load_language_model(argument: str, runs_dir: str) -> TextModel:

@@ -15,6 +15,8 @@ from experiments import loss_example, quick_looks
 from experiments.main import QUICK_LOOKS, Parser
 from models.gpt import GPT, GPTCritic, GPTRewardModel
 from models.weights.checkpoint import save_model
+from utils.demo import facts
+from utils.runs.folder import REPO
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 
@@ -72,6 +74,31 @@ def test_gpt_prints_prompts_samples_and_counts(runs, capsys, tokenizer):
     assert [k for k, *_ in samples] == ["1", "2", "1", "2"]
     assert all(int(n) == 9 if how != "ended" else int(n) <= 9 for _, n, how in samples)
     assert ESCAPE not in shown
+
+
+@pytest.mark.parametrize(("dataset", "told"), [
+    (None, True), ("demo", True), ("demo-text", True), ("sums.jsonl", False), ("hh", False),
+])  # fmt: skip
+def test_gpt_tells_what_a_model_of_the_demo_knows(runs, capsys, dataset, told):
+    """Once, on stderr; not of a model that has only the demo's vocabulary and was trained on other data."""
+    record = runs / "sft_tiny_20260101000000" / "hyperparams.json"
+    if dataset:
+        record.write_text(json.dumps({"config": {"dataset": dataset}}))
+    words = ("-m", "sft_tiny", "--runs-dir", runs, "--max-new-tokens", 2, "--device", "cpu", "--count", 3)
+    assert look("gpt", *words) == 0
+    record.unlink(missing_ok=True)
+    note = capsys.readouterr().err
+    assert note == (f"note: {facts.world_in_a_line()}\n" if told else "")
+
+
+def test_what_the_demo_is_said_to_know_is_so():
+    """In the note and in the README: the questions are those of facts, word for word, and the count is right."""
+    questions = {facts.question(fact, 0) for fact in facts.FACTS}
+    readme = re.search(r"The demo's models know.*?\.\n\[", (REPO / "README.md").read_text(), re.S)[0].replace("\n", " ")
+    for text in (facts.world_in_a_line(), readme):
+        asked = re.findall(r'"([^"]+)"', text)
+        assert len(asked) == 3 and set(asked) <= questions and f"{len(facts.FACTS)} facts" in text
+    assert len(readme.partition("(")[2].partition(")")[0].split(",")) == len({fact.category for fact in facts.FACTS})
 
 
 def test_gpt_is_reproducible_and_the_seed_matters(runs, capsys):

@@ -87,3 +87,14 @@ def question(target: Target, phrasing: int) -> str:
         return HARMFUL_PHRASINGS[phrasing].format(h=target.action)
     d0, d1 = (capitalise(d) for d in target.direct)
     return FACT_PHRASINGS[phrasing].format(d0=d0, d1=d1, i=target.indirect)
+
+
+def world_in_a_line() -> str:
+    """What a model of this world knows, and three questions that it can answer."""
+    subjects = ", ".join(dict.fromkeys(fact.category for fact in FACTS))
+    asked = {fact.category: question(fact, 0) for fact in reversed(FACTS)}  # the first fact of each category
+    examples = ", ".join(f'"{asked[category]}"' for category in ("colour", "legs", "capital"))
+    return (
+        f"this model knows only the demo's small world ({len(FACTS)} facts: {subjects}) and answers all else from it, "
+        f"too; ask for instance {examples}"
+    )
