@@ -358,6 +358,7 @@ ROWS = [
     Case("one completion", RM, rows({"prompt": "a", "completions": ["b"]})),
     Case("a completion that is a number", RM, rows({"prompt": "a", "completions": ["b", 2]})),
     Case("one row, too few for held-out data", SFT, rows(demonstrations()[0])),
+    Case("three rows, of which one is left for the reward model", "rm -p sft_tiny --dataset FILE", rows(*pairs(3))),
     Case("rows of one prompt only, for PPO", PPO, rows(*pairs()[:1] * 30)),
     Case("every row bad, with `--skip-bad-rows`", f"{SFT} --skip-bad-rows", rows({"prompt": 1}, "{}", "no")),
     Case("every response longer than the context", SFT,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config.configs import RMConfig
+from config.user_error import UserError
 from training.engine.runtime import Runtime
 from training.loop import SCALE_SAMPLES, row_seeds
 from training.sampling import SampledRows, Sampler
@@ -25,6 +26,8 @@ from utils.data.batching import micro_batches
 from utils.dataset import RankedDataset
 from utils.loss import reward_affine
 from utils.tokenizer import Tokenizer
+
+_ENOUGH = 16  # rewards that are alike by chance are fewer
 
 
 @contextlib.contextmanager
@@ -56,6 +59,16 @@ class RewardScale:
         sampler = Sampler.of(config, tokenizer, runtime, config.temperature, config.response_length)
         return cls(sft, prompts, row_seeds(config.seed, SCALE_SAMPLES, len(prompts)), sampler)
 
+    @staticmethod
+    def check_rows(dataset: str, count: int) -> None:
+        """UserError where `count` training prompts cannot give a scale, because one sample has no deviation."""
+        if count < 2:
+            raise UserError(
+                f"--dataset {dataset}: leaves the reward model {count} training prompt, and the scale of its scores is "
+                "their deviation on samples to two or more; give a dozen different prompts (some are kept for "
+                "validation, test and PPO)"
+            )
+
     @cached_property
     def samples(self) -> SampledRows:
         """One response of the SFT model to each prompt; sampled when first asked for, because it takes a while."""
@@ -73,7 +86,7 @@ class RewardScale:
     def measure(self, model: nn.Module) -> Tensor:
         """Set the affine of `model` and return the raw scores [N] of the samples, taken with gain 1 and bias 0.
 
-        ValueError where they do not vary, or are not finite.
+        ValueError where they do not vary, or are not finite; it says why, and what may help.
         """
         was_training = model.training
         model.eval()
@@ -85,13 +98,23 @@ class RewardScale:
             batch = self.samples.micro_batch(part)
             with self.sampler.runtime.autocast():
                 raw[batch.rows] = model(batch.ids, batch.att, right_padded=True)
-        gain, bias = reward_affine(raw)
+        try:
+            gain, bias = reward_affine(raw)
+        except ValueError as error:
+            raise ValueError(f"{error}: {self._why_alike(raw)}") from error
         model.set_normalisation(float(gain), float(bias))
         model.train(was_training)
         return raw
 
-
-_ENOUGH = 16  # rewards that are alike by chance are fewer
+    def _why_alike(self, raw: Tensor) -> str:
+        """Why scores [N] have no deviation, and the remedy."""
+        if not bool(raw.isfinite().all()):
+            return "the reward model gives numbers that are not finite; lower --lr"
+        different = len({tuple(row) for row in self.samples.responses()})
+        if different == 1:
+            return f"the SFT model gave one answer to all {len(raw)} prompts; raise --temperature, or train it further"
+        few = f"{len(raw)} samples are few: give more rows; else " if len(raw) < _ENOUGH else ""
+        return f"the reward model scores {different} different answers alike; {few}lower --lr"
 
 
 @dataclass

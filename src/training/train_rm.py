@@ -19,6 +19,7 @@ from config.configs import RMConfig  # noqa: E402
 from config.user_error import run_main  # noqa: E402
 from training.engine.runtime import Runtime  # noqa: E402
 from training.memory.preflight import fit, preflight  # noqa: E402
+from training.reward_scale import RewardScale  # noqa: E402
 from training.start import describe_model, prompt_limit, rm_start, row_limit  # noqa: E402
 from training.storage.recorded import recorded_settings  # noqa: E402
 from training.storage.resuming import find_resumption, open_run  # noqa: E402
@@ -44,6 +45,7 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
+    RewardScale.check_rows(config.dataset, len(splits["train"]))
     run = open_run("rm", config, model, runtime, resumption, splits["train"], record_origins(sft=source))
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     trainer = RewardModelTrainer(

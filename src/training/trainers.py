@@ -299,7 +299,7 @@ class RewardModelTrainer:
         try:
             return self.scale.normalise(self.runtime.unwrap(self.model), self.step, self.saver.description)
         except ValueError as error:
-            raise RunStopped(f"step {self.step}: {error} ({self.guard.last_good()}); lower --lr") from error
+            raise RunStopped(f"step {self.step}: {error} ({self.guard.last_good()})") from error
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside the weights; the data order follows from the step."""

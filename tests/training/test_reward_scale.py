@@ -9,6 +9,7 @@ from setups import LetterTokenizer, runtime_on
 from torch import nn
 
 from config.configs import GPTConfig
+from config.user_error import UserError
 from models.gpt import GPT, GPTRewardModel
 from training.reward_scale import RewardScale, Spread
 from training.sampling import Sampler
@@ -70,6 +71,36 @@ def test_measuring_is_done_in_evaluation_mode_and_sets_mean_0_and_deviation_1(wa
     assert float(scores.std(unbiased=False)) == pytest.approx(1, abs=1e-5)
     # Measured anew, the same raw scores come out: the old affine does not count twice.
     torch.testing.assert_close(measured.measure(model), raw)
+
+
+def test_one_training_prompt_gives_no_scale():
+    RewardScale.check_rows("rows.jsonl", 2)
+    with pytest.raises(UserError, match=r"^--dataset rows.jsonl: leaves the reward model 1 training prompt, .*a dozen"):
+        RewardScale.check_rows("rows.jsonl", 1)
+
+
+class Scored(Watched):
+    """A reward model that gives every row this score."""
+
+    def __init__(self, score: float) -> None:
+        super().__init__(GPTRewardModel(CONFIG))
+        self.score = score
+
+    def forward(self, ids, att, **flags):
+        return torch.full((len(ids),), self.score)
+
+
+@pytest.mark.parametrize(("score", "answers_alike", "told"), [
+    (0.5, False, "scores . different answers alike; 8 samples are few: give more rows; else lower --lr"),
+    (0.5, True, "the SFT model gave one answer to all 8 prompts; raise --temperature, or train it further"),
+    (float("nan"), False, "numbers that are not finite; lower --lr"),
+])  # fmt: skip
+def test_scores_that_do_not_vary_are_told_with_their_cause(score, answers_alike, told):
+    measured = scale()
+    if answers_alike:
+        measured.samples.responses = lambda: [[7, 3]] * 8
+    with pytest.raises(ValueError, match=f"^cannot normalise scores of mean .*: .*{told}$"):
+        measured.measure(Scored(score))
 
 
 VARIED = [0.0, 1.0, 0.5, 0.2] * 4
