@@ -5,9 +5,12 @@ stderr; 1 a run that cannot go on, or an output that cannot be written (one line
 (with its traceback); 130 and 143 after Ctrl-C and SIGTERM; 141 when the reader of the output has gone (`| head -1`).
 """
 
+import _thread
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from config.scrub import printable, scrub
@@ -44,7 +47,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     guard_terminal()
     code: Any = 1
     try:
-        code = _code_of(main)
+        with _no_interrupt_lost():
+            code = _code_of(main)
     finally:
         try:
             sys.stdout.flush()
@@ -52,6 +56,32 @@ def run_main(main: Callable[[], int | None]) -> None:
             without_output = _code_without_output(lost)
             code = code or without_output
     sys.exit(code)
+
+
+def _interrupt() -> None:
+    """Ctrl-C from within: also ends a sleep or a read, where the system can do that."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()  # Windows
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Ctrl-C counts also where Python can only report it and go on: in a destructor, in a callback of an import."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, _interrupt).start()  # once more, when that place has been left
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 def _code_of(main: Callable[[], int | None]) -> Any:

@@ -133,6 +133,15 @@ def test_ctrl_c_is_one_line_and_exit_code_130(where: str, tmp_path: Path) -> Non
     assert (child.returncode, err) == (130, b"interrupted\n")
 
 
+def test_ctrl_c_counts_where_python_would_pass_over_it() -> None:
+    body = (
+        "import signal, time\nclass Dies:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
+        "def main():\n    Dies()\n    time.sleep(60)\n"
+    )
+    done = shell(body, "")
+    assert (done.returncode, done.stderr) == (130, b"interrupted\n")
+
+
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_colours_are_for_terminals_that_have_them(variables: dict[str, str], coloured: bool, monkeypatch) -> None:
     from experiments.quick_looks import _paint
