@@ -186,3 +186,31 @@ def test_micro_batches_of_like_rows_leave_little_padding() -> None:
     area = sum(len(part) * lengths[part].max() for part in plan)
     assert area < 1.25 * lengths.sum() < 64 * lengths.max()
     assert EOS < VOCAB
+
+
+def flat(prompts, responses) -> list[float]:
+    return [0.5] * len(responses)
+
+
+def by_length(prompts, responses) -> list[float]:
+    return [float(len(r)) for r in responses]
+
+
+@pytest.mark.parametrize(("head", "reward_fn", "weight", "told"), [
+    (0.0, None, 0.0, ["the reward model (-c)"]), (0.1, flat, 0.5, ["--reward-fn given.py:directly"]),
+    (None, flat, 0.0, ["--reward-fn given.py:directly"]), (0.0, flat, 0.5, ["the reward model (-c)", "--reward-fn"]),
+    (0.1, by_length, 0.5, []), (None, by_length, 0.0, []),
+])  # fmt: skip
+def test_each_source_of_a_reward_that_is_constant_is_named(
+    head, reward_fn, weight, told, ppo_trainer, make_model, capsys
+) -> None:
+    """Also where the two are added, and the sum differs."""
+    model = None if head is None else make_model(GPTRewardModel, seed=1, std=0.1)
+    if head == 0.0:
+        torch.nn.init.zeros_(model.head.weight)
+    trainer = ppo_trainer(reward_model=model, reward_fn=reward_fn, reward_fn_weight=weight)
+    for _ in range(3):
+        experience_of(trainer)
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == len(told)
+    assert all(f"rewards of {source}" in line and "are alike" in line for source, line in zip(told, warnings))
