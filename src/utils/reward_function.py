@@ -109,8 +109,7 @@ def _unusable(function: Callable[..., Any]) -> str:
     """Why something that can be called is no reward function, as far as can be told without a call; "" if it may be."""
     if inspect.isclass(function):
         return f"{function.__name__} is a class; name a function, or an object of that class with __call__"
-    called = function if inspect.isroutine(function) else getattr(function, "func", function.__call__)
-    if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+    if any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f in (function, function.__call__)):
         return "is an async function, which gives no numbers when it is called; take asyncio.run inside a plain one"
     try:
         inspect.signature(function).bind([], [])

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 _PREFIX = "user_folder_"
+_SRC = Path(__file__).resolve().parents[1]  # what is in there is ours, also for a file that was put there
 
 
 def import_user_file(file: Path) -> ModuleType:
@@ -92,12 +93,10 @@ class _Loader(SourceFileLoader):
 
 def _is_beside(folder: ModuleType, name: str) -> bool:
     """Whether an import of `name` from a user's folder means a module or package in it, as it would to Python."""
-    if name in sys.builtin_module_names:
+    if name in sys.builtin_module_names or folder.__path__ == [str(_SRC)]:
         return False
     spec = PathFinder.find_spec(name, folder.__path__)
-    if spec is None:
-        return False
-    if spec.loader is None:  # a folder without __init__.py counts only where there is nothing else of that name
+    if spec is not None and spec.loader is None:
+        # A folder without __init__.py counts only where there is nothing else of that name.
         return name not in sys.modules and importlib.util.find_spec(name) is None
-    # A file of this repository imports its neighbours as what they are.
-    return getattr(sys.modules.get(name), "__file__", None) != spec.origin
+    return spec is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.user_error import UserError
+from utils import user_module
 from utils.reward_function import load_reward_function
 from utils.runs.folder import REPO
 from utils.user_module import import_user_file
@@ -90,6 +91,14 @@ def test_ours_are_ours_for_a_file_that_has_none_of_that_name(tmp_path: Path) -> 
     assert score(lay(tmp_path, {"reward.py": text})) == 1.0
     gold = import_user_file(REPO / "src" / "utils" / "demo" / "gold.py")
     assert gold.facts is sys.modules["utils.demo.facts"]
+
+
+def test_a_file_in_src_gets_ours_and_no_copies(monkeypatch, tmp_path: Path) -> None:
+    lay(tmp_path, {"reward.py": "import inner.deep\n" + SCORE.format("inner.deep.X"), "inner/__init__.py": "",
+                   "inner/deep.py": "X = 7"})  # fmt: skip
+    monkeypatch.setattr(user_module, "_SRC", tmp_path.resolve())
+    monkeypatch.syspath_prepend(tmp_path)
+    assert score(tmp_path) == 7.0 and sys.modules.pop("inner.deep").X == 7 and sys.modules.pop("inner")
 
 
 def test_two_files_of_one_name_and_their_neighbours_are_kept_apart(tmp_path: Path) -> None:
