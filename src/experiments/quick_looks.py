@@ -67,8 +67,6 @@ def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
     source = load_language_model(flags.model, flags.runs_dir)
     tokenizer, context = source.tokenizer, source.context
-    if tokenizer.kind == "demo" and _trained_on_demo(find_checkpoint(flags.model, flags.runs_dir, "-m")):
-        print(f"note: {world_in_a_line()}", file=sys.stderr)
     texts = [_prompt_text(text, source.template, flags.raw) for text in flags.prompt or [_PROMPT]]
     prompts = tokenizer.encode_batch(texts)
     longest = max(map(len, prompts))
@@ -80,6 +78,8 @@ def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
         raise UserError(
             f"--max-new-tokens {limit}: with a prompt of {longest} tokens at most {room} fit the context of {context}"
         )
+    if tokenizer.kind == "demo" and _trained_on_demo(find_checkpoint(flags.model, flags.runs_dir, "-m")):
+        print(f"note: {world_in_a_line()}", file=sys.stderr)
     rows = [prompt for prompt in prompts for _ in range(flags.count)]
     generation = generate(
         source.model.to(choose_device(flags.device)), rows, max_new_tokens=limit, eos_id=tokenizer.eos_id,
