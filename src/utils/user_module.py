@@ -25,15 +25,15 @@ _SRC = Path(__file__).resolve().parents[1]  # what is in there is ours, also for
 
 
 def import_user_file(file: Path) -> ModuleType:
-    """The module of a Python file, whatever its name. One that was imported before is not run again.
+    """The module of a Python file, whatever its name. It is run anew each time; what lies beside it is run once.
 
     Raises whatever running it raises.
     """
     file = file.resolve()
     folder = _folder_package(file.parent)
     name = f"{folder}.{re.sub(r'[^A-Za-z0-9_]', '_', file.stem)}"
-    if name in sys.modules:
-        return sys.modules[name]
+    while name in sys.modules:
+        name += "_"
     spec = importlib.util.spec_from_file_location(name, file, loader=_Loader(name, str(file)))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles in the file look their module up

@@ -108,10 +108,15 @@ def test_two_files_of_one_name_and_their_neighbours_are_kept_apart(tmp_path: Pat
     assert [function(["p"], ["r"]) for function in scores * 2] == [[1.0], [2.0], [1.0], [2.0]]
 
 
-def test_two_functions_of_one_file_share_its_state(tmp_path: Path) -> None:
-    lay(tmp_path, {"reward.py": "n = []\ndef a(p, r): n.append(1); return [0]\ndef b(p, r): return [len(n)]\n"})
-    a, b = (load_reward_function(f"{tmp_path}/reward.py:{name}", "--reward-fn") for name in "ab")
-    assert (a(["p"], ["r"]), b(["p"], ["r"])) == ([0.0], [1.0])
+def test_a_file_that_is_named_twice_has_its_state_twice_and_can_be_pickled(tmp_path: Path) -> None:
+    """As `--reward-fn` and `--eval-reward-fn`; what it imports from its folder is one module."""
+    text = "import shared\nclass Own: pass\nshared.n += 1\ncalls = []\n" + SCORE.format("calls.append(1) or len(calls)")
+    lay(tmp_path, {"reward.py": text, "shared.py": "n = 0"})
+    assert [score(tmp_path), score(tmp_path)] == [1.0, 1.0]
+    modules = [import_user_file(tmp_path / "reward.py") for _ in range(2)]
+    assert modules[0].shared is modules[1].shared and modules[0].shared.n == 4
+    for module in modules:
+        assert type(pickle.loads(pickle.dumps(module.Own()))) is module.Own
 
 
 @pytest.mark.parametrize("name", ["my-reward.py", "my reward.py", "1.py", "v1.2.py", "utils.py", "caf\u00e9.py"])
