@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,23 @@ def overoptimisation_curves(checkpoints: dict[int, Graded], samples: Sequence[Gr
         "prompts": N,
         "samples": S,
         "sft": spread | _figures_of(samples[0]),
-        "ppo": [{"step": step, **row, **_figures_of(checkpoints[step])} for step, row in zip(steps, ppo.rows)],
+        "ppo": [
+            {"step": step, "source": "checkpoint", **row, **_figures_of(checkpoints[step])}
+            for step, row in zip(steps, ppo.rows)
+        ],
         "best_of_n": [{"n": n, **row} for n, row in zip(sizes, best.rows)],
         "fits": {"ppo": ppo.fits, "best_of_n": best.fits},
     }
+
+
+def by_step(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """All points of the policy: graded checkpoints, and the run's own evaluations where none was kept."""
+    return sorted([*figures["ppo"], *figures["evaluations"]], key=itemgetter("step"))
+
+
+def highest_gold(policies: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the policy's points the one with the highest gold reward."""
+    return max((row for row in policies if row["gold"] is not None), key=itemgetter("gold"))
 
 
 def _figures_of(graded: Graded) -> dict[str, float | None]:

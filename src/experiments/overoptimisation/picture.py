@@ -10,16 +10,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.overoptimisation.curves import by_step, highest_gold
+
 _COLOURS = {"proxy": "#1f77b4", "gold": "#d99000"}
 _GREY = "#555555"
+_FEW = 5  # points of PPO that are all named
 _BEHIND_TEXT = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
 
 def draw_overoptimisation(figures: dict[str, Any], path: Path) -> None:
     """Draw what `overoptimisation_curves` gives.
 
-    PPO: discs and solid fits; best-of-n: open squares and dashed fits; a band is the 95 % interval of a fit, a star the
-    peak of one that turns down within what was measured.
+    PPO: discs and solid fits; diamonds are the run's own evaluations, in place of checkpoints that were not kept.
+    Best-of-n: open squares and dashed fits. A band is the 95 % interval of a fit, a star the peak of one that turns
+    down within what was measured.
 
     Args:
         figures: the content of overoptimisation.json.
@@ -35,12 +39,17 @@ def draw_overoptimisation(figures: dict[str, Any], path: Path) -> None:
                 axes.fill_between(d, band["low"], band["high"], color=colour, alpha=0.14, linewidth=0)
                 axes.plot(d, fit["curve"]["r"], linestyle=line, color=colour, linewidth=1.7)
             _draw_points(axes, figures[family], reward, colour, filled=family == "ppo")
+        own = [row for row in figures["evaluations"] if row[reward] is not None]
+        axes.plot([r["d"] for r in own], [r[reward] for r in own], "D", color=colour, markersize=5, alpha=0.6, zorder=4)
+        if not figures["fits"]["ppo"][reward]:
+            way = [row for row in by_step(figures) if row[reward] is not None]
+            axes.plot([0, *(r["d"] for r in way)], [0, *(r[reward] for r in way)], ":", color=colour, linewidth=1.2)
     axes.plot(0, 0, "D", color="black", markersize=6, zorder=5)
     axes.annotate("SFT", (0, 0), (8, -13), textcoords="offset points", fontsize=9)
     _name_points(axes, figures)
     _scales(axes)
     _name_peaks(axes, figures["fits"])
-    _legend(axes, "gold reward" if figures["judge"] == "gold" else "the judge")
+    _legend(axes, "gold reward" if figures["judge"] == "gold" else "the judge", bool(figures["evaluations"]))
     judge = "" if figures["judge"] == "gold" else f"; judge {figures['judge'][-40:]}"
     caption = (
         f"{figures['run'][-60:]}{judge}\n"
@@ -70,15 +79,16 @@ def _draw_points(axes: Axes, rows: list[dict[str, Any]], reward: str, colour: st
 
 
 def _name_points(axes: Axes, figures: dict[str, Any]) -> None:
-    """n beside the upper curve of best-of-n; the first, best and last step beside the gold of PPO."""
+    """n beside the upper curve of best-of-n; the step beside the gold of PPO, of all its points where these are few,
+    else of the first, best and last."""
     small = {"textcoords": "offset points", "fontsize": 8}
     best = figures["best_of_n"][1:]
     upper = max(_COLOURS, key=lambda reward: best[-1][reward])
     for row in best:
         axes.annotate(f"n={row['n']}", (row["d"], row[upper]), (-7, 2), color=_COLOURS[upper], ha="right", **small)
-    ppo = figures["ppo"]
-    highest = max(ppo, key=lambda row: row["gold"])
-    for row in {row["step"]: row for row in (ppo[0], ppo[-1], highest)}.values():
+    ppo = [row for row in by_step(figures) if row["gold"] is not None]
+    highest = highest_gold(ppo)
+    for row in ppo if len(ppo) <= _FEW else {row["step"]: row for row in (ppo[0], ppo[-1], highest)}.values():
         # No other gold point of the run is above the best one.
         text, place = (f"step {row['step']}, best", (9, 9)) if row is highest else (f"step {row['step']}", (9, -4))
         looks = {"color": _COLOURS["gold"], "bbox": _BEHIND_TEXT, "zorder": 3}
@@ -127,7 +137,7 @@ def _kl_ticks(last_d: float) -> list[float]:
     return [0.0, *reversed(ticks)]
 
 
-def _legend(axes: Axes, judge: str) -> None:
+def _legend(axes: Axes, judge: str, evaluated: bool) -> None:
     ppo, best = {"marker": "o"}, {"marker": "s", "markerfacecolor": "white", "linestyle": "--"}
     handles = [
         Line2D([], [], color=_COLOURS["proxy"], **ppo, label="PPO: proxy, the reward it was trained on"),
@@ -135,4 +145,7 @@ def _legend(axes: Axes, judge: str) -> None:
         Line2D([], [], color=_COLOURS["proxy"], **best, label="best-of-n: proxy"),
         Line2D([], [], color=_COLOURS["gold"], **best, label=f"best-of-n: {judge}"),
     ]
+    if evaluated:
+        looks = {"color": _GREY, "marker": "D", "markersize": 5, "alpha": 0.6, "linestyle": "none"}
+        handles.insert(2, Line2D([], [], **looks, label="PPO where no checkpoint was kept: the run's own evaluation"))
     axes.legend(handles=handles, fontsize=9, loc="best", handlelength=3.2, edgecolor="none")

@@ -6,9 +6,11 @@
 
 A run only tells which Python functions it was trained with; those that are run are named on the command line.
 
-The policy is taken at every checkpoint that the run has kept (train_ppo.py --save-every 3 --keep 10 keeps ten of a run
-of thirty iterations), and best-of-n of the SFT model is set beside it at n = 1, 2, 4, ... (Gao et al. 2022, figure 1).
-Writes overoptimisation.json and overoptimisation.png into the run's folder.
+The policy is graded at every checkpoint that the run has kept (train_ppo.py --save-every 4 --keep 10 keeps ten of a run
+of forty iterations; the default is two). Between them stand the run's own held-out evaluations, one every --eval-every:
+fewer prompts, no interval, and a gold reward only of a run with --eval-reward-fn. Best-of-n of the SFT model is set
+beside it at n = 1, 2, 4, ... (Gao et al. 2022, figure 1). Writes overoptimisation.json and overoptimisation.png into
+the run's folder.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import shlex
 import threading
@@ -30,10 +33,10 @@ from tqdm import tqdm
 
 from config.scrub import scrubbed
 from config.user_error import UserError
-from experiments.doctor.record import find_run
+from experiments.doctor.record import find_run, read_series
 from experiments.graded_answers import Graded, Grader, Proxy, text_model
 from experiments.markdown import interval, number, table
-from experiments.overoptimisation.curves import REWARDS, overoptimisation_curves
+from experiments.overoptimisation.curves import REWARDS, by_step, highest_gold, overoptimisation_curves
 from experiments.overoptimisation.picture import draw_overoptimisation
 from inference.answers import Answer, Machine, Sampling, score_answers, score_texts
 from inference.systems import check_stage, load_reward_model
@@ -42,7 +45,7 @@ from training.engine.runtime import Runtime
 from utils.data.sources import open_source
 from utils.demo.gold import gold_reward
 from utils.judging.judges import Score
-from utils.reward_function import RewardFunction, load_reward_function
+from utils.reward_function import RewardFunction, load_reward_function, moved
 from utils.runs.durable import write_file
 from utils.runs.finding import find_checkpoint, step_checkpoints
 from utils.runs.origins import find_origin
@@ -95,6 +98,43 @@ class PPORun:
         if not found:
             raise UserError(f"RUN {self.folder}: has saved no checkpoint yet; wait for the first, see --save-every")
         return dict(sorted(found.items()))
+
+    def evaluations(self, judge: str) -> list[dict[str, Any]]:
+        """The run's own held-out evaluations as rows like those of `overoptimisation_curves`, without intervals.
+
+        Rewards are above those of step 0, which is the SFT model. "gold" is None where the run had no --eval-reward-fn,
+        or where that is another one than `judge`. UserError where metrics.jsonl is malformed.
+        """
+        log = self.folder / "metrics.jsonl"
+        series = read_series(log) if log.is_file() else {}
+        tags = {"kl": "eval/kl", "proxy": "eval/score", "gold": "eval/gold"}
+        figures = {
+            name: dict(zip(series[tag].steps.tolist(), series[tag].values.tolist()))
+            for name, tag in tags.items()
+            if tag in series and (name != "gold" or _same_judge(judge, self.config.get("eval_reward_fn")))
+        }
+
+        def gained(reward: str, step: int) -> float | None:
+            values = figures.get(reward, {})
+            above = values.get(step, math.nan) - values.get(0, math.nan)
+            return above if math.isfinite(above) else None
+
+        rows = (
+            {"step": step, "source": "evaluation", "kl": kl, "d": math.sqrt(max(kl, 0.0))}
+            | {reward: gained(reward, step) for reward in REWARDS}
+            for step, kl in figures.get("kl", {}).items()
+            if step > 0 and math.isfinite(kl)
+        )
+        return [row for row in rows if row["proxy"] is not None]
+
+
+def _same_judge(judge: str, recorded: str | None) -> bool:
+    """Whether the reward function that a run recorded is the one that --judge names."""
+    if not recorded:
+        return False
+    if judge == "gold":
+        return moved(recorded).endswith("utils/demo/gold.py:gold_reward")
+    return os.path.realpath(judge) == os.path.realpath(recorded)
 
 
 def reward_function_of(run: PPORun, given: str = "") -> RewardFunction | None:
@@ -171,9 +211,13 @@ def measure(run: PPORun, grader: Grader, known: dict[int, Graded] | None = None)
 def write_overoptimisation(
     run: PPORun, checkpoints: dict[int, Graded], samples: Sequence[Graded], judge: str, sampling: Sampling, out: Path
 ) -> tuple[dict[str, Any], Path]:
-    """Write overoptimisation.json and .png into `out`; returns the figures and the picture's path."""
+    """Write overoptimisation.json and .png into `out`; returns the figures and the picture's path.
+
+    The run's own evaluations stand in for the checkpoints that it has not kept.
+    """
     about = {"run": run.folder.name, "judge": judge, **asdict(sampling)}
     figures = about | overoptimisation_curves(checkpoints, samples, sampling.seed)
+    figures["evaluations"] = [row for row in run.evaluations(judge) if row["step"] not in checkpoints]
     write_file(out / "overoptimisation.json", (json.dumps(scrubbed(figures), indent=2) + "\n").encode())
     picture = out / "overoptimisation.png"
     picture.unlink(missing_ok=True)  # in a run from elsewhere it could be a link
@@ -184,6 +228,11 @@ def write_overoptimisation(
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Grade, fit, write, draw, tell: `-t overoptimisation` with the flags `rest`; UserError where one is wrong."""
+    parser.description = (
+        "A PPO run is graded at the checkpoints that it has kept: train_ppo.py keeps the newest --keep of one every "
+        "--save-every. Between them its own held-out evaluations are drawn (--eval-every; their gold reward needs "
+        "--eval-reward-fn). So what can be drawn is decided when the run is started."
+    )
     parser.add_argument("run", metavar="RUN", help="a PPO run: its folder, or its stem such as ppo_demo")
     text = "gold (the demo's, the default there), rm:CHECKPOINT, FILE.py:FUNCTION"
     parser.add_argument("--judge", default="", help=text)
@@ -201,7 +250,8 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
         if count < 2:
             parser.error(f"argument {flag}: must be at least 2")
     ppo = PPORun.read(find_run(flags.run, flags.runs_dir), flags.runs_dir)
-    ppo.checkpoints()  # before anything slow, like the next lines
+    judge = flags.judge or "gold"
+    ppo.checkpoints(), ppo.evaluations(judge)  # before anything slow, like the next lines
     function = reward_function_of(ppo, flags.reward_fn)
     out = Path(flags.out).expanduser() if flags.out else ppo.folder
     with contextlib.suppress(OSError):
@@ -220,7 +270,6 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     sampling = Sampling(ppo.config["temperature"], ppo.config["response_length"], flags.seed)
     grader = Grader(sft, proxy_of(ppo, machine, function), gold, prompts, sampling, machine)
     samples = grader.draws(flags.best_of)
-    judge = flags.judge or "gold"
     figures, picture = write_overoptimisation(ppo, measure(ppo, grader), samples, judge, sampling, out)
     print(f"{report(figures)}\nover-optimisation picture: {picture}")
     return 0
@@ -228,16 +277,18 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 def report(figures: dict[str, Any]) -> str:
     """The figures as a table, and a line per peak."""
-    points = [(f"PPO, step {p['step']}", p) for p in figures["ppo"]]
+    policies = by_step(figures)
+    points = [(f"PPO, step {p['step']}" + (", by the run" if p["source"] == "evaluation" else ""), p) for p in policies]
     points += [(f"best of {p['n']}", p) for p in figures["best_of_n"][1:]]
     rows = []
     for name, p in points:
-        rewards = (f"{p[r]:+.2f} {interval(p[f'{r}_ci'], '+.2f')}" for r in REWARDS)
+        ends = {r: f" {interval(p[f'{r}_ci'], '+.2f')}" if f"{r}_ci" in p else "" for r in REWARDS}
+        rewards = (number(p[r], "+.2f", ends[r]) for r in REWARDS)
         rows.append((name, f"{p['kl']:.2f}", *rewards, number(p.get("correlation"), ".2f")))
     head = "policy | KL to SFT | proxy above SFT (95 % interval) | gold above SFT | correlation of the two"
     lines = ["", table(head, rows), ""]
     families = (
-        ("ppo", "PPO", "keep more checkpoints (--save-every, --keep)"),
+        ("ppo", "PPO", "three checkpoints are needed (train_ppo.py --save-every 4 --keep 10)"),
         ("best_of_n", "best-of-n", "--best-of 8"),
     )
     for key, name, remedy in families:
@@ -245,7 +296,9 @@ def report(figures: dict[str, Any]) -> str:
             fit = figures["fits"][key][reward]
             told = f"too few different distances to fit a curve; {remedy}" if fit is None else peak_in_words(fit)
             lines.append(f"{name}, {reward}: {told}")
-    best = max(figures["ppo"], key=lambda p: p["gold"])
+    if figures["evaluations"]:
+        lines.append('"by the run": no checkpoint was kept there; what its own evaluation logged, above that of step 0')
+    best = highest_gold(policies)
     lines.append(f"highest gold reward measured: step {best['step']}, {best['gold']:+.2f} at a KL of {best['kl']:.2f}")
     return "\n".join(lines)
 

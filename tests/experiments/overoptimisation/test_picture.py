@@ -38,7 +38,7 @@ def figures(last=6.0, fitted=True):
         "run": "ppo_a_rather_long_name_of_a_run_20260101000000", "judge": "rm:runs/a_large_reward_model",
         "prompts": 4000, "samples": 16, "fits": {"ppo": ppo, "best_of_n": best},
         "ppo": points(RL.curve, "step", [10, 20, 30], [last / 3, last / 2, last]),
-        "best_of_n": points(BEST_OF_N.curve, "n", [1, 2, 4, 16], [0, 0.44, 0.8, 1.35]),
+        "best_of_n": points(BEST_OF_N.curve, "n", [1, 2, 4, 16], [0, 0.44, 0.8, 1.35]), "evaluations": [],
     }  # fmt: skip
 
 
@@ -81,6 +81,29 @@ def test_peaks_and_points_are_named(drawn):
     shown = [t.get_text() for t in drawn(figures(last=2.0)).axes[0].texts]
     # PPO's peak is beyond what was measured.
     assert [t for t in shown if "peak" in t] == ["best-of-n: fitted gold peak at 1.6 nats"]
+
+
+def test_evaluations_stand_in_for_checkpoints_that_were_not_kept(drawn):
+    """Of few checkpoints there is no fit: a dotted line joins all points in the order of their steps."""
+    content = figures(fitted=False)
+    content["ppo"] = content["ppo"][2:]
+    content["evaluations"] = [
+        {"step": 10, "d": 1.0, "proxy": 0.5, "gold": 3.5}, {"step": 20, "d": 2.5, "proxy": 0.7, "gold": None},
+    ]  # fmt: skip
+    axes = drawn(content).axes[0]
+    diamonds = {
+        (tuple(line.get_xdata()), tuple(line.get_ydata())): colors.to_hex(line.get_color())
+        for line in axes.lines if line.get_marker() == "D" and colors.to_hex(line.get_color()) != "#000000"
+    }  # fmt: skip
+    assert diamonds == {((1, 2.5), (0.5, 0.7)): "#1f77b4", ((1,), (3.5,)): "#d99000"}
+    last = content["ppo"][0]
+    ways = [line for line in axes.lines if line.get_linestyle() == ":" and len(line.get_xdata()) > 2]
+    assert [list(line.get_ydata()) for line in ways] == [[0, 0.5, 0.7, last["proxy"]], [0, 3.5, last["gold"]]]
+    at = {text.get_text(): text.xy for text in axes.texts if text.get_text().startswith("step")}
+    assert at == {"step 10, best": (1.0, 3.5), "step 30": (last["d"], last["gold"])}
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "PPO where no checkpoint was kept: the run's own evaluation" in named
+    assert not any("evaluation" in text.get_text() for text in drawn(figures()).axes[0].get_legend().get_texts())
 
 
 FAMILIES, REWARDS = ("ppo", "best_of_n"), ("proxy", "gold")

@@ -63,6 +63,71 @@ def test_from_the_command_line_to_the_picture(run, tmp_path, capsys, monkeypatch
     assert 0 < found["ppo"][1]["kl"] < found["ppo"][2]["kl"]
 
 
+GOLD = "/elsewhere/src/utils/demo/gold.py:gold_reward"
+EVALUATIONS = [
+    {"step": 0, "eval/kl": 0.0, "eval/score": 0.1, "eval/gold": -0.5}, {"step": 1, "objective/kl": 7.0},
+    {"step": 1, "eval/kl": -0.1, "eval/score": 0.5, "eval/gold": 1.0},
+    {"step": 3, "eval/kl": 4.0, "eval/score": 1.1, "eval/gold": None},
+    {"step": 6, "eval/kl": 9.0, "eval/score": 2.1, "eval/gold": -1.0},
+]  # fmt: skip
+
+
+def with_evaluations(run, folder, lines=EVALUATIONS, **settings):
+    """A copy of the runs with figures of their own, of which all but the newest checkpoint are gone."""
+    copy = shutil.copytree(run.parent, folder) / run.name
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    hyperparams = json.loads((copy / "hyperparams.json").read_text())
+    hyperparams["config"] |= settings
+    (copy / "hyperparams.json").write_text(json.dumps(hyperparams))
+    return copy
+
+
+def test_where_no_checkpoint_was_kept_stand_the_runs_own_evaluations(run, tmp_path, capsys):
+    copy = with_evaluations(run, tmp_path / "runs", eval_reward_fn=GOLD)
+    assert overoptimisation.run(*flags(copy)) == 0
+    found, shown = json.loads((copy / "overoptimisation.json").read_text()), capsys.readouterr().out
+    assert [(row["step"], row["source"]) for row in found["ppo"]] == [(6, "checkpoint")]
+    assert found["evaluations"] == [
+        {"step": 1, "source": "evaluation", "kl": -0.1, "d": 0, "proxy": pytest.approx(0.4), "gold": 1.5},
+        {"step": 3, "source": "evaluation", "kl": 4.0, "d": 2, "proxy": pytest.approx(1.0), "gold": None},
+    ]  # fmt: skip
+    assert "| PPO, step 1, by the run | -0.10 | +0.40 | +1.50 |  |" in shown
+    assert "| PPO, step 3, by the run | 4.00 | +1.00 |  |  |" in shown and "| PPO, step 6 |" in shown
+    assert shown.index("step 1, by") < shown.index("step 3, by") < shown.index("PPO, step 6 |") < shown.index("best of")
+    assert "PPO, gold: too few different distances to fit a curve; three checkpoints are needed" in shown
+    assert "highest gold reward measured: step 1, +1.50 at a KL of -0.10" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "judge", "known"),
+    [
+        ({"eval_reward_fn": GOLD}, "gold", True),
+        ({"eval_reward_fn": "src/utils/demo_gold.py:gold_reward"}, "gold", True),  # the file's earlier name
+        ({"eval_reward_fn": "mine.py:score"}, "./mine.py:score", True),
+        ({"eval_reward_fn": "mine.py:score"}, "mine.py:other", False),
+        ({"eval_reward_fn": "mine.py:score"}, "gold", False),
+        ({"eval_reward_fn": GOLD}, "rm:rm_t", False),
+        ({"eval_reward_fn": ""}, "gold", False),
+        ({}, "gold", False),  # a run from before there was one
+    ],
+)
+def test_the_gold_of_an_evaluation_counts_where_it_is_the_judges(run, tmp_path, settings, judge, known):
+    rows = PPORun.read(with_evaluations(run, tmp_path / "runs", **settings)).evaluations(judge)
+    assert [row["step"] for row in rows] == [1, 3, 6] and [row["proxy"] for row in rows] == pytest.approx([0.4, 1, 2])
+    assert [row["gold"] for row in rows] == ([1.5, None, -0.5] if known else [None] * 3)
+
+
+def test_evaluations_that_say_nothing(run, tmp_path):
+    assert PPORun.read(run).evaluations("gold") == []  # no metrics.jsonl
+    later = PPORun.read(with_evaluations(run, tmp_path / "later", EVALUATIONS[1:]))
+    assert later.evaluations("gold") == []  # nothing of the SFT model to measure from
+    torn = with_evaluations(run, tmp_path / "torn")
+    (torn / "metrics.jsonl").write_text("what\n" + json.dumps(EVALUATIONS[0]) + "\n")
+    with pytest.raises(UserError, match="metrics.jsonl:1: is not JSON"):
+        overoptimisation.run(*flags(torn))
+
+
 def test_other_judges(run, tmp_path):
     """The judge sees texts and decides the gold curve; the proxy stays the run's reward model."""
     (tmp_path / "words.py").write_text("def count(prompts, texts):\n    return [len(t.split()) for t in texts]\n")
@@ -197,9 +262,10 @@ def test_held_out_prompts_are_different_and_of_the_test_split(grader):
 def test_peaks_are_told():
     fit = {"a": 1.0, "b": 0.3, "peak_within_data": True, "peak_d": 2.0, "peak_d_ci": [1.0, None], "peak_reward": 0.5}
     rising = {"a": 1.0, "b": -0.1, "peak_within_data": False}
-    row = {"kl": 4.0, "proxy": 1.0, "proxy_ci": (0.9, 1.1), "gold": 0.5, "gold_ci": (0.4, 0.6)}
+    row = {"source": "checkpoint", "kl": 4.0, "proxy": 1.0, "proxy_ci": (0.9, 1.1), "gold": 0.5, "gold_ci": (0.4, 0.6)}
     shown = report({
         "ppo": [{"step": 9, **row, "correlation": 0.31}, {"step": 10, **row, "gold": 0.2}],
+        "evaluations": [],
         "best_of_n": [{"n": 1, **row}, {"n": 2, **row}],
         "fits": {"ppo": {"proxy": rising, "gold": fit}, "best_of_n": {"proxy": None, "gold": None}},
     })  # fmt: skip
