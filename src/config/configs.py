@@ -206,7 +206,8 @@ class RunConfig:
     save_every: int = 500
     """Steps (PPO: iterations) between checkpoints."""
     keep: int = 2
-    """How many of the newest step checkpoints to keep (best/ and final/ come on top)."""
+    """How many of the newest step checkpoints to keep (best/ and final/ come on top); in PPO those that main.py -t
+    overoptimisation can grade later."""
     on_save_error: Literal["stop", "continue"] = "stop"
     """What a checkpoint that cannot be written (full disk) does: stop the run, or let it go on without it."""
     log_every: int = 10
@@ -337,7 +338,8 @@ class PPOConfig(RunConfig):
     reward_fn_weight: float = 0.0
     """0: --reward-fn replaces the reward model; otherwise reward = model score + weight x function."""
     eval_reward_fn: str = ""
-    """FILE.py:FUNCTION, reported at evaluations as eval/gold and never trained on."""
+    """FILE.py:FUNCTION, reported at evaluations as eval/gold and never trained on; what main.py -t overoptimisation
+    draws where no checkpoint was kept."""
     adam_eps: float = 1e-5
     """Epsilon of AdamW; 1e-5 as in Ziegler et al. 2019 keeps parameters with tiny gradients from taking full steps."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"

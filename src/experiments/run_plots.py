@@ -55,8 +55,8 @@ class Curve:
         return "" if self.healthy is None else f"{self.healthy}" + (f", from {self.since} on" if self.since else "")
 
 
-# In three seeds of the demo, in full and with LoRA, up to 0.48 of the values are clipped in iterations 1 to 3, ratios
-# reach 10 in the first one, and the critic explains nothing; later at most 0.15, 7, and 0.5 or more.
+# In recorded runs of the demo up to 0.52 of the values are clipped in iterations 1 to 3, single ratios reach 20 in the
+# first two, and the critic explains nothing; from 5 on it is at most 0.15, at most 7, and more than half.
 _SETTLED = 5
 _TRAINED = 1  # what step 0 shows is the model before training
 
@@ -122,8 +122,8 @@ CURVES: dict[str, tuple[Curve, ...]] = {
               "responses; a negative one, beyond noise, means that sampled and scored distribution differ.",
               Range(-0.5, 15), alarm=ALARM["objective/kl"].edges, shows=(0.0,)),
         Curve("entropy, nats per response", {"objective/entropy": "entropy"},
-              "It should decline slowly and keep nearly half of its start; a negative one is a mistake in a mask.",
-              Range(0.4, None, "times the start"), alarm=ALARM["objective/entropy"].edges),
+              "It should decline slowly and keep a third of its start or more; a negative one is a mistake in a mask.",
+              Range(0.33, None, "times the start"), alarm=ALARM["objective/entropy"].edges),
         Curve("approximate KL of an update", {"policy/approxkl": "old to new policy"},
               "It should be between 1e-4 and 1e-2 while the policy learns, and goes towards 0 with the learning rate "
               "at the end; above 0.03 the steps are too large.",

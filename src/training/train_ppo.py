@@ -49,6 +49,7 @@ def main() -> int:
     for data in splits.values():
         print(data.report.summary())
     report_reward_model(roles, config)
+    report_kept(config)
     origins = record_origins(sft=roles.sft, rm=roles.rm)
     run = open_run("ppo", config, roles.actor, runtime, resumption, splits["train"], origins)
     print(
@@ -97,6 +98,15 @@ def report_reward_model(roles: Roles, config: PPOConfig) -> None:
             f"warning: the reward was normalised on samples at temperature {normalised['temperature']}, PPO samples at "
             f"{config.temperature}; its scores will not start at mean 0 and deviation 1"
         )
+
+
+def report_kept(config: PPOConfig) -> None:
+    """Say what can be looked at after the run, while that can still be changed."""
+    gold = "score, KL and gold reward" if config.eval_reward_fn else "score and KL (gold reward: --eval-reward-fn)"
+    print(
+        f"kept for later: held-out {gold} every {config.eval_every} iterations (--eval-every); the newest "
+        f"{config.keep} of a checkpoint every {config.save_every} (--keep, --save-every), best/ and final/"
+    )
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def test_demo_flags_reach_the_demo(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "failures", lambda _: [])
     monkeypatch.setattr(demo, "runs_root", lambda _: tmp_path)
     monkeypatch.setattr(demo, "newest_run", lambda run, _: run)
+    monkeypatch.setattr(demo, "draw_demo", lambda *_: None)
     monkeypatch.setattr(demo, "draw_kl_ablation", lambda runs, path: calls.append((runs, str(path))))
     monkeypatch.setattr(demo, "run_seed", lambda *flags, **settings: calls.append((flags, settings)) or result)
     assert demo.run_demo(script.Parser(), ["--seed", "3", "--prompts", "10"]) == 0

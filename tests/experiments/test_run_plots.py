@@ -218,7 +218,9 @@ def test_a_table_says_what_was_not_logged(tmp_path):
 # Healthy runs --------------------------------------------------------------------------------------------------------
 
 PACKED = Path(__file__).parent / "doctor/runs"
+# Three seeds of an earlier recipe, and metrics.jsonl of `make demo` at ee24ce9.
 HEALTHY = [path for path in sorted(PACKED.glob("*_demo_s?*.tar.gz")) if "kl0" not in path.name]
+HEALTHY += sorted((Path(__file__).parent / "demo").glob("*_ee24ce9.tar.gz"))
 
 
 def unpacked(archive, folder):
@@ -243,7 +245,7 @@ def beyond(figure):
 
 
 def test_the_demos_of_three_seeds_are_there():
-    assert len(HEALTHY) == 15, HEALTHY  # two of SFT, one of the reward model, two of PPO
+    assert len(HEALTHY) == 15 + 4, HEALTHY  # of each seed two of SFT, one of the reward model, two of PPO
 
 
 @pytest.mark.parametrize("archive", HEALTHY, ids=lambda path: path.name[:-7])

@@ -9,9 +9,11 @@ import torch
 from scripts import SHORT, call, newest, run
 from setups import assert_equal_weights, read_metrics, weights
 
+from config.configs import PPOConfig, stage_defaults
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import is_adapter
 from models.weights.checkpoint import describe
+from training import train_ppo
 from training.storage.saving import STATE
 from utils.runs.manifest import MANIFEST, write_manifest
 from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
@@ -98,6 +100,18 @@ def test_ppo_tells_how_good_the_reward_is_before_it_starts(runs) -> None:
     assert ("no better than chance" in out) == (held_out["accuracy"] <= max(0.5, longer))
     assert "warning: the scores of this checkpoint" not in out and "temperature" not in out
     assert re.search(r"shared between the roles: [1-9]", out)
+
+
+def test_ppo_tells_what_is_kept_for_later_before_it_starts(runs, capsys) -> None:
+    out = (runs / "ppo.out").read_text()
+    config = json.loads((newest(runs, "ppo_one") / "hyperparams.json").read_text())["config"]
+    line = (
+        f"held-out score, KL and gold reward every {config['eval_every']} iterations (--eval-every); the newest "
+        f"{config['keep']} of a checkpoint every {config['save_every']} (--keep, --save-every)"
+    )
+    assert line in out and out.index(line) < out.index("writing to")
+    train_ppo.report_kept(stage_defaults(PPOConfig, "gpt2-nano"))
+    assert "held-out score and KL (gold reward: --eval-reward-fn) every 10 iterations" in capsys.readouterr().out
 
 
 def test_lora_stages_keep_the_sft_weights(runs) -> None:

@@ -35,7 +35,7 @@ BEST_OF, BATCH = 16, 256
 
 
 def judge_demo(runs: dict[str, Path], count: int, seed: int, split: str = "validation") -> dict[str, Any]:
-    """Figures of all systems of one seed, and the over-optimisation picture of its PPO run.
+    """Figures of all systems of one seed, and the over-optimisation picture of its PPO run ("overoptimisation").
 
     Args:
         runs: run folders of "vanilla", "sft", "rm", "ppo" and, if there, "ppo_kl0", "ppo_lora".

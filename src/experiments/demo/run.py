@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 from config.user_error import UserError
 from experiments.bench.host import Stolen
 from experiments.demo.judge import judge_demo
-from experiments.demo.picture import draw_kl_ablation
+from experiments.demo.picture import draw_demo, draw_kl_ablation
 from experiments.demo.table import judged_table, results_table, seed_table
 from experiments.markdown import number
 from utils.runs.finding import newest_run
@@ -46,7 +47,7 @@ def stages(stem: str, variants: tuple[str, ...], flags: tuple[str, ...] = ()) ->
         ("vanilla", "train_sft.py", ("-n", f"vanilla_{stem}", *pretraining)),
         ("SFT", "train_sft.py", ("-n", stem, "-p", f"sft_vanilla_{stem}")),
         ("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}")),
-        # Ten checkpoints are the ten points of the over-optimisation picture.
+        # Ten checkpoints are the ten dots of the pictures.
         ("PPO", "train_ppo.py", ("-n", stem, *ppo, "--save-every", "4", "--keep", "10")),
     ]
     extra = {
@@ -124,15 +125,38 @@ def run_demo(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     path.write_text(json.dumps(result, indent=2) + "\n")
     others = number(stolen.share(), ".1%", " of the machine's time went to other guests of its host")
     print(f"\n{minutes:.1f} minutes ({took}){others and '; '}{others}")
-    print(f"figures in {path}; curves: .venv/bin/tensorboard --logdir {root}")
+    print(f"figures in {here(path)}")
     print(judged_table(result))
-    print(f"over-optimisation picture: {result['overoptimisation']}")
+    draw_demo(Path(result["overoptimisation"]).with_suffix(".json"), root / "demo.png")
+    print(next_steps(flags.seed, flags.runs_dir))
     failed = failures(result)
     for line in failed:
         print(f"FAILED: {line}")
     if not failed:
         print("RLHF worked: the policy beats the model it started from, by a reward that it never saw.")
     return 1 if failed else 0
+
+
+def next_steps(seed: int, runs_dir: str) -> str:
+    """The picture's place, and three commands that can be copied as they stand."""
+    python, tensorboard = sys.executable, str(Path(sys.executable).with_name("tensorboard"))
+    root, main = runs_root(runs_dir), [python, str(REPO / "src/experiments/main.py")]
+    # A stem is looked up in the repository's runs/ alone by -t gpt.
+    ppo = f"ppo_demo_s{seed}" if runs_dir == "runs" else here(newest_run(f"ppo_demo_s{seed}", runs_dir))
+    commands = [
+        ("ask the trained model", [*main, "-t", "gpt", "-m", ppo, "--prompt", "What is the capital of Italy?"]),
+        ("see whether a run is healthy", [*main, "-t", "doctor", ppo]),
+        ("all curves, in a browser", [tensorboard, "--logdir", str(root)]),
+    ]
+    lines = [f"{what}:\n    {shlex.join(map(here, words))}" for what, words in commands]
+    return "\n".join([f"the course of PPO as a picture: {here(root / 'demo.png')}", "what to do next:", *lines])
+
+
+def here(word: str | Path) -> str:
+    """A path as it is named from the working folder; any other word as it stands."""
+    path = Path(word)
+    inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd()) if inside else word)
 
 
 def failures(result: dict[str, Any]) -> list[str]:

@@ -62,4 +62,4 @@ ALARM = {
 SAMPLER_FP32, SAMPLER_HALF = Range(high=1e-4), Range(high=5e-2)
 # The share of responses that end by themselves, and lengths, where all is well.
 ENDS = Range(0.95, 1)
-KEEPS_LENGTH = Range(0.7, 1.3, "times the start")
+KEEPS_LENGTH = Range(0.5, 1.3, "times the start")

@@ -1,12 +1,13 @@
-"""The picture of the KL ablation: what is drawn in which panel, and under which name."""
+"""The demo's pictures: what is drawn in which panel, and under which name."""
 
 import json
 
 import pytest
 from matplotlib import colors
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.demo.picture import draw_kl_ablation
+from experiments.demo.picture import draw_demo, draw_kl_ablation, what_it_shows
 from experiments.run_plots import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -31,10 +32,72 @@ def test_evaluations_of_a_run(tmp_path):
 
 
 @pytest.fixture
-def panels(tmp_path, monkeypatch):
+def kept(monkeypatch):
+    """The figures behind the files that are written."""
+    found, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **keys: found.append(self) or save(self, *args, **keys))
+    return found
+
+
+def graded(golds, half=0.1):
+    """An overoptimisation.json: gold above SFT at iterations 4, 8, ..., with proxy and KL that are nobody else's."""
+    rows = [
+        {"step": 4 * i, "kl": i + 0.5, "kl_ci": [i, i + 1], "proxy": i / 10, "proxy_ci": [i / 10 - 0.02, i / 10 + 0.02]}
+        | {"gold": gold, "gold_ci": [gold - half, gold + half]}
+        for i, gold in enumerate(golds, start=1)
+    ]
+    sft = {"proxy": {"mean": 0.07}, "gold": {"mean": -0.4}}
+    return {"run": "ppo_demo_s0_20260101000000", "prompts": 400, "sft": sft, "ppo": rows, "evaluations": []}
+
+
+def test_a_newcomer_sees_both_rewards_over_the_iterations_and_the_kl(kept, tmp_path):
+    figures = graded([1.0, 2.0, 2.4])
+    (tmp_path / "graded.json").write_text(json.dumps(figures))
+    draw_demo(tmp_path / "graded.json", tmp_path / "demo.png")
+    (figure,) = kept
+    rewards, distance = figure.axes
+    named = {text.get_text(): handle for text, handle in zip(
+        rewards.get_legend().get_texts(), rewards.get_legend().legend_handles, strict=True)}  # fmt: skip
+    assert [name.split(":")[0] for name in named] == ["proxy", "gold", "where each was before"]
+    colour = {name.split(":")[0]: colors.to_hex(handle.get_color()) for name, handle in named.items()}
+    lines = {colors.to_hex(line.get_color()): line for line in rewards.lines if line.get_marker() == "o"}
+    assert list(lines[colour["proxy"]].get_ydata()) == pytest.approx([0.07, 0.17, 0.27, 0.37])
+    assert list(lines[colour["gold"]].get_ydata()) == pytest.approx([-0.4, 0.6, 1.6, 2.0])
+    assert all(list(line.get_xdata()) == [0, 4, 8, 12] for line in lines.values())
+    dashed = [line for line in rewards.lines if line.get_linestyle() == "--" and len(line.get_ydata())]
+    levels = {colors.to_hex(line.get_color()): line.get_ydata()[0] for line in dashed}
+    assert levels == {colour["proxy"]: 0.07, colour["gold"]: -0.4}
+    assert [list(line.get_ydata()) for line in distance.lines] == [[0, 1.5, 2.5, 3.5]]
+    at = {text.get_text(): (text.xy, colors.to_hex(text.get_color())) for text in rewards.texts}
+    assert at["PPO 2.00"] == ((12, pytest.approx(2.0)), colour["gold"])
+    assert at["SFT 0.07"] == ((12, 0.07), colour["proxy"])
+    assert set(at) == {"PPO 2.00", "SFT -0.40", "PPO 0.37", "SFT 0.07"}
+    assert {rewards.get_xlabel(), distance.get_xlabel()} == {"PPO iteration"} and "KL" in distance.get_ylabel()
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, width, height = canvas.get_renderer(), *canvas.get_width_height()
+    for text in [*figure.texts, *rewards.texts, *rewards.get_legend().get_texts()]:
+        box = text.get_window_extent(renderer)
+        assert box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height, text.get_text()
+
+
+@pytest.mark.parametrize(
+    ("golds", "shown"),
+    [
+        ([1.0, 2.0, 2.4], "the true reward (gold) rises with it"),
+        ([1.0, 2.45, 2.4], "the true reward (gold) rises with it"),  # within the interval
+        ([1.0, 2.4, 1.5], "highest at iteration 8 and then fell: over-optimisation"),
+        ([0.5, 0.2, 0.05], "but not the true reward"),
+    ],
+)
+def test_the_sentence_above_says_what_happened(golds, shown):
+    assert shown in what_it_shows(graded(golds))
+
+
+@pytest.fixture
+def panels(tmp_path, kept):
     """The three panels of two seeds, with their runs [(with the penalty, without)]."""
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **keys: kept.append(self) or save(self, *args, **keys))
     starts = [(1000, 2000), (3000, 4000)]
     pairs = [tuple(new_run(tmp_path, str(start), start) for start in pair) for pair in starts]
     draw_kl_ablation(pairs, tmp_path / "new" / "picture.png")

@@ -1,6 +1,9 @@
 """The demo's judgement and what it prints, on runs of tiny models and on figures made by hand."""
 
 import json
+import os
+import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ import torch
 from tiny_runs import SETTINGS, make_runs, save, tiny
 
 from config.configs import PPOConfig, stage_defaults
+from experiments import main
 from experiments.demo import judge as demo_judge
 from experiments.demo import run as demo
 from experiments.demo.judge import judge_demo, read_rows, summarise
@@ -20,6 +24,7 @@ from experiments.main import Parser
 from inference.answers import TextModel
 from utils.demo.gold import gold_reward
 from utils.demo.world import best_possible_accuracy
+from utils.runs.folder import REPO
 from utils.statistics import paired_bootstrap, seed_bootstrap, win_scores
 from utils.template import PromptTemplate
 
@@ -181,13 +186,26 @@ def test_the_demo_ends_with_table_and_picture(result, tmp_path, monkeypatch, cap
     monkeypatch.setattr(demo.Stolen, "share", lambda self: 0.125)
     splits = []
     monkeypatch.setattr(demo, "judge_demo", lambda runs, prompts, seed, split: splits.append(split) or result[0])
+    ppo = shutil.copytree(result[1], tmp_path / "ppo_demo_s0_20260101000000")
     words = ["--runs-dir", str(tmp_path), "--prompts", "12"]
     assert demo.run_demo(Parser(), words) == 1  # tiny models did not learn anything
     assert splits == ["validation"]
     shown = capsys.readouterr().out
     assert "minutes (" in shown and "; 12.5% of the machine's time went to other guests" in shown
-    places = [shown.index(part) for part in ("| PPO vs SFT |", f"picture: {result[1]}", "FAILED:")]
+    parts = ("| PPO vs SFT |", f"picture: {tmp_path}/demo.png", "what to do next", "\nFAILED:")
+    places = [shown.index(part) for part in parts]
     assert places == sorted(places)
+    assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("    ")]
+    assert [ppo in map(Path, words) for words in commands] == [True, True, False]
+    for words in commands:  # they are as good as their first words, and the tasks take their flags
+        assert Path(words[0]).is_file() and os.access(words[0], os.X_OK)
+    for words in commands[:2]:
+        assert REPO / words[1] == REPO / "src/experiments/main.py"
+        monkeypatch.setattr("sys.argv", [words[1], *words[2:]])
+        assert main.main() in (0, 3)
+    assert "What is the capital of Italy?" in capsys.readouterr().out
+    assert commands[2][1:] == ["--logdir", str(tmp_path)]
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written["systems"] == json.loads(json.dumps(result[0]["systems"]))
 
