@@ -14,7 +14,6 @@ from experiments.overoptimisation.curves import by_step, highest_gold
 
 _COLOURS = {"proxy": "#1f77b4", "gold": "#d99000"}
 _GREY = "#555555"
-_FEW = 5  # points of PPO that are all named
 _BEHIND_TEXT = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
 
@@ -79,8 +78,7 @@ def _draw_points(axes: Axes, rows: list[dict[str, Any]], reward: str, colour: st
 
 
 def _name_points(axes: Axes, figures: dict[str, Any]) -> None:
-    """n beside the upper curve of best-of-n; the step beside the gold of PPO, of all its points where these are few,
-    else of the first, best and last."""
+    """n beside the upper curve of best-of-n; the first, best and last step beside the gold of PPO."""
     small = {"textcoords": "offset points", "fontsize": 8}
     best = figures["best_of_n"][1:]
     upper = max(_COLOURS, key=lambda reward: best[-1][reward])
@@ -88,7 +86,7 @@ def _name_points(axes: Axes, figures: dict[str, Any]) -> None:
         axes.annotate(f"n={row['n']}", (row["d"], row[upper]), (-7, 2), color=_COLOURS[upper], ha="right", **small)
     ppo = [row for row in by_step(figures) if row["gold"] is not None]
     highest = highest_gold(ppo)
-    for row in ppo if len(ppo) <= _FEW else {row["step"]: row for row in (ppo[0], ppo[-1], highest)}.values():
+    for row in {row["step"]: row for row in (ppo[0], ppo[-1], highest)}.values():
         # No other gold point of the run is above the best one.
         text, place = (f"step {row['step']}, best", (9, 9)) if row is highest else (f"step {row['step']}", (9, -4))
         looks = {"color": _COLOURS["gold"], "bbox": _BEHIND_TEXT, "zorder": 3}
