@@ -339,7 +339,7 @@ class PPOConfig(RunConfig):
     """0: --reward-fn replaces the reward model; otherwise reward = model score + weight x function."""
     eval_reward_fn: str = ""
     """FILE.py:FUNCTION, reported at evaluations as eval/gold and never trained on; what main.py -t overoptimisation
-    draws where no checkpoint was kept."""
+    draws before the first checkpoint that was kept."""
     adam_eps: float = 1e-5
     """Epsilon of AdamW; 1e-5 as in Ziegler et al. 2019 keeps parameters with tiny gradients from taking full steps."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"

@@ -72,7 +72,7 @@ def overoptimisation_curves(checkpoints: dict[int, Graded], samples: Sequence[Gr
 
 
 def by_step(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """All points of the policy: graded checkpoints, and the run's own evaluations where none was kept."""
+    """All points of the policy: graded checkpoints, and before the first one the run's own evaluations."""
     return sorted([*figures["ppo"], *figures["evaluations"]], key=itemgetter("step"))
 
 

@@ -20,7 +20,7 @@ _BEHIND_TEXT = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor":
 def draw_overoptimisation(figures: dict[str, Any], path: Path) -> None:
     """Draw what `overoptimisation_curves` gives.
 
-    PPO: discs and solid fits; diamonds are the run's own evaluations, in place of checkpoints that were not kept.
+    PPO: discs and solid fits; diamonds are the run's own evaluations, in place of early checkpoints that were not kept.
     Best-of-n: open squares and dashed fits. A band is the 95 % interval of a fit, a star the peak of one that turns
     down within what was measured.
 
@@ -145,5 +145,5 @@ def _legend(axes: Axes, judge: str, evaluated: bool) -> None:
     ]
     if evaluated:
         looks = {"color": _GREY, "marker": "D", "markersize": 5, "alpha": 0.6, "linestyle": "none"}
-        handles.insert(2, Line2D([], [], **looks, label="PPO where no checkpoint was kept: the run's own evaluation"))
+        handles.insert(2, Line2D([], [], **looks, label="PPO, no checkpoint kept: its own evaluation"))
     axes.legend(handles=handles, fontsize=9, loc="best", handlelength=3.2, edgecolor="none")

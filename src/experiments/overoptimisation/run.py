@@ -7,10 +7,10 @@
 A run only tells which Python functions it was trained with; those that are run are named on the command line.
 
 The policy is graded at every checkpoint that the run has kept (train_ppo.py --save-every 4 --keep 10 keeps ten of a run
-of forty iterations; the default is two). Between them stand the run's own held-out evaluations, one every --eval-every:
-fewer prompts, no interval, and a gold reward only of a run with --eval-reward-fn. Best-of-n of the SFT model is set
-beside it at n = 1, 2, 4, ... (Gao et al. 2022, figure 1). Writes overoptimisation.json and overoptimisation.png into
-the run's folder.
+of forty iterations; the default is two). Before the first of them stand the run's own held-out evaluations, one every
+--eval-every: fewer prompts, no interval, and a gold reward only of a run with --eval-reward-fn. Best-of-n of the SFT
+model is set beside it at n = 1, 2, 4, ... (Gao et al. 2022, figure 1). Writes overoptimisation.json and
+overoptimisation.png into the run's folder.
 """
 
 from __future__ import annotations
@@ -213,11 +213,11 @@ def write_overoptimisation(
 ) -> tuple[dict[str, Any], Path]:
     """Write overoptimisation.json and .png into `out`; returns the figures and the picture's path.
 
-    The run's own evaluations stand in for the checkpoints that it has not kept.
+    Before the first checkpoint that was kept the run's own evaluations stand in for those that were not.
     """
     about = {"run": run.folder.name, "judge": judge, **asdict(sampling)}
     figures = about | overoptimisation_curves(checkpoints, samples, sampling.seed)
-    figures["evaluations"] = [row for row in run.evaluations(judge) if row["step"] not in checkpoints]
+    figures["evaluations"] = [row for row in run.evaluations(judge) if row["step"] < min(checkpoints)]
     write_file(out / "overoptimisation.json", (json.dumps(scrubbed(figures), indent=2) + "\n").encode())
     picture = out / "overoptimisation.png"
     picture.unlink(missing_ok=True)  # in a run from elsewhere it could be a link
@@ -230,7 +230,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Grade, fit, write, draw, tell: `-t overoptimisation` with the flags `rest`; UserError where one is wrong."""
     parser.description = (
         "A PPO run is graded at the checkpoints that it has kept: train_ppo.py keeps the newest --keep of one every "
-        "--save-every. Between them its own held-out evaluations are drawn (--eval-every; their gold reward needs "
+        "--save-every. Before these its own held-out evaluations are drawn (--eval-every; their gold reward needs "
         "--eval-reward-fn). So what can be drawn is decided when the run is started."
     )
     parser.add_argument("run", metavar="RUN", help="a PPO run: its folder, or its stem such as ppo_demo")

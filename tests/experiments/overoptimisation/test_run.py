@@ -18,6 +18,7 @@ from experiments.overoptimisation.run import (
     report,
     reward_function_of,
     text_model,
+    write_overoptimisation,
 )
 from inference.answers import Machine, Sampling
 from inference.best_of_n import best_of_n_kl
@@ -97,6 +98,15 @@ def test_where_no_checkpoint_was_kept_stand_the_runs_own_evaluations(run, tmp_pa
     assert shown.index("step 1, by") < shown.index("step 3, by") < shown.index("PPO, step 6 |") < shown.index("best of")
     assert "PPO, gold: too few different distances to fit a curve; three checkpoints are needed" in shown
     assert "highest gold reward measured: step 1, +1.50 at a KL of -0.10" in shown
+
+
+def test_checkpoints_that_were_kept_say_more_than_evaluations_after_the_first(run, grader, tmp_path):
+    kept = PPORun.read(run)
+    whole = measure(kept, grader)
+    logged = PPORun.read(with_evaluations(run, tmp_path / "runs", eval_reward_fn=GOLD))
+    samples = grader.draws(2)
+    figures, _ = write_overoptimisation(logged, whole, samples, "gold", grader.sampling, tmp_path)
+    assert list(whole) == [2, 4, 6] and [row["step"] for row in figures["evaluations"]] == [1]
 
 
 @pytest.mark.parametrize(
