@@ -20,8 +20,9 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.gpt import GPT
 from utils.runs.manifest import MANIFEST, write_manifest
-from utils.tokenizer import TiktokenTokenizer, read_ranks
+from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
 
 
 @dataclass(frozen=True)
@@ -515,6 +516,66 @@ CHECKPOINTS = [
          copy_of("rm_tiny", description(lambda d: d.update(held_out="good")))),
 ]  # fmt: skip
 
+
+def theirs(change: Callable[[Path], None] = lambda folder: None, tokenizer: bool = True) -> Prepare:
+    """The model folder is a GPT-2 in Hugging Face's form with the demo's tokenizer or none, changed."""
+
+    def prepare(world: World) -> None:
+        final = world.newest("sft_tiny") / "final"
+        GPT.from_checkpoint(final).save_pretrained(world.model)
+        if tokenizer:
+            load_tokenizer(final).export_huggingface(world.model)
+        change(world.model)
+
+    return prepare
+
+
+def adapter(folder: Path) -> None:
+    """Only settings of PEFT's DoRA are there."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "gpt2", "r": 8, "lora_alpha": 16, "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    """Change config.json."""
+    return description(lambda d: d.update(changes), "config.json")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 548105171\n"
+
+THEIRS = [
+    Case("a folder without a tokenizer, of another size than GPT-2", FROM, theirs(tokenizer=False)),
+    Case("tokenizer_config.json and nothing that it speaks of", FROM,
+         theirs(lambda f: (f / "tokenizer_config.json").write_text("{}"), tokenizer=False)),
+    Case("a tokenizer without EOS", FROM,
+         theirs(lambda f: (without("tokenizer_config.json")(f), (f / "tokenizer_config.json").write_text(
+             '{"tokenizer_class": "PreTrainedTokenizerFast"}')))),
+    Case("a tokenizer that is larger than the token table", FROM,
+         theirs(lambda f: (config(vocab_size=1000)(f), tensors(
+             lambda s: s.update({"transformer.wte.weight": s["transformer.wte.weight"][:1000].clone()}))(f)))),
+    Case("a tokenizer of the hub that is not in the cache", f"{FROM} --tokenizer nobody/nothing", theirs()),
+    Case("a hub name that is not in the cache", "sft -p nobody/nothing"),
+    Case("no weights", FROM, theirs(without("model.safetensors"))),
+    Case("a broken download", FROM,
+         theirs(lambda f: (f / "model.safetensors").rename(f / "model.safetensors.incomplete"))),
+    Case("weights without config.json", FROM, theirs(without("config.json"))),
+    Case("a pointer of Git LFS for the weights", FROM,
+         theirs(lambda f: (f / "model.safetensors").write_bytes(POINTER))),
+    Case("quantised weights", FROM, theirs(config(quantization_config={"quant_method": "gptq", "bits": 4}))),
+    Case("a GGUF file", "sft -p HERE/model.gguf", lambda w: (w.here / "model.gguf").write_bytes(b"GGUF")),
+    Case("the weights in place of their folder", "sft -p MODEL/model.safetensors", theirs()),
+    Case("the folder around the model", "sft -p HERE", theirs()),
+    Case("untied by config.json alone", FROM, theirs(config(tie_word_embeddings=False))),
+    Case("an adapter that is more than LoRA", FROM, theirs(adapter)),
+    Case("the folder of runs", "sft -p RUNS"),
+    Case("a reward model from a model in their form", "rm -p MODEL", theirs()),
+    Case("PPO from a model in their form", "ppo -a gpt2 -c rm_tiny"),
+    Case("a folder without a tokenizer, asked", "main -t gpt -m MODEL --prompt a", theirs(tokenizer=False)),
+    Case("own texts without a model", "sft --dataset FILE", rows(*demonstrations()), 0),
+]  # fmt: skip
+
 RESUME = "sft -n tiny -p sft_start --resume HERE/run"
 RESUME_PPO = "ppo -n tiny -a sft_tiny -c rm_tiny --resume HERE/run"
 
@@ -620,6 +681,7 @@ SECTIONS: dict[str, list[Case]] = {
     "Flags": FLAGS,
     "Prompts": PROMPTS,
     "Checkpoints": CHECKPOINTS,
+    "Models in Hugging Face's form": THEIRS,
     "Resuming": RESUMED,
     "Reward functions": REWARDS,
     "Exports": EXPORTS,

@@ -267,10 +267,10 @@ class SFTConfig(RunConfig):
     """Supervised fine-tuning: next-token loss on the response tokens and EOS (the choices: docs/details.md)."""
 
     pretrain: Annotated[str, arg(aliases=["-p"])] = "scratch"
-    """Start from: scratch, huggingface (the hub model of the preset's name), a Hugging Face name or folder, or one of
-    our runs or checkpoints."""
+    """Start from: scratch (random, with the demo's vocabulary for gpt2-nano), huggingface (the hub model of the
+    preset's name), a Hugging Face name or folder, or one of our runs or checkpoints."""
     tokenizer: str = "auto"
-    """auto, gpt2, demo, or a folder with a Hugging Face tokenizer. auto: the pre-trained model's own."""
+    """auto, gpt2, demo, or a folder or hub name with a Hugging Face tokenizer. auto: the pre-trained model's own."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
     """What stays fixed: auto is lora for a LoRA preset and none otherwise."""
     epochs: int = 1

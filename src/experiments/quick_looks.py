@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,8 @@ from inference.systems import System, run_around
 from models.generation import generate
 from models.gpt import GPTRewardModel
 from models.weights.checkpoint import describe
+from models.weights.huggingface import describe_pretrained
+from models.weights.pretrained import our_checkpoint, told_of
 from utils.data.batching import collate_ranked, collate_sft, left_pad
 from utils.data.rows import STAGES
 from utils.data.splits import SPLITS
@@ -38,6 +39,8 @@ from utils.demo.facts import world_in_a_line
 from utils.runs.finding import find_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
+from utils.tokenizers.huggingface import has_tokenizer
+from utils.tokenizers.interface import SAVED_FOLDER
 
 # Of the demo's world, and what anybody may ask a larger model.
 _PROMPT = "What is the capital of Italy?"
@@ -107,17 +110,9 @@ def load_language_model(argument: str, runs_dir: str) -> TextModel:
 
     UserError where there is no such model, or it is a critic or a reward model.
     """
-    folder = Path(argument).expanduser()
-    if not (folder / "config.json").is_file():
-        try:
-            checkpoint = find_checkpoint(argument, runs_dir, "-m")
-        except UserError:
-            # Only what looks like a hub name is asked for on the network: gpt2 and its sizes, or owner/name.
-            hub_name = re.fullmatch(r"(distil)?gpt2(-medium|-large|-xl)?|(?!runs/)[\w-][\w.-]*/[\w.-]+", argument)
-            if hub_name is None or folder.exists():
-                raise
-        else:
-            return text_model(checkpoint)
+    checkpoint = our_checkpoint(argument, runs_dir, "-m")
+    if checkpoint is not None:
+        return text_model(checkpoint)
     return System("model", "huggingface", argument, f"-m {argument}").load()
 
 
@@ -173,7 +168,7 @@ def look_at_dataset(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     parser.add_argument("--dataset", default="demo", help="a name, hub:OWNER/NAME, or the path of a file")
     parser.add_argument("--stage", default="sft", choices=STAGES, help="what the rows are read for")
     parser.add_argument("--split", default="train", choices=SPLITS)
-    text = "gpt2, demo, a run or checkpoint, or a Hugging Face folder (default: demo for the demo, else gpt2)"
+    text = "gpt2, demo, a run or checkpoint, or a Hugging Face folder or hub name (default: the demo's own, else gpt2)"
     parser.add_argument("--tokenizer", default="auto", help=text)
     parser.add_argument("--rows", type=_at_least(1), default=3, help="rows of the batch to show (default 3)")
     text = "longest row in tokens (default: 192 with the demo's tokenizer, else 1024, as the models have it)"
@@ -238,7 +233,7 @@ def render_row(ids: Tensor, att: Tensor, start: int, tokenizer: Tokenizer) -> st
 
 def look_at_tokenizer(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Print the tokens of a text with their ids, whether it comes back unchanged, and where EOS and PAD are."""
-    text = "gpt2, demo (default), a run or checkpoint, or a Hugging Face folder"
+    text = "gpt2, demo (default), a run or checkpoint, or a Hugging Face folder or hub name"
     parser.add_argument("--tokenizer", default="demo", help=text)
     parser.add_argument("--text", default=_TEXT, type=_utf8, help="what to cut")
     parser.add_argument("--runs-dir", default="runs", help="where runs are looked for")
@@ -264,15 +259,23 @@ def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
     if argument in ("gpt2", "demo"):
         return get_tokenizer(argument)
     folder = Path(argument).expanduser()
-    is_tokenizer = any((folder / name).exists() for name in ("tokenizer", "tokenizer.json", "vocab.json"))
+    is_tokenizer = has_tokenizer(folder) or (folder / SAVED_FOLDER).exists()
     if is_tokenizer and not (folder / "model.json").is_file():
         return get_tokenizer(folder)
     try:
-        return load_tokenizer(find_checkpoint(argument, runs_dir, "--tokenizer"))
+        checkpoint = our_checkpoint(argument, runs_dir, "--tokenizer")
     except UserError as error:
         if folder.is_dir():
             raise
         raise UserError(f"{error}; gpt2 and demo are known by name") from None
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint)
+    if not folder.is_dir():
+        return get_tokenizer(argument)
+    with told_of(f"--tokenizer {argument}", argument):
+        tokenizer, note = describe_pretrained(argument).tokenizer(f"--tokenizer {argument}")
+    print(note or f"{argument}: the tokenizer of its base model")
+    return tokenizer
 
 
 def look_at_loss(parser: argparse.ArgumentParser, rest: list[str]) -> int:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,13 @@ from config.user_error import UserError
 from inference.answers import TextModel
 from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import describe
+from models.weights.huggingface import describe_pretrained
+from models.weights.pretrained import our_checkpoint, told_of
 from utils.runs.finding import find_checkpoint
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
-from utils.tokenizer import Tokenizer, load_tokenizer, tokenizer_beside
+from utils.tokenizer import Tokenizer, load_tokenizer
 
-_HUB_NAME = re.compile(r"(distil)?gpt2(-medium|-large|-xl)?|(?!runs/)[\w-][\w.-]*/[\w.-]+")
 _NAME = re.compile(r"\w[\w.-]*")
 _SCRIPT = {"sft": "train_sft.py", "rm": "train_rm.py", "ppo": "train_ppo.py"}
 _HOLDS = {"sft": "an SFT model", "rm": "a reward model", "ppo": "a PPO policy"}
@@ -49,7 +51,7 @@ class System:
         """Its tokenizer; None for a file."""
         if self.kind == "file":
             return None
-        return tokenizer_beside(self.source) if self.kind == "huggingface" else load_tokenizer(self.source)
+        return self._pretrained[0] if self.kind == "huggingface" else load_tokenizer(self.source)
 
     @property
     def of_demo(self) -> bool:
@@ -68,11 +70,18 @@ class System:
         tokenizer, template = self.tokenizer(), self.template()
         if self.kind != "huggingface":
             return TextModel(GPT.from_checkpoint(self.source).eval(), tokenizer, template)
-        try:
+        print("".join(f"{line}\n" for line in self._pretrained[1:] if line), end="")
+        with told_of(self.flag, self.source):
             model = GPT.from_pretrained(self.source, vocab_size=tokenizer.vocab_size)
-        except UserError as error:  # it speaks of the training scripts' -p
-            raise UserError(self.flag + str(error).removeprefix(f"-p {self.source}")) from None
         return TextModel(model.eval(), tokenizer, template)
+
+    @cached_property
+    def _pretrained(self) -> tuple[Tokenizer, str, str]:
+        """Of a Hugging Face model: its tokenizer, and what is to be told about the model and about its tokenizer."""
+        with told_of(self.flag, self.source):
+            found = describe_pretrained(self.source)
+            tokenizer, note = found.tokenizer(self.flag)
+        return tokenizer, found.note, note
 
 
 def find_systems(
@@ -129,15 +138,11 @@ def _model(
     name: str, argument: str, flag: str, runs_dir: str, stages: tuple[str, ...], huggingface: bool = False
 ) -> System:
     """A system from a model argument; one of `stages`, or a Hugging Face GPT-2 where that is allowed."""
-    if huggingface and (Path(argument).expanduser() / "config.json").is_file():
+    checkpoint = our_checkpoint(argument, runs_dir, flag.split()[0])
+    if checkpoint is None and huggingface:
         return System(name, "huggingface", argument, flag)
-    try:
-        checkpoint = find_checkpoint(argument, runs_dir, flag.split()[0])
-    except UserError:
-        # Only what looks like a hub name is asked for on the network: gpt2 and its sizes, or owner/name.
-        if huggingface and _HUB_NAME.fullmatch(argument) and not Path(argument).exists():
-            return System(name, "huggingface", argument, flag)
-        raise
+    if checkpoint is None:
+        raise UserError(f"{flag}: is a model in Hugging Face's form; give it as -v, or as --system NAME={argument}")
     check_stage(checkpoint, flag, stages)
     return System(name, "checkpoint", str(checkpoint), flag)
 

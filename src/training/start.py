@@ -14,10 +14,11 @@ from config.user_error import UserError
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, round_frozen, share_base
 from models.weights.checkpoint import describe
+from models.weights.huggingface import Pretrained, describe_pretrained
+from models.weights.pretrained import our_checkpoint
 from training.storage.resuming import Resumption
-from utils.runs.finding import find_checkpoint
 from utils.template import PromptTemplate
-from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, tokenizer_beside
+from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, tokenizer_note
 
 
 def describe_model(stage: str, tokenizer: Tokenizer, template: PromptTemplate, trained_from: str) -> dict[str, Any]:
@@ -73,28 +74,43 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
         tokenizer = get_tokenizer(own if config.tokenizer == "auto" else config.tokenizer)
         sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
         return GPT(sizes), tokenizer, PromptTemplate(), "scratch"
-    folder = our_checkpoint(config)
+    folder = our_checkpoint(config.pretrain, config.runs_dir, "-p") if config.pretrain != "huggingface" else None
     if folder is not None:
         model = GPT.from_checkpoint(folder, preset, adapters="fresh")
         return model, load_tokenizer(folder), template_of(folder), str(folder)
-    source = preset.family if config.pretrain == "huggingface" else config.pretrain
-    tokenizer = tokenizer_beside(source) if config.tokenizer == "auto" else get_tokenizer(config.tokenizer)
-    model = GPT.from_pretrained(source, preset, tokenizer.vocab_size)
-    return model, tokenizer, PromptTemplate(), source
+    found = describe_pretrained(hub_source(config))
+    tokenizer, note = pretrained_tokenizer(config, found)
+    for line in filter(None, (found.note, note)):
+        print(line)
+    return GPT.from_pretrained(found.name, preset, tokenizer.vocab_size), tokenizer, PromptTemplate(), found.name
 
 
-def our_checkpoint(config: SFTConfig) -> Path | None:
-    """The checkpoint of ours that -p means; None when it means a Hugging Face model."""
-    source = config.pretrain
-    if source == "huggingface" or (Path(source) / "config.json").is_file():
-        return None
-    try:
-        return find_checkpoint(source, config.runs_dir, "-p")
-    except UserError:
-        # Hub names look like gpt2 or owner/name; anything else was meant to be one of our runs.
-        if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "sft_", "runs/")):
-            raise
-        return None
+def hub_source(config: SFTConfig) -> str:
+    """The folder or hub name that -p means."""
+    return get_configs(config.config).family if config.pretrain == "huggingface" else config.pretrain
+
+
+def pretrained_tokenizer(config: SFTConfig, found: Pretrained) -> tuple[Tokenizer, str]:
+    """The tokenizer of --tokenizer, or with auto the model's own; and a line on it, or ""."""
+    if config.tokenizer == "auto":
+        return found.tokenizer(f"-p {found.name}", ", or name the right one with --tokenizer")
+    tokenizer = get_tokenizer(config.tokenizer)
+    return tokenizer, tokenizer_note(tokenizer, found.config.vocab_size)
+
+
+def saved_by(script: str, argument: str, runs_dir: str, flag: str) -> Path:
+    """The checkpoint that a later stage starts from, as `find_checkpoint` finds it.
+
+    UserError where there is none, it is of another stage, or a model in Hugging Face's form is given.
+    """
+    kind, role = {"train_sft.py": ("language", "lm"), "train_rm.py": ("reward", "reward")}[script]
+    folder = our_checkpoint(argument, runs_dir, flag)
+    if folder is None:
+        how = f"; make one with {script} -p {argument}" if kind == "language" else ""
+        raise UserError(f"{flag} {argument}: is a model in Hugging Face's form, and a run of {script} is needed{how}")
+    if describe(folder)["role"] != role:
+        raise UserError(f"{flag} {argument}: holds no {kind} model; give a run of {script}")
+    return folder
 
 
 def rm_start(
@@ -105,7 +121,7 @@ def rm_start(
     if resumption is not None:
         source = resumption.origins["sft"]
     else:
-        source = find_checkpoint(config.pretrain, config.runs_dir, "-p")
+        source = saved_by("train_sft.py", config.pretrain, config.runs_dir, "-p")
     sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)), dtype)
     if resumption is not None:
         model = GPTRewardModel.from_checkpoint(resumption.checkpoint)
@@ -142,10 +158,8 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
     if resumption is not None:
         sft, rm = resumption.origins["sft"], resumption.origins["rm"]
     else:
-        sft = find_checkpoint(config.actor, config.runs_dir, "-a")
-        rm = None if rm_argument == "none" else find_checkpoint(rm_argument, config.runs_dir, "-c")
-    if rm is not None and describe(rm)["role"] != "reward":  # a critic may start from a language model, a reward not
-        raise UserError(f"-c {rm_argument}: holds no reward model; give a run of train_rm.py")
+        sft = saved_by("train_sft.py", config.actor, config.runs_dir, "-a")
+        rm = None if rm_argument == "none" else saved_by("train_rm.py", rm_argument, config.runs_dir, "-c")
     if rm is not None and load_tokenizer(sft).identity()["sha256"] != load_tokenizer(rm).identity()["sha256"]:
         raise UserError(
             f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that one"

@@ -14,6 +14,8 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever folder the script is started
 
+from torch import nn  # noqa: E402
+
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import SFTConfig, resolved  # noqa: E402
 from config.user_error import run_main  # noqa: E402
@@ -23,7 +25,10 @@ from training.start import describe_model, freeze, row_limit, sft_start  # noqa:
 from training.storage.recorded import recorded_settings  # noqa: E402
 from training.storage.resuming import Resumption, find_resumption, open_run  # noqa: E402
 from training.trainers import SFTTrainer  # noqa: E402
-from utils.dataset import load_dataset  # noqa: E402
+from utils.dataset import TokenDataset, load_dataset  # noqa: E402
+from utils.tokenizer import Tokenizer  # noqa: E402
+
+DEMO_CHARACTERS = 3.5  # a token of the demo's sentences holds so many
 
 
 def main() -> int:
@@ -44,6 +49,8 @@ def main() -> int:
     }
     for data in splits.values():
         print(data.report.summary())
+    if source == "scratch" and tokenizer.kind == "demo" and config.dataset not in ("demo", "demo-text"):
+        print(scratch_in_words(model, tokenizer, splits["train"]))
     run = open_run("sft", config, model, runtime, resumption, splits["train"], {"pretrain": source})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     if model.config.dropout:
@@ -53,6 +60,23 @@ def main() -> int:
         describe_model("sft", tokenizer, template, source), resumption and resumption.state,
     )  # fmt: skip
     return fit(trainer, config)
+
+
+def characters_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
+    """How much of a text a token holds, over the first 256 rows."""
+    rows = [data[i] for i in range(min(256, len(data)))]
+    parts = [ids for row in rows for ids in (row.prompt_ids, row.response_ids)]
+    return sum(len(tokenizer.decode(ids)) for ids in parts) / max(1, sum(len(ids) for ids in parts))
+
+
+def scratch_in_words(model: nn.Module, tokenizer: Tokenizer, data: TokenDataset) -> str:
+    """What `-p scratch` makes of data that are not the demo's: a vocabulary that falls apart into letters."""
+    here = f"{DEMO_CHARACTERS} characters a token; here {characters_per_token(data, tokenizer):.1f}"
+    return (
+        f"-p scratch: a random {model.config.family} with the demo's vocabulary of {tokenizer.vocab_size:,} ids, made "
+        f"for the demo's sentences ({here}); for other texts start from a model that has read some: -p huggingface "
+        "--config gpt2/lora"
+    )
 
 
 def dropout_in_words(config: SFTConfig, dropout: float, resumption: Resumption | None) -> str:

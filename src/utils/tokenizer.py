@@ -1,4 +1,5 @@
-"""The tokenizer of a name, a folder or a checkpoint: GPT-2's own BPE, the demo's small one, or a Hugging Face folder.
+"""The tokenizer of a name, a folder, a model or a checkpoint: GPT-2's own BPE, the demo's small one, or one in Hugging
+Face's form.
 
 All are a `Tokenizer` (utils/tokenizers/interface.py), with the same rules for EOS, PAD and special tokens.
 """
@@ -10,26 +11,30 @@ from pathlib import Path
 import tiktoken
 
 from config.user_error import UserError
+from utils.hub import hub_folder, is_hub_name, is_openai_gpt2
 from utils.runs.folder import REPO
 from utils.tokenizers.bpe import EOS_TEXT, RANKS_FILE, TiktokenTokenizer, read_ranks
-from utils.tokenizers.huggingface import HuggingFaceTokenizer
+from utils.tokenizers.huggingface import HuggingFaceTokenizer, has_tokenizer
 from utils.tokenizers.interface import IDENTITY_FILE, SAVED_FOLDER, Tokenizer
 
 __all__ = [
     "EOS_TEXT", "HuggingFaceTokenizer", "TiktokenTokenizer", "Tokenizer", "get_tokenizer", "load_tokenizer",
-    "tokenizer_beside",
+    "model_tokenizer",
 ]  # fmt: skip
 
 DEMO_FOLDER = REPO / "assets" / "demo"
 DEMO_RANKS = DEMO_FOLDER / RANKS_FILE
+
+_GPT2_IDS = 50257
+_SAMPLE = "\n\nHuman: What is 2 + 2?\n\nAssistant: Zo\u00eb, it is 4."
 
 
 def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer by name or folder.
 
     Args:
-        name_or_path: "gpt2" (GPT-2's BPE, from tiktoken's cache or the network), "demo" (ships in assets/demo), or a
-            folder: one that `Tokenizer.save` wrote into, or a Hugging Face tokenizer.
+        name_or_path: "gpt2" (GPT-2's BPE, from tiktoken's cache or the network), "demo" (ships in assets/demo), a
+            folder (one that `Tokenizer.save` wrote into, or a Hugging Face tokenizer), or the hub name of a model.
 
     Raises:
         UserError: no such tokenizer, or it cannot be read.
@@ -45,16 +50,77 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if path.is_dir():
         saved = _saved_folder(path)
         return load_tokenizer(path) if saved else HuggingFaceTokenizer(path)
+    if is_hub_name(name):
+        found = _from_hub(name)
+        if found is None and not is_openai_gpt2(name):
+            raise UserError(f"tokenizer {name}: the hub's model has none; choose gpt2, or a model with the same one")
+        return found or get_tokenizer("gpt2")
     raise UserError(
-        f"tokenizer {name}: not known; choose gpt2, demo, or the path of a folder with a Hugging Face tokenizer"
+        f"tokenizer {name}: not known; choose gpt2, demo, a hub name (owner/name), or the path of a folder with a "
+        "Hugging Face tokenizer"
     )
 
 
-def tokenizer_beside(model: str | Path) -> Tokenizer:
-    """The tokenizer in the folder of a Hugging Face model; GPT-2's where it has none, or the model is a hub's name."""
-    folder = Path(model).expanduser()
-    has_own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    return get_tokenizer(folder if has_own else "gpt2")
+def model_tokenizer(model: str, folder: Path, rows: int, flag: str, choose: str = "") -> tuple[Tokenizer, str]:
+    """The tokenizer that a model in Hugging Face's form was trained with, and a line on it where there is one to say.
+
+    It is the model's own. GPT-2's is taken instead only where nothing else can be meant: the model is one of OpenAI's
+    by name, or the folder has no file of a tokenizer and the token table has GPT-2's number of rows, padded or not.
+
+    Args:
+        model: the folder or hub name. folder: where its config.json lies; of a hub name in the hub's cache.
+        rows: of its token table.
+        flag: what named it, for the error. choose: a remedy to go behind that of the folder, such as a flag.
+
+    Raises:
+        UserError: its tokenizer cannot be loaded, is larger than the table, or there is none and GPT-2's is no guess.
+    """
+    is_folder = Path(model).expanduser().is_dir()
+    if has_tokenizer(folder) or _saved_folder(folder):
+        tokenizer = get_tokenizer(folder) if is_folder else HuggingFaceTokenizer(folder, model)
+        if tokenizer.vocab_size > rows:
+            extra = tokenizer.tokens_from(rows) if isinstance(tokenizer, HuggingFaceTokenizer) else []
+            remedy = "put the model's own there"
+            if 0 < len(extra) <= 8:
+                remedy = f"take what was added ({', '.join(extra)}) out of its tokenizer.json, or enlarge the table"
+            raise UserError(
+                f"{flag}: its tokenizer has {tokenizer.vocab_size} ids, its token table {rows} rows; {remedy}"
+            )
+        return tokenizer, tokenizer_note(tokenizer, rows)
+    if not is_folder and is_openai_gpt2(model):
+        return get_tokenizer("gpt2"), f"tokenizer: GPT-2's, which is that of {model} by definition"
+    if is_folder and _is_padding(rows, _GPT2_IDS):
+        return get_tokenizer("gpt2"), f"tokenizer: GPT-2's, because {model} has none and {rows} rows in its token table"
+    where = f"{folder} has" if is_folder else "the hub's cache has"
+    size = f"its token table of {rows} rows is not of GPT-2's size" if is_folder else "GPT-2's need not be its own"
+    raise UserError(f"{flag}: {where} no tokenizer for it, and {size}; put its tokenizer.json there{choose}")
+
+
+def tokenizer_note(tokenizer: Tokenizer, rows: int) -> str:
+    """What is to be told of a tokenizer for a token table of so many rows; "" when all is as expected."""
+    notes = []
+    if tokenizer.vocab_size < rows and not _is_padding(rows, tokenizer.vocab_size):
+        notes.append(f"has {tokenizer.vocab_size} ids, the token table {rows} rows: is it the model's own?")
+    back = tokenizer.decode(tokenizer.encode(_SAMPLE))
+    if back != _SAMPLE:
+        notes.append(f"does not give texts back as they were: {_SAMPLE!r} comes back as {back!r}")
+    return f"tokenizer {tokenizer.name}: " + "; ".join(notes) if notes else ""
+
+
+def _is_padding(rows: int, ids: int) -> bool:
+    """Whether a table of `rows` rows may be one of `ids` ids: as many, or rounded up to a multiple of 8, ..., 1024."""
+    return any(rows == -(-ids // multiple) * multiple for multiple in (1, 8, 16, 32, 64, 128, 256, 512, 1024))
+
+
+def _from_hub(name: str) -> Tokenizer | None:
+    """The tokenizer of a hub's model; None where the model has none, or is OpenAI's GPT-2 and cannot be looked at."""
+    try:
+        folder = hub_folder(name)
+    except UserError as error:
+        if is_openai_gpt2(name):
+            return None
+        raise UserError(f"tokenizer {error}") from None
+    return HuggingFaceTokenizer(folder, name) if has_tokenizer(folder) else None
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

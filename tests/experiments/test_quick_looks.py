@@ -134,8 +134,7 @@ def test_models_that_cannot_speak(runs):
         look("gpt", "-m", "sft_typo", "--runs-dir", runs)
 
 
-def test_hub_failures_name_the_flag(runs, monkeypatch):
-    monkeypatch.setattr("inference.systems.tokenizer_beside", lambda source: get_tokenizer("demo"))
+def test_hub_failures_name_the_flag(runs):
     with pytest.raises(UserError, match="^-m gpt2-xl: cannot be loaded from Hugging Face"):
         look("gpt", "-m", "gpt2-xl", "--runs-dir", runs)
 

@@ -6,9 +6,8 @@ the transposes.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +20,12 @@ from torch import Tensor, nn
 from config.configs import GPTConfig
 from config.user_error import UserError
 from models.lora import merge_lora
+from models.weights.adapter import Adapter, merge_adapter, read_adapter
 from models.weights.checkpoint import build, check_finite
+from models.weights.pretrained import ADAPTER_CONFIG, CONFIG, check_files
+from utils.hub import LFS_POINTER, hub_folder, is_lfs_pointer
+from utils.tokenizer import Tokenizer, model_tokenizer
+from utils.tokenizers.huggingface import has_tokenizer, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -52,58 +56,118 @@ def load_pretrained(
         UserError: not found (offline, say), damaged, not a GPT-2, or one with parts that this model does not have.
     """
     name = str(name_or_path)
-    source, weights = _read(name)
-    if vocab_size is not None and vocab_size > source.vocab_size:
+    found = describe_pretrained(name)
+    rows = found.config.vocab_size
+    if vocab_size is not None and vocab_size > rows:
         raise UserError(
-            f"-p {name}: its token table has {source.vocab_size} rows, the tokenizer {vocab_size} ids; "
-            "choose its own --tokenizer"
+            f"-p {name}: its token table has {rows} rows, the tokenizer {vocab_size} ids; choose its own --tokenizer"
         )
-    sizes = GPTConfig(
-        name=name,
-        n_layer=source.n_layer,
-        n_head=source.n_head,
-        n_embd=source.n_embd,
-        block_size=source.n_positions,
-        vocab_size=vocab_size or source.vocab_size,
-        embedding_rows=source.vocab_size,
-        layer_norm_eps=source.layer_norm_epsilon,
-    )
     # The output projection is the token table; other heads (of a classifier, say) have no place here.
     state = {
         key: value.t().contiguous() if key.endswith(_TRANSPOSED) else value
-        for key, value in weights.items()
+        for key, value in _read(found).items()
         if key.startswith("transformer.")
     }
+    sizes = found.sizes(vocab_size)
     wanted = sizes if config is None else sizes.with_options(config)
     return build(cls, wanted, state, f"-p {name}: is not a plain GPT-2", new_head=True, new_adapters=True)
 
 
-def _read(name: str) -> tuple[GPT2Config, dict[str, Tensor]]:
-    """Config and tensors of a Hugging Face GPT-2 that this project's model computes."""
-    # transformers takes seconds to import and is needed only here.
-    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+@dataclass(frozen=True)
+class Pretrained:
+    """A Hugging Face GPT-2 that this project's model computes, before its weights are read.
 
-    remedy = "give a folder that holds config.json and model.safetensors, or go online once"
+    name: as it was given. source: the folder or hub name of the weights. config: its config.json. folder: where that
+    lies. adapter: the LoRA adapter that `name` is, to be merged into the weights. note: what is to be told, or "".
+    """
+
+    name: str
+    source: str
+    config: GPT2Config
+    folder: Path
+    adapter: Adapter | None = None
+    note: str = ""
+
+    def sizes(self, vocab_size: int | None = None) -> GPTConfig:
+        """Its sizes as this project has them, for a tokenizer of so many ids (None: as many as its table has rows)."""
+        c = self.config
+        return GPTConfig(
+            name=self.name, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.n_positions,
+            vocab_size=vocab_size or c.vocab_size, embedding_rows=c.vocab_size, layer_norm_eps=c.layer_norm_epsilon,
+        )  # fmt: skip
+
+    def tokenizer(self, flag: str, choose: str = "") -> tuple[Tokenizer, str]:
+        """Its tokenizer, and a line on it or "": see `utils.tokenizer.model_tokenizer`."""
+        own = self.adapter is not None and has_tokenizer(self.adapter.folder)
+        model, folder = (self.name, self.adapter.folder) if own else (self.source, self.folder)
+        return model_tokenizer(model, folder, self.config.vocab_size, flag, choose)
+
+
+def describe_pretrained(name: str, cached_only: bool = False) -> Pretrained:
+    """Find and check a model in Hugging Face's form by all but its weights.
+
+    Args:
+        name: a folder or a hub name; of a GPT-2, or of a LoRA adapter of one.
+        cached_only: of the hub take only what was downloaded before.
+
+    Raises:
+        UserError: not found (offline, say), not a GPT-2, or one with parts that this model does not have.
+    """
+    local = Path(name).expanduser()
     try:
-        with _quiet_transformers():
+        folder = local if local.exists() else hub_folder(name, cached_only=cached_only)
+    except UserError as error:
+        raise UserError(f"-p {error}") from None
+    if not (folder / CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file():
+        adapter = read_adapter(folder, name)
+        try:
+            base = describe_pretrained(adapter.base, cached_only)
+        except UserError as error:
+            raise UserError(f"-p {name}: is an adapter, and its base model cannot be read: {error}") from None
+        notes = filter(None, (f"{name} is a LoRA adapter: merged into {base.source}", base.note))
+        return replace(base, name=name, adapter=adapter, note="; ".join(notes))
+    config = _config(name, folder)
+    if local.exists():
+        check_files(folder, lambda what: UserError(f"-p {name}: {what}"))
+        _check_sizes(name, folder, config)
+    kind = (config.architectures or [""])[0]
+    is_other = bool(kind) and not kind.endswith(("LMHeadModel", "GPT2Model"))
+    note = f"{name} is a {kind}: its head is left out, and its trunk was trained for that head" if is_other else ""
+    return Pretrained(name, str(folder) if local.exists() else name, config, folder, note=note)
+
+
+def _config(name: str, folder: Path) -> GPT2Config:
+    """config.json of a folder; UserError where it is not that of a GPT-2 that this project's model computes."""
+    from transformers import AutoConfig  # transformers takes seconds to import and is needed only here
+
+    if (folder / CONFIG).is_file() and is_lfs_pointer(folder / CONFIG):
+        raise UserError(f"-p {name}: {CONFIG} {LFS_POINTER}")
+    try:
+        with quiet_transformers():
             # Said aloud: unsaid, transformers asks on the terminal whether to run the folder's Python files.
-            source = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            if source.model_type != "gpt2":
-                raise UserError(f"-p {name}: holds a {source.model_type} model; a GPT-2 is needed")
-            _check_plain(name, source)
-            _check_sizes(name, source)
-            # Without its other entries, which could name kernels or quantisers: code.
-            plain = GPT2Config(**{size: getattr(source, size) for size in _PLAIN})
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            if config.model_type != "gpt2":
+                raise UserError(f"-p {name}: holds a {config.model_type} model; a GPT-2 is needed")
+            _check_plain(name, config)
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from None
+    return config
+
+
+def _read(found: Pretrained) -> dict[str, Tensor]:
+    """Tensors of a `GPT2LMHeadModel`, with the adapter merged in."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    name = found.name
+    # Without its other entries, which could name kernels or quantisers: code.
+    plain = GPT2Config(**{size: getattr(found.config, size) for size in _PLAIN})
+    try:
+        with quiet_transformers():
             model, report = GPT2LMHeadModel.from_pretrained(
-                name, config=plain, dtype=torch.float32, output_loading_info=True
+                found.source, config=plain, dtype=torch.float32, output_loading_info=True
             )
     except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"-p {name}: needs Python code of its own (auto_map), which is never run; a plain GPT-2 is needed"
-            ) from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"-p {name}: cannot be loaded from Hugging Face ({reason}); {remedy}") from None
+        raise _unreadable(name, error) from None
     except (SafetensorError, UnpicklingError, RuntimeError):
         raise UserError(f"-p {name}: the weights are damaged or their shapes not those of its config.json") from None
     # transformers fills gaps with random numbers and leaves out what it does not know; both would go unnoticed.
@@ -112,15 +176,40 @@ def _read(name: str) -> tuple[GPT2Config, dict[str, Tensor]]:
         if keys:
             kind = what.partition("_")[0]
             raise UserError(f"-p {name}: the weights are not those of its config.json ({kind} {', '.join(keys[:3])})")
+    if "lm_head.weight" in report["missing_keys"] and not plain.tie_word_embeddings:
+        raise UserError(
+            f'-p {name}: its config.json says "tie_word_embeddings": false, but its weights have no lm_head.weight; '
+            "where the token table is the output projection, as in GPT-2, that should be true"
+        )
     weights = model.state_dict()
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise UserError(f"-p {name}: has an output projection of its own; a GPT-2 with tied embeddings is needed")
+    if found.adapter is not None:
+        merge_adapter(weights, found.adapter, name)
     check_finite(weights, f"-p {name}: holds NaN or infinity")
-    return source, weights
+    return weights
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    """What is told of an error that transformers raised."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"-p {name}: needs Python code of its own (auto_map), which is never run; a plain GPT-2 is needed"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    remedy = "give a folder that holds config.json and model.safetensors, or go online once"
+    return UserError(f"-p {name}: cannot be loaded from Hugging Face ({reason}); {remedy}")
 
 
 def _check_plain(name: str, source: GPT2Config) -> None:
     """Refuse the options of transformers' GPT-2 that change what it computes."""
+    quantised = getattr(source, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method", "") if isinstance(quantised, dict) else quantised.quant_method
+        raise UserError(
+            f"-p {name}: its weights are quantised ({getattr(method, 'value', method) or 'by some method'}); give the "
+            "model that it was made from"
+        )
     if source.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
         raise UserError(f"-p {name}: activation {source.activation_function}; a GPT-2 with gelu_new is needed")
     if source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights:
@@ -129,26 +218,13 @@ def _check_plain(name: str, source: GPT2Config) -> None:
         raise UserError(f"-p {name}: feed-forward width {source.n_inner} is not 4 x {source.n_embd}; use a plain GPT-2")
 
 
-def _check_sizes(name: str, source: GPT2Config) -> None:
+def _check_sizes(name: str, folder: Path, source: GPT2Config) -> None:
     """Refuse a folder that holds less than a byte for each weight of its config.json: they would be allocated first."""
     width, rows = source.n_embd, source.vocab_size + source.n_positions
-    files = [file for pattern in ("*.safetensors", "*.bin") for file in Path(name).glob(pattern)]
+    files = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
     held = sum(file.stat().st_size for file in files)
     if files and held < width * (12 * width * source.n_layer + rows):
         raise UserError(f"-p {name}: the weights are damaged: {held} bytes are too few for its config.json")
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Errors only: a load that fails is told in one line, without transformers' report before it."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def save_pretrained(

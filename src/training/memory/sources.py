@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from config.configs import GPTConfig, PPOConfig, RunConfig, SFTConfig, get_configs, model_config_from_dict
 from config.user_error import UserError
 from models.weights.checkpoint import DESCRIPTION, describe
+from models.weights.huggingface import describe_pretrained
+from models.weights.pretrained import our_checkpoint
 from training.memory.plan import Sources
-from training.start import our_checkpoint, reward_source
+from training.start import hub_source, pretrained_tokenizer, reward_source, saved_by
 from training.storage.resuming import Resumption
-from utils.runs.finding import find_checkpoint
+from utils.hub import is_hub_name
+from utils.runs.finding import runs_named
 from utils.tokenizer import get_tokenizer
 
 
@@ -39,9 +40,9 @@ def plan_sources(config: RunConfig, resumption: Resumption | None = None) -> Sou
 def _saved(argument: str, flag: str, config: RunConfig, notes: list[str]) -> GPTConfig | None:
     """The model config that a checkpoint was saved with; None, and a note, when a plan is made ahead of it."""
     try:
-        folder = find_checkpoint(argument, config.runs_dir, flag)
+        folder = saved_by("train_rm.py" if flag == "-c" else "train_sft.py", argument, config.runs_dir, flag)
     except UserError:
-        if not config.plan:
+        if not config.plan or Path(argument).exists() or is_hub_name(argument) or runs_named(argument, config.runs_dir):
             raise
         notes.append(f"{flag} {argument} is not there yet: planned with the sizes of {config.config}")
         return None
@@ -58,17 +59,17 @@ def _sft_sources(config: SFTConfig, preset: GPTConfig, resumption: Resumption | 
     if config.pretrain == "scratch":
         rows = preset.vocab_size if config.tokenizer == "auto" else get_tokenizer(config.tokenizer).vocab_size
         return Sources(replace(preset, vocab_size=rows, embedding_rows=rows))
-    folder = our_checkpoint(config)
+    source = hub_source(config)
+    folder = our_checkpoint(source, config.runs_dir, "-p") if config.pretrain != "huggingface" else None
     if folder is not None:
         return Sources(_described(folder).with_options(preset))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):  # loading it tells what is wrong
-        found = json.loads((Path(config.pretrain) / "config.json").read_text())
-        sizes = GPTConfig(
-            name=config.pretrain, n_layer=found["n_layer"], n_head=found["n_head"], n_embd=found["n_embd"],
-            block_size=found["n_positions"], vocab_size=found["vocab_size"],
-        )  # fmt: skip
-        return Sources(sizes.with_options(preset))
-    if config.pretrain in ("huggingface", preset.family):
-        return Sources(preset)
-    note = f"-p {config.pretrain} is not on this disk: planned with the sizes of {config.config}"
-    return Sources(preset, notes=(note,))
+    try:
+        found = describe_pretrained(source, cached_only=True)
+    except UserError:
+        if Path(source).expanduser().exists():
+            raise
+        missing = f"-p {config.pretrain} is not on this disk: planned with the sizes of {config.config}"
+        return Sources(preset, notes=() if source == preset.family else (missing,))
+    tokenizer, note = pretrained_tokenizer(config, found)
+    notes = tuple(filter(None, (found.note, note))) if config.plan else ()  # a run tells them where it loads the model
+    return Sources(found.sizes(tokenizer.vocab_size).with_options(preset), notes=notes)

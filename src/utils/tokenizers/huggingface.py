@@ -1,13 +1,23 @@
-"""A tokenizer folder of `transformers`, of whatever model family."""
+"""A tokenizer folder of `transformers`, of whatever model family.
 
+Byte-level BPE, BPE with byte fallback (SentencePiece's, as LLaMA has it), Unigram and word pieces are all encoded by
+the `tokenizers` library, from a copy that knows no special token: see `_plain_encoder`.
+"""
+
+import contextlib
 import copy
+import importlib.util
 import json
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer as Backend
+
 from config.user_error import UserError
+from utils.hub import LFS_POINTER, is_lfs_pointer
 from utils.tokenizers.bpe import byte_alphabet
 from utils.tokenizers.interface import Tokenizer, vocabulary_sha256
 
@@ -15,69 +25,70 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_TRACES = (*_FILES, "tokenizer_config.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+# What tells two readings of one tokenizer.json apart: line breaks, digits, an apostrophe, letters beyond ASCII, spaces.
+_PROBE = "\n\nHuman: It's 1234  na\u00efve?\n\nAssistant: Yes."
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer, be they enough to load it or not."""
+    return any((folder / name).is_file() for name in _TRACES)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer folder of `transformers`, of whatever model family."""
+    """A tokenizer folder of `transformers`, of whatever model family.
+
+    Ids are those of `transformers` with `add_special_tokens=False`, but for two things. Text is never special. And
+    where a tokenizer puts a space before every text (SentencePiece's dummy prefix), a text that starts with one
+    continues another: that space is the prefix. So ids of prompt and response, joined, are those of the joined text.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, folder: str | Path):
-        """Loads the folder, without any network.
+    def __init__(self, folder: str | Path, name: str = ""):
+        """Loads the folder, without any network. `name`: what it is called; the folder's name where not given.
 
         Raises:
             UserError: the folder holds no usable tokenizer, or one without an EOS token.
         """
-        from transformers import AutoTokenizer
-
         path = Path(folder)
-        # Without this, transformers makes an empty tokenizer of one token out of a folder that has a model's config
-        # alone.
-        if not any((path / name).is_file() for name in _FILES):
-            raise UserError(f"tokenizer {path}: has none of the files {', '.join(_FILES)}")
-        try:
-            # Said aloud: unsaid, transformers asks on the terminal whether to run the folder's Python files.
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises many kinds, down to plain Exception, for a broken folder
-            if "trust_remote_code" in str(error):
-                raise UserError(
-                    f"tokenizer {path}: needs Python code of its own (auto_map), which is never run; save it as a "
-                    "plain tokenizer.json"
-                ) from None
-            raise UserError(
-                f"tokenizer {path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})"
-            ) from None
+        self._tokenizer = _load(path)
         if self._tokenizer.eos_token_id is None:
             raise UserError(f'tokenizer {path}: has no EOS token; set "eos_token" in its tokenizer_config.json')
-        self.name = path.name
+        self.name = name or path.name
         self.eos_id = int(self._tokenizer.eos_token_id)
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size = max(len(self._tokenizer), max(self._vocabulary.values(), default=-1) + 1)
+        description = _description(self._tokenizer)
+        self._encoder = _plain_encoder(description) if description else None
+        self._has_prefix = "Prepend" in [step["type"] for step in _steps(description.get("normalizer"), "normalizers")]
         if self.eos_id in self.encode(self._tokenizer.eos_token):
             raise UserError(
-                f'tokenizer {path}: takes the text "{self._tokenizer.eos_token}" for EOS; mark it "special": true in '
-                "tokenizer.json, so that nobody's text can end a response"
+                f'tokenizer {path}: takes the text "{self._tokenizer.eos_token}" for EOS, so that anybody\'s text '
+                "could end a response; save it as a tokenizer.json (`save_pretrained` of its fast class)"
             )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         if not texts:
             return []
-        options = {
-            "add_special_tokens": False,
-            "split_special_tokens": True,
-            "return_attention_mask": False,
-            "verbose": False,
-        }
-        return [list(ids) for ids in self._tokenizer(list(texts), **options)["input_ids"]]
+        if self._encoder is not None:
+            texts = [text.removeprefix(" ") for text in texts] if self._has_prefix else list(texts)
+            return [encoding.ids for encoding in self._encoder.encode_batch(texts, add_special_tokens=False)]
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        return [list(ids) for ids in self._tokenizer(list(texts), verbose=False, **options)["input_ids"]]
+
+    def tokens_from(self, first: int) -> list[str]:
+        """The tokens with an id of `first` or more, in order."""
+        return sorted((token for token, i in self._vocabulary.items() if i >= first), key=self._vocabulary.get)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     @cached_property
     def _sha256(self) -> str:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        description = json.loads(backend.to_str()) if backend is not None else {}
+        description = _description(self._tokenizer)
         same_as_tiktoken = _gpt2_style_vocabulary(description, self._tokenizer.eos_token)
         if same_as_tiktoken is not None:
             return vocabulary_sha256(same_as_tiktoken)
@@ -101,6 +112,107 @@ class HuggingFaceTokenizer(Tokenizer):
             nothing = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
             tokenizer.backend_tokenizer.post_processor = nothing
         return tokenizer
+
+
+def _load(path: Path) -> Any:
+    """transformers' tokenizer of a folder; UserError where it has none that can be loaded."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # Without this, transformers makes an empty tokenizer of one token out of a folder that has a model's config alone.
+    if not any((path / name).is_file() for name in _FILES):
+        there = [name for name in _TRACES if (path / name).is_file()]
+        alone = f" ({' and '.join(there)} alone {'make' if len(there) > 1 else 'makes'} none)" if there else ""
+        raise UserError(f"tokenizer {path}: has none of the files {', '.join(_FILES)}{alone}")
+    pointer = next((n for n in _TRACES if (path / n).is_file() and is_lfs_pointer(path / n)), None)
+    if pointer:
+        raise UserError(f"tokenizer {path}: {pointer} {LFS_POINTER}")
+    file = path / "tokenizer.json"
+    unread = [name for name in _SENTENCEPIECE if (path / name).is_file()]
+    if not file.is_file() and unread and importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"tokenizer {path}: reading {unread[0]} takes the sentencepiece package; where that is installed, "
+            f"`AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})` writes the tokenizer.json "
+            "that is read here"
+        )
+    try:
+        with quiet_transformers():
+            # Said aloud: unsaid, transformers asks on the terminal whether to run the folder's Python files.
+            loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            # Some classes build their own splitting from the vocabulary, whatever tokenizer.json says; GPT-2's is also
+            # taken where no class is named. What the file says is what the model was trained with.
+            own = isinstance(loaded, PreTrainedTokenizerFast) and type(loaded) is not PreTrainedTokenizerFast
+            if own and file.is_file() and _probe(loaded.backend_tokenizer) != _probe(Backend.from_file(str(file))):
+                loaded = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, down to plain Exception, for a broken folder
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"tokenizer {path}: needs Python code of its own (auto_map), which is never run; save it as a "
+                "plain tokenizer.json"
+            ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer {path}: transformers cannot load it ({type(error).__name__}: {reason})") from None
+    if not set(loaded.get_vocab()) - set(loaded.get_added_vocab()):
+        raise UserError(
+            f"tokenizer {path}: {type(loaded).__name__} finds no vocabulary in it; name the class that does as "
+            '"tokenizer_class" in its tokenizer_config.json (BertTokenizer for a vocab.txt)'
+        )
+    return loaded
+
+
+def _probe(backend: Backend) -> list[int]:
+    backend.no_padding()
+    backend.no_truncation()
+    return backend.encode(_PROBE, add_special_tokens=False).ids
+
+
+def _description(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json of one of transformers' tokenizers; {} for one that is written in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json.loads(backend.to_str()) if backend is not None else {}
+
+
+def _steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer; `inner` is where a sequence of them keeps its own."""
+    if not step:
+        return []
+    return [s for part in step[inner] for s in _steps(part, inner)] if step["type"] == "Sequence" else [step]
+
+
+def _plain_encoder(description: dict[str, Any]) -> Backend:
+    """A tokenizer with the same ids that finds no special token in any text.
+
+    Not to look for them is not enough: Unigram and word-level models have them in the vocabulary that they cut texts
+    into. So here they have names that nobody can write.
+    """
+    special = [token["content"] for token in description["added_tokens"] if token["special"]]
+    names = {token: f"{secrets.token_hex(16)}-{i}" for i, token in enumerate(special)}
+    added = [t | {"content": names.get(t["content"], t["content"])} for t in description["added_tokens"]]
+    model = dict(description["model"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        pairs = (tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"])
+        model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & set(names)]
+    plain = {"added_tokens": added, "model": model, "post_processor": None, "truncation": None, "padding": None}
+    return Backend.from_str(json.dumps(description | plain))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only: a load that fails is told in one line, without transformers' report before it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int, bytes] | None:
