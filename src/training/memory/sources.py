@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from config.configs import GPTConfig, PPOConfig, RunConfig, SFTConfig, get_configs, model_config_from_dict
+from config.configs import PRESETS, GPTConfig, PPOConfig, RunConfig, SFTConfig, get_configs, model_config_from_dict
 from config.user_error import UserError
 from models.weights.checkpoint import DESCRIPTION, describe
 from models.weights.huggingface import describe_pretrained
@@ -46,7 +46,12 @@ def _saved(argument: str, flag: str, config: RunConfig, notes: list[str]) -> GPT
             raise
         notes.append(f"{flag} {argument} is not there yet: planned with the sizes of {config.config}")
         return None
-    return _described(folder)
+    saved = _described(folder)
+    if config.plan and saved.name in PRESETS and saved.family != get_configs(config.config).family:
+        # The default means the demo's model, where there is one; whoever asks about another preset does not.
+        notes.append(f"{flag} {argument} holds a {saved.family}: planned with the sizes of {config.config}")
+        return None
+    return saved
 
 
 def _described(folder: Path) -> GPTConfig:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from scripts import call, newest
+from scripts import call, call_bare, newest, save_start
 
 from config.command_line import parse_cli
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
@@ -52,6 +52,16 @@ def test_plan_for_a_gpu_that_is_not_there(stage, tmp_path) -> None:
     assert fits.plan and preflight.preflight(fits).plan
     with pytest.raises(UserError, match=r"the plan needs [\d.]+ GB \(\w+\), cuda has 16.0 GB; what would fit: "):
         preflight.preflight(parse_cli(STAGES[stage], shlex.split("--config gpt2-xl --plan-gb 16")))
+
+
+@pytest.mark.parametrize(("stage", "flags"), [("rm", "-p"), ("ppo", "-c none --reward-fn a.py:f -a")])
+def test_a_plan_of_another_preset_is_not_of_the_model_that_a_default_finds(stage, flags, tmp_path) -> None:
+    """After `make demo` the default of -p and -a is the demo's model."""
+    save_start(tmp_path)
+    words = f"--config gpt2-xl/lora --plan-gb 16 --runs-dir {tmp_path} {flags} sft_start"
+    result = call_bare(stage, *shlex.split(words))
+    assert result.code == 0 and "holds a gpt2-nano: planned with the sizes of gpt2-xl/lora" in result.out
+    assert float(re.search(r"peak ([\d.]+) GB", result.out)[1]) > 5
 
 
 def test_weights_are_never_read(tmp_path, tiny_runs, monkeypatch) -> None:
