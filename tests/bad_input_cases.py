@@ -12,7 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ class Case:
     code: int = 2
     forbidden: bool = False
     """File permissions decide, although root may run the tests."""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,6 +675,41 @@ EXPORTS = [
          lambda w: w.model.mkdir(0o500), forbidden=True),
 ]  # fmt: skip
 
+EVALUATE = "evaluate -s sft_tiny -p ppo_tiny"
+ELSEWHERE = f"{EVALUATE} --yes --base-url https://judge.example/v1"
+NO_WAY = dict.fromkeys(
+    (
+        "NO_PROXY",
+        "no_proxy",
+        "ALL_PROXY",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "all_proxy",
+        "https_proxy",
+        "http_proxy",
+        "SSL_CERT_DIR",
+    ),
+    "",
+)
+
+JUDGES = [
+    Case("a judge that does not exist", f"{EVALUATE} --judge nobody"),
+    Case("an address without http://", f"{EVALUATE} --base-url localhost:8000"),
+    Case("an address that is none, in `OPENAI_BASE_URL`", EVALUATE, environment={"OPENAI_BASE_URL": "http://host:port"}),
+    Case("a SOCKS proxy in `all_proxy`, without the package for it", ELSEWHERE,
+         environment=NO_WAY | {"all_proxy": "socks5://127.0.0.1:1080"}),
+    Case("a proxy of an unknown kind in `https_proxy`", ELSEWHERE,
+         environment=NO_WAY | {"https_proxy": "foo://127.0.0.1"}),
+    Case("a file of certificates that is not there, in `SSL_CERT_FILE`", ELSEWHERE,
+         environment=NO_WAY | {"SSL_CERT_FILE": "/nowhere.pem"}),
+    Case("a limit of costs where the price is not known", f"{ELSEWHERE} --max-cost 1", environment=NO_WAY),
+    Case("one price where two are needed", f"{ELSEWHERE} --judge-price 3", environment=NO_WAY),
+    Case("a pause below 0", f"{ELSEWHERE} --max-wait -1", environment=NO_WAY),
+    Case("no consent, and no terminal to ask on", f"{EVALUATE} --base-url https://judge.example/v1",
+         environment=NO_WAY),
+    Case("a name of an evaluation with a slash", f"{EVALUATE} -n a/b"),
+]  # fmt: skip
+
 SECTIONS: dict[str, list[Case]] = {
     "Data files": FILES,
     "Rows": ROWS,
@@ -685,4 +721,5 @@ SECTIONS: dict[str, list[Case]] = {
     "Resuming": RESUMED,
     "Reward functions": REWARDS,
     "Exports": EXPORTS,
+    "Judges": JUDGES,
 }

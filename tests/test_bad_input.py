@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -79,6 +80,8 @@ def command_line(case: Case, world: World) -> tuple[str, list[str]]:
     script, *words = shlex.split(case.command)
     for name, path in {"FILE": world.file, "MODEL": world.model, "RUNS": world.runs, "HERE": world.here}.items():
         words = [word.replace(name, str(path)) for word in words]
+    if script == "evaluate":
+        return script, [*words, "--runs-dir", str(world.runs), "--device", "cpu"]
     if script == "main":
         takes_runs = words[1] in ("gpt", "reward")
         return script, [*words, *(["--runs-dir", str(world.runs), "--device", "cpu"] if takes_runs else [])]
@@ -91,11 +94,14 @@ def run_case(case: Case, world: World) -> Result:
     """The script's main in this process; a run on input that is accepted ends before its first step."""
     script, words = command_line(case, world)
     AcceleratorState._reset_state(reset_partial_state=True)
-    module = importlib.import_module("experiments.main" if script == "main" else f"training.train_{script}")
+    others = {"main": "experiments.main", "evaluate": "utils.evaluate"}
+    module = importlib.import_module(others.get(script, f"training.train_{script}"))
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", [script, *words]))
         stack.enter_context(mock.patch.object(sys, "path", [*sys.path]))
+        stack.enter_context(mock.patch.object(sys, "stdin", io.StringIO()))
+        stack.enter_context(mock.patch.dict(os.environ, case.environment))
         stack.enter_context(mock.patch.object(reward_function, "TELL_EVERY", 0.05))
         if case.code == 0 and "--reward-fn" not in words:
             for trainer in (SFTTrainer, RewardModelTrainer, PPOTrainer):

@@ -11,9 +11,11 @@ only for those.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -36,12 +38,15 @@ from utils.demo.gold import gold_reward
 from utils.evaluation.flags import EvaluateConfig, parse_flags
 from utils.evaluation.picture import draw_evaluation
 from utils.evaluation.prompts import DEFAULT_FILE, read_prompts
-from utils.evaluation.report import Evaluation, pair_table, write_evaluation
+from utils.evaluation.report import Evaluation, pair_table, reasons, write_evaluation
 from utils.judging.judges import ScoreJudge, make_judge
 from utils.judging.pairwise import Comparison, Judge, both_orders, compare
 from utils.judging.requests import JudgeOptions
 from utils.runs.finding import find_checkpoint
 from utils.runs.folder import create_run, runs_root, write_hyperparams
+
+_RUN = re.compile(r"(.+)_\d{14}")
+_LONGEST_NAME = 40  # characters of one system in the name of a folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     reward_model = load_reward_model(rm_folder, "-c") if rm_folder else None
     cache = runs_root(config.runs_dir) / ".cache" / "answers"
     sets = Answering(prompts.texts, template, sampling, machine, reward_model, cache).answer_sets(systems)
-    run = create_run("eval", config.name, config.runs_dir)
+    name = config.name or name_of(systems)
+    run = create_run("eval", name, config.runs_dir)
     outlive_terminal()  # verdicts may be paid for
     settings = {
         **asdict(sampling), "prompts": prompts.source, "prompt_count": len(prompts.texts),
@@ -88,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     gold = judge.score if isinstance(judge, ScoreJudge) else gold_reward if prompts.of_demo else None
     evaluation = Evaluation(
-        name=config.name, settings=settings, judge=judge.describe(), comparisons=comparisons,
+        name=name, settings=settings, judge=judge.describe(), comparisons=comparisons,
         systems={s.system.name: s.figures(gold) for s in sets}, prompts=prompts.texts,
         texts={s.system.name: s.texts for s in sets},
         proxy={s.system.name: s.proxy for s in sets if s.proxy is not None},
@@ -97,7 +103,26 @@ def main(argv: list[str] | None = None) -> int:
     write_evaluation(run, evaluation)
     draw_evaluation(evaluation, run / "evaluation.png")
     print(f"\n{pair_table(evaluation)}\n\nwritten to {run}")
-    return _exit_code(comparisons)
+    return _exit_code(comparisons, evaluation.judge)
+
+
+def name_of(systems: list[System]) -> str:
+    """What is compared, as a name for a folder: ppo_hh_vs_sft_hh; best-of-n and systems beyond the fourth are left out.
+
+    A run goes by its folder's name without the time, a Hugging Face model by its own, a --system by its NAME.
+    """
+    names = []
+    for system in systems:
+        name = system.name
+        if system.kind == "best_of_n":
+            continue
+        if not system.flag.startswith("--system"):
+            path = Path(system.source).absolute()
+            runs = [match[1] for part in (path, *path.parents[:2]) if (match := _RUN.fullmatch(part.name))]
+            name = next(iter(runs), path.name)
+        names.append(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:_LONGEST_NAME] or system.name)
+    names = list(dict.fromkeys(reversed(names)))  # later against earlier, as in the tables
+    return "_vs_".join(names[:4])
 
 
 def _default_prompts(systems: list[System]) -> str:
@@ -129,6 +154,7 @@ def _judge(config: EvaluateConfig, machine: Machine) -> Judge:
     options = JudgeOptions(
         model=config.judge_model, base_url=config.base_url or None, concurrency=config.concurrency,
         cache=runs_root(config.runs_dir) / "judge_cache.jsonl", max_cost=config.max_cost or None, price=config.price,
+        max_wait=config.max_wait,
     )  # fmt: skip
     return make_judge(config.judge, options, load_scores)
 
@@ -156,7 +182,8 @@ def _agreed(judge: Judge, prompts: list[str], pairs: list[tuple[AnswerSet, Answe
         return False
 
 
-def _exit_code(comparisons: list[Comparison]) -> int:
+def _exit_code(comparisons: list[Comparison], judge: dict[str, Any]) -> int:
+    """1 when verdicts are missing, and why, on the terminal."""
     unparsed, failed = sum(c.unparsed for c in comparisons), sum(c.failed for c in comparisons)
     if not unparsed + failed:
         return 0
@@ -166,6 +193,8 @@ def _exit_code(comparisons: list[Comparison]) -> int:
         "no win rate. The same command asks only for what is missing.",
         file=sys.stderr,
     )
+    for line in reasons(judge):
+        print(f"  questions {line}", file=sys.stderr)
     return 1
 
 

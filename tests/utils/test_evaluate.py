@@ -15,7 +15,7 @@ from judge_server import judge_server
 
 from config.user_error import run_main
 from inference.answers import Machine, score_texts
-from inference.systems import load_reward_model
+from inference.systems import System, load_reward_model
 from utils import evaluate
 from utils.evaluation.flags import parse_flags
 from utils.judging import judges
@@ -71,9 +71,12 @@ def server(monkeypatch, tmp_path):
         yield running
 
 
+def newest(runs):
+    return max(runs.glob("eval_*"), key=lambda folder: (folder / "hyperparams.json").stat().st_mtime_ns)
+
+
 def result(runs) -> dict:
-    folder = max(runs.glob("eval_*"))
-    return json.loads((folder / "evaluation.json").read_text())
+    return json.loads((newest(runs) / "evaluation.json").read_text())
 
 
 def error(outcome) -> str:
@@ -123,7 +126,7 @@ def test_the_same_command_gives_the_same_result_and_its_answers_are_a_system(cal
     flags = ("-s sft_t -p ppo_t --judge gold --prompts", str(prompts))
     call(*flags)
     first = result(runs)
-    answers = max(runs.glob("eval_*")) / "answers"
+    answers = newest(runs) / "answers"
     call(*flags)
     assert result(runs) == first
     shutil.rmtree(runs / ".cache")
@@ -148,7 +151,7 @@ def test_a_reward_model_and_a_function_as_judges(call, runs, prompts, tmp_path):
     code, _, _ = call(f"-s sft_t -p ppo_t --judge {tmp_path}/mine.py:short --prompts", str(prompts))
     assert code == 0 and result(runs)["systems"]["sft"]["gold"] < 0
     code, _, _ = call("-s sft_t -p ppo_t --judge rm:rm_t --prompts", str(prompts))
-    data, answers = result(runs), max(runs.glob("eval_*")) / "answers"
+    data, answers = result(runs), newest(runs) / "answers"
     assert code == 0 and data["judge"]["kind"] == "rm:rm_t"
     score = score_texts(load_reward_model(runs / f"rm_t_{TIME}" / "final", "-c"), Machine())
     found = {}
@@ -169,6 +172,55 @@ def test_a_language_model_as_judge(call, runs, prompts, server):
     asked = server.requests
     assert asked == 10 and call(*flags)[0] == 0 and server.requests == asked  # all of it was kept
     assert not any(b"sk-test" in p.read_bytes() for p in runs.rglob("*") if p.is_file() and "eval_" in str(p))
+
+
+def test_why_verdicts_are_missing_stands_at_the_end_and_in_the_report(call, runs, prompts, server):
+    flags = ("-s sft_t -p ppo_t --yes --judge-model judge-1 --base-url", server.url, "--prompts", str(prompts))
+    server.answer = lambda texts: "Both are *fine*."
+    code, _, err = call(*flags)
+    end = err[err.index("comparisons have a verdict") :]
+    assert code == 1 and "questions 5 answered unclearly: no verdict (Both are *fine*.)" in end
+    assert "questions 5 not asked: stopped after 5 questions in a row without a clear answer" in end
+    judge = result(runs)["judge"]
+    assert judge["unclear"] == {"no verdict": 5} and judge["examples"] == {"no verdict": "Both are *fine*."}
+    page = (newest(runs) / "evaluation.md").read_text()
+    assert "- 5 answered unclearly: no verdict (Both are &#42;fine&#42;.)" in page and server.requests == 5
+    server.answer, server.behaviour = None, "500"
+    code, _, err = call(*flags)
+    assert code == 1 and "questions 10 without an answer: HTTP 500 (request with" in err and "sk-test" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("-s sft_t -p ppo_t", "ppo_t_vs_sft_t"),
+        ("-s sft_t -p ppo_t -v sft_vanilla_t --best-of 2", "ppo_t_vs_sft_t_vs_sft_vanilla_t"),
+        ("-s sft_t --system my.own=FILE", "my.own_vs_sft_t"),
+        ("-s RUNS/sft_t_TIME/final -p RUNS/ppo_t_TIME", "ppo_t_vs_sft_t"),
+        ("-s sft_t -p ppo_t -n mine", "mine"),
+    ],
+)
+def test_an_evaluation_is_called_after_what_is_compared(call, runs, prompts, tmp_path, flags, name):
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps({"prompt": p, "response": "Yes."}) + "\n" for p in PROMPTS))
+    for short, place in {"FILE": tmp_path / "made.jsonl", "RUNS": runs, "TIME": TIME}.items():
+        flags = flags.replace(short, str(place))
+    assert call(flags, "--judge gold --prompts", str(prompts))[0] == 0
+    (folder,) = runs.glob("eval_*")
+    assert re.fullmatch(rf"eval_{re.escape(name)}_\d{{14}}", folder.name)
+    assert (folder / "evaluation.md").read_text().startswith(f"# Evaluation {name}\n")
+
+
+def test_names_of_folders_are_short_and_safe():
+    def model(source, flag="-v"):
+        return System("x", "huggingface", source, flag)
+
+    assert evaluate.name_of([model("owner/gpt 2:medium"), model("gpt2")]) == "gpt2_vs_gpt-2-medium"
+    assert (
+        evaluate.name_of([model("/a/" + "m" * 300), model("/a/\u4e16\u754c"), model("gpt2")])
+        == "gpt2_vs_x_vs_" + "m" * 40
+    )
+    assert evaluate.name_of([model("gpt2"), model("gpt2")]) == "gpt2"
+    assert len(evaluate.name_of([model(f"/a/{i}" + "m" * 300) for i in range(9)])) < 200
 
 
 def test_what_could_not_be_judged_is_reported_and_asked_again(call, runs, prompts, server):
@@ -245,6 +297,9 @@ def test_a_wrong_key_and_an_unknown_model_are_one_line(call, prompts, server, be
         ("-s sft_t -p ppo_t --concurrency 0", "--concurrency 0: must be at least 1"),
         ("-s sft_t -p ppo_t --judge-price 3", "--judge-price 3: give IN,OUT"),
         ("-s sft_t -p ppo_t -n a/b", "-n 'a/b': a name of a folder is needed"),
+        ("-s sft_t -p ppo_t -n ..", "-n '..': a name of a folder is needed"),
+        ("-s sft_t -p ppo_t --max-wait -1", "--max-wait -1.0: must be at least 0"),
+        ("-s sft_t -p ppo_t --base-url localhost:8000", "--base-url localhost:8000: must begin with http://"),
         ("-s sft_t -p ppo_t --limit many", "--limit"),
         ("-s sft_t -p ppo_t --jugde gold", "--jugde"),
     ],

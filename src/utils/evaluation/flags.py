@@ -41,21 +41,24 @@ class EvaluateConfig:
     base_url: str = ""
     """An OpenAI-compatible server to ask instead of OpenAI's, for instance http://localhost:8000/v1."""
     judge_price: str = ""
-    """IN,OUT: US dollars per million tokens, for a model whose price is not known here."""
+    """IN,OUT: US dollars per million tokens; default: those of assets/judge_prices.json, for OpenAI's own models."""
     yes: bool = False
     """Do not ask before the judge is paid."""
     max_cost: float = 0.0
     """Stop asking before this many US dollars are passed; 0: no limit."""
     concurrency: int = 8
     """Requests to the judge at a time."""
+    max_wait: float = 3600.0
+    """Longest pause in seconds that the judge's server may ask for; at a longer one the rest is not asked."""
     temperature: float = -1.0
     """Sampling temperature, 0 is greedy; default (-1): the PPO run's, or else that of the model's preset."""
     max_new_tokens: int = 0
     """Longest answer in tokens; default (0): the PPO run's, or else 64."""
     seed: int = 0
     """Seed of the answers."""
-    name: Annotated[str, arg(aliases=["-n"])] = "demo"
-    """Name of the evaluation; its folder is runs/eval_NAME_TIME."""
+    name: Annotated[str, arg(aliases=["-n"])] = ""
+    """Name of the evaluation; its folder is runs/eval_NAME_TIME. Default: the names of what is compared, for instance
+    ppo_hh_vs_sft_hh."""
     batch_size: Annotated[int, arg(aliases=["-b"])] = 32
     """Rows that a model works on at once: the knob for memory. Answers do not depend on it, up to rounding."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -66,13 +69,21 @@ class EvaluateConfig:
     """Where runs are looked for and the evaluation's folder is made."""
 
     def __post_init__(self) -> None:
-        lowest = {"limit": 0, "concurrency": 1, "max_new_tokens": 0, "batch_size": 1, "seed": 0, "max_cost": 0}
+        lowest = {
+            "limit": 0,
+            "concurrency": 1,
+            "max_new_tokens": 0,
+            "batch_size": 1,
+            "seed": 0,
+            "max_cost": 0,
+            "max_wait": 0,
+        }
         for field, low in lowest.items():
             if not getattr(self, field) >= low:
                 raise UserError(f"{flag_of(field)} {getattr(self, field)}: must be at least {low}")
         if not (self.temperature == -1 or 0 <= self.temperature < float("inf")):
             raise UserError(f"--temperature {self.temperature}: 0 is greedy, -1 the PPO run's; otherwise above 0")
-        if not self.name or set(self.name) & set("/\\"):
+        if set(self.name) & set("/\\") or self.name.strip(". ") != self.name or not self.name.isprintable():
             raise UserError(f"-n {self.name!r}: a name of a folder is needed, without slashes")
 
     @property

@@ -185,11 +185,31 @@ def _setting(evaluation: Evaluation) -> str:
     return text
 
 
+def reasons(judge: Mapping[str, Any]) -> list[str]:
+    """Why questions have no clear verdict, with counts and what was said, from what the judge says of itself.
+
+    Counts are of questions; a prompt has two for each pair of systems.
+    """
+    lines = []
+    for key, told in (("failures", "without an answer"), ("unclear", "answered unclearly")):
+        for reason, count in sorted(judge.get(key, {}).items(), key=lambda item: -item[1]):
+            said = judge.get("examples", {}).get(reason)
+            lines.append(f"{count} {told}: {reason}" + (f" ({said})" if said else ""))
+    if judge.get("not_asked"):
+        lines.append(f"{judge['not_asked']} not asked: {(judge.get('stopped') or 'stopped').split(';')[0]}")
+    return lines
+
+
 def _failures(evaluation: Evaluation) -> str:
-    """A line when verdicts are missing."""
+    """A paragraph and the reasons when verdicts are missing."""
     missing = [c for c in evaluation.comparisons if c.unparsed or c.failed]
+    if not missing:
+        return ""
     told = "; ".join(f"{c.a} vs {c.b}: {c.unparsed} unclear, {c.failed} failed" for c in missing)
-    return f"**Not judged, and in no win rate** ({told}). The same command asks again for these only." if told else ""
+    lines = [f"**Not judged, and in no win rate** ({told}). The same command asks again for these only."]
+    if why := reasons(evaluation.judge):
+        lines += ["Questions, each pair of systems in two orders:", "\n".join(f"- {_cell(line)}" for line in why)]
+    return "\n\n".join(lines)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 from config.user_error import UserError
+from utils.runs.folder import REPO
 
-# US dollars per million tokens, standard tier, (input, output); discounts for cached input are not counted on.
-PRICES_OF = "March 2026"
-PRICES: dict[str, tuple[float, float]] = {
-    "gpt-4.1": (2.00, 8.00),
-    "gpt-4.1-mini": (0.40, 1.60),
-    "gpt-4.1-nano": (0.10, 0.40),
-    "gpt-4o": (2.50, 10.00),
-    "gpt-4o-mini": (0.15, 0.60),
-}
+PRICE_FILE = REPO / "assets" / "judge_prices.json"
 
 _CHARACTERS_PER_TOKEN = 4.0  # of English text; for the estimate only
 _EXTRA_INPUT_TOKENS = 120  # the schema and the frame around each message
@@ -40,6 +35,30 @@ class Price:
     def bound(self, text: str, max_tokens: int) -> float:
         """US dollars that no such call exceeds: every token of a byte-level vocabulary is at least one byte."""
         return self.of(len(text.encode()) + _EXTRA_INPUT_TOKENS, max_tokens)
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """Prices by model, of OpenAI's own server. as_of: when they were looked up."""
+
+    as_of: str
+    models: dict[str, Price]
+
+
+def read_prices(path: Path = PRICE_FILE) -> PriceList:
+    """The file of prices, US dollars per million tokens, standard tier, [input, output]; discounts for cached input are
+    not counted on. UserError where it cannot be used."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        models = {name: Price(float(low), float(high)) for name, (low, high) in content["models"].items()}
+        if not all(0 <= price.input < float("inf") and 0 <= price.output < float("inf") for price in models.values()):
+            raise ValueError
+        return PriceList(str(content["as_of"]), models)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f'{path}: no list of prices; it must be {{"as_of": ..., "models": {{MODEL: [INPUT, OUTPUT]}}}} in US '
+            "dollars per million tokens; put the file back, or give --judge-price"
+        ) from None
 
 
 class Budget:

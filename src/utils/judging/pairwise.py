@@ -8,7 +8,6 @@ Shapes: N prompts; 2N questions, the two orders of a prompt side by side (a stop
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -20,7 +19,10 @@ from utils.judging.length_control import length_controlled_win_rate
 from utils.statistics import bootstrap_interval, wilson_interval
 
 # The end marks of common tokenizers, which answers made elsewhere may still carry.
-_END_MARKS = re.compile(r"(?:\s|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|</s>)+\Z")
+_END_MARKS = (
+    "<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<|return|>",
+    "<end_of_turn>", "<eos>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
 
 
 class Verdict(StrEnum):
@@ -77,7 +79,10 @@ class Judge(Protocol):
 
 def blind(answer: str) -> str:
     """An answer as the judge sees it: no end marks, no white space at the ends, which would tell systems apart."""
-    return _END_MARKS.sub("", answer).strip()
+    answer = answer.strip()
+    while mark := next((mark for mark in _END_MARKS if answer.endswith(mark)), None):
+        answer = answer.removesuffix(mark).rstrip()
+    return answer
 
 
 def both_orders(prompts: Sequence[str], answers_a: Sequence[str], answers_b: Sequence[str]) -> list[Question]:

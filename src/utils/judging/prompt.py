@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from utils.judging.pairwise import Question, Verdict
+from utils.judging.pairwise import Question, Verdict, blind
 
 TEMPERATURE = 0.0
 
@@ -49,16 +50,38 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 
-# From the strictest to the one that every server has.
+# From the strictest to the loosest; a server that has neither is asked without.
 RESPONSE_FORMATS: dict[str, dict[str, Any]] = {
     "json_schema": {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}},
     "json_object": {"type": "json_object"},
-    "text": {"type": "text"},
 }
 
 _WINNERS = {"a": Verdict.FIRST, "b": Verdict.SECOND, "tie": Verdict.TIE}
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
-_QUOTED = re.compile(r"(['\"`])(.*)\1", re.DOTALL)
+_WORD = r"(?:(?:response|answer|option|assistant) )?(a|b|tie)"
+# A line that names the verdict and nothing else: "Answer: A", "**Final verdict:** Response B", "The winner is B."
+_MARKS = r"[ \t*_`'\"()\[\]#]*"
+_LABELLED = re.compile(
+    rf"^{_MARKS}(?:my |the )?(?:final )?(?:answer|verdict|winner|choice|decision|judge?ment){_MARKS}"
+    rf"(?: is\b:?|[:=]){_MARKS}(?:\n{_MARKS})?(?:a (?=tie))?{_WORD}{_MARKS}(?:\.{_MARKS})?$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_FENCE = re.compile(r"```(?:\w+)?\s*\n(.*)\n\s*```", re.DOTALL)
+_AROUND = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"\*\*(.*)\*\*", r"\*(.*)\*", r"__(.*)__", r"_(.*)_", r'"(.*)"', r"'(.*)'", r"`(.*)`", r"\((.*)\)",
+        r"\[\[(.*)\]\]", r"\\boxed\{(.*)\}", r"<answer>(.*)</answer>", r"(.*)\.",
+    )
+)  # fmt: skip
+_FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+_QUOTES = str.maketrans("\u201c\u201d\u201e\u2018\u2019", '"""\'\'')
+# What models think before they answer; where the opening mark stood in the prompt, the closing one is alone.
+_THOUGHTS_END = re.compile(
+    r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
+_THOUGHTS_BEGIN = re.compile(
+    r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|channel\|>analysis<\|message\|>", re.IGNORECASE
+)
 
 
 def template_hash() -> str:
@@ -80,24 +103,81 @@ def messages(question: Question) -> list[dict[str, str]]:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """Read a judge's whole answer, white space at its ends aside. Anything but this is UNPARSED:
+    """Read a judge's answer. Thoughts before it, in their marks, and end marks after it are no part of it. Clear are
 
     - a JSON object in which `winner`, exactly once, is "A", "B" or "tie"; it may have other keys (a reason);
-    - the bare word A, B or tie, also as a JSON string or in one pair of ', " or ` quotes;
-    - either of them alone in a Markdown code fence.
+    - the bare word A, B or tie, also with "Response" before it, in quotes, bold, brackets or with a full stop;
+    - either of them alone in a Markdown code fence;
+    - text with such an object in it, or with a line of its own like "Answer: A", when all of them say the same.
 
-    Case does not matter. Nothing is searched for inside a sentence: "A is better because B ..." is no clear answer.
+    Case does not matter. Anything else is UNPARSED: nothing is searched for inside a sentence ("A is better because
+    B ..."), and two verdicts are none.
     """
-    text = text.strip()
+    text = _without_thoughts(text)
     if fence := _FENCE.fullmatch(text):
-        text = fence[1].strip()
-    if text.startswith("{"):
-        try:
-            pairs = json.loads(text, object_pairs_hook=list)  # a dict would hide that a key came twice
-        except (ValueError, RecursionError):
-            return Verdict.UNPARSED
-        winners = [value for key, value in pairs if key == "winner"]
-        text = winners[0] if len(winners) == 1 and isinstance(winners[0], str) else ""
-    elif quoted := _QUOTED.fullmatch(text):
-        text = quoted[2]
-    return _WINNERS.get(text.casefold(), Verdict.UNPARSED)
+        text = blind(fence[1])
+    plain = text.translate(_QUOTES)
+    if (word := _bare_word(plain)) is not None:
+        return word
+    for version in (text, plain):
+        if text.startswith(("{", "[")):
+            try:
+                return _of_object(json.loads(version, object_pairs_hook=_Pairs))
+            except (ValueError, RecursionError):
+                continue
+    found = {_WINNERS[match[1].casefold()] for match in _LABELLED.finditer(plain)}
+    found |= set(_objects_inside(plain))
+    return found.pop() if len(found) == 1 else Verdict.UNPARSED
+
+
+class _Pairs(list):
+    """The keys and values of a JSON object; a dict would hide that a key came twice."""
+
+
+def _without_thoughts(text: str) -> str:
+    text = blind(text)
+    if ends := list(_THOUGHTS_END.finditer(text)):
+        text = text[ends[-1].end() :]
+    elif _THOUGHTS_BEGIN.match(text):
+        return ""  # cut short: there is no answer yet
+    return blind(text)
+
+
+def _bare_word(text: str) -> Verdict | None:
+    """Each kind of mark may stand around the word once."""
+    around = list(_AROUND)
+    while mark := next((mark for mark in around if mark.fullmatch(text)), None):
+        around.remove(mark)
+        text = mark.fullmatch(text)[1].strip()
+    word = re.fullmatch(_WORD, text, re.IGNORECASE)
+    return _WINNERS[word[1].casefold()] if word else None
+
+
+def _of_object(value: Any) -> Verdict:
+    winners = [inner for key, inner in value if key == "winner"] if isinstance(value, _Pairs) else []
+    if len(winners) != 1 or not isinstance(winners[0], str):
+        return Verdict.UNPARSED
+    return _bare_word(winners[0].strip()) or Verdict.UNPARSED
+
+
+def _objects_inside(text: str) -> Iterator[Verdict]:
+    """Verdicts of the JSON objects in a text, UNPARSED for one with an unclear winner."""
+    begin, end = text.find("{"), text.rfind("}")
+    if begin < 0:
+        return
+    try:
+        yield _of_object(json.loads(text[begin : end + 1], object_pairs_hook=_Pairs))
+        return
+    except (ValueError, RecursionError):
+        pass
+    for match in _FLAT_OBJECT.finditer(text):
+        if "winner" not in match[0]:
+            continue
+        for version in (match[0], match[0].replace("'", '"')):
+            try:
+                value = json.loads(version, object_pairs_hook=_Pairs)
+            except ValueError:
+                continue
+            if any(key == "winner" for key, _ in value):
+                yield _of_object(value)
+            break

@@ -6,26 +6,28 @@ The client's own retries are off. It repeats a request unseen, so that none of t
 
 from __future__ import annotations
 
-import email.utils
 import random
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import openai
 
-from config.scrub import printable, scrub, scrubbed
+from config.scrub import scrubbed
 from config.user_error import UserError
+from utils.judging.connection import connect, what_is_in_the_way
 from utils.judging.cost import Budget
+from utils.judging.negotiation import LIMITS, Form, GaveUp, Refused
+from utils.judging.pauses import Pauses, asked_pause
+from utils.judging.replies import ErrorInside, NoChat, Reply, Unreadable, error_text, read_reply, shown
 from utils.runs.folder import REPO
 
 DEFAULT_JUDGE_MODEL = "gpt-4.1-mini"
 UNREACHABLE = "cannot be reached"
 OVER_BUDGET = "over budget"
+_SLOWER = 10  # times the timeout for answers with thoughts before them
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class JudgeOptions:
 
     model: as the server calls it. base_url: of an OpenAI-compatible server; None takes OPENAI_BASE_URL or OpenAI's own.
     cache: file of the verdicts so far. concurrency: requests at a time. max_cost: US dollars for this process, None for
-    no limit. price: US dollars per million input and output tokens, None takes `PRICES`. timeout: seconds for one
-    answer. max_attempts: for one answer. first_wait, longest_wait: seconds before the second attempt, doubling up to
-    the longest; a server that asks for a longer pause than the longest is given up on. give_up_after: questions in a
-    row without an answer, after which the rest is not asked. key_folders: where `openai.key` is looked for, None for
-    the usual places.
+    no limit. price: US dollars per million input and output tokens, None takes `assets/judge_prices.json`. timeout:
+    seconds for one answer, ten times as long where there are thoughts before it. max_attempts: for one answer.
+    first_wait, longest_wait: seconds before the second attempt, doubling up to the longest. max_wait: seconds; a server
+    that asks for a longer pause is given up on. give_up_after: questions in a row without an answer, or without a clear
+    one, after which the rest is not asked. key_folders: where `openai.key` is looked for, None for the usual places.
     """
 
     model: str = DEFAULT_JUDGE_MODEL
@@ -51,155 +53,157 @@ class JudgeOptions:
     max_attempts: int = 6
     first_wait: float = 1.0
     longest_wait: float = 60.0
+    max_wait: float = 3600.0
     give_up_after: int = 10
     key_folders: Sequence[Path] | None = None
 
 
-class GaveUp(Exception):
-    """No answer to this question after all attempts; the message says why in a few words."""
+class PauseTooLong(GaveUp):
+    """The server asks for a longer pause than is waited for; it would ask every other question's request, too."""
 
 
 class NotAsked(Exception):
     """Stopped before an answer: by the caller's event, or because the call could pass the budget."""
 
 
-class Refused(Exception):
-    """The server finds fault with the request itself; the message is the server's, without secrets."""
+@dataclass(frozen=True)
+class _Trouble:
+    """Why an attempt brought no answer. charged: the server may have worked for it."""
+
+    reason: str
+    text: str = ""
+    pause: float = 0.0
+    charged: bool = False
+    limited: bool = False
 
 
 class PatientRequests:
     """Sends one chat request at a time per calling thread; made for many threads.
 
-    made: requests sent so far, repeated ones included. stop: set it, and nothing more is sent.
+    made: requests sent so far, repeated ones included. answered: those of them that brought an answer.
+    last_output_tokens: of the newest answer, where the server tells. stop: set it, and nothing more is sent.
     """
 
     def __init__(self, options: JudgeOptions, url: str, key: str, budget: Budget) -> None:
-        """Send nothing yet. Every request is reserved and settled in the budget."""
-        self._client = openai.OpenAI(api_key=key, base_url=url, timeout=options.timeout, max_retries=0)
+        """Send nothing yet. Every request is reserved and settled in the budget. UserError as in `connect`."""
+        self._client = connect(url, key, options.timeout)
         self._options, self._budget, self._url = options, budget, scrubbed(url)
-        self.made = 0
+        self.made = self.answered = 0
+        self.last_output_tokens: int | None = None
         self.stop = threading.Event()
+        self.pauses = Pauses(self._url, options.max_wait, self.stop)
         self._lock = threading.Lock()
-        self._resume_at = 0.0  # monotonic; no thread sends before: the server asked for a pause
 
-    def send(self, **request: Any) -> str:
-        """The answer's text; "" where it was cut short or withheld.
+    def send(self, chat: Sequence[dict[str, str]], form: Form, after_errors: int | None = None) -> Reply:
+        """The answer to one question.
 
         Args:
-            request: `messages`, `max_tokens` and whatever else the chat API takes.
+            chat: instructions and question. form: how they are put.
+            after_errors: attempts where the server answers 5xx; None: as many as for other trouble.
 
         Raises:
             GaveUp, NotAsked, Refused: as they say.
-            UserError: no request can succeed: wrong key, unknown model, quota spent.
+            UserError: no request can succeed: wrong key, unknown model, quota spent, no chat API there.
         """
-        text = "".join(message["content"] for message in request["messages"])
+        attempt, answered = 0, self.answered
+        while True:
+            if not self.pauses.wait():
+                raise NotAsked("stopped")
+            found = self._attempt(chat, form)
+            if isinstance(found, Reply):
+                return found
+            if found.pause > self._options.max_wait:
+                raise PauseTooLong(f"asked to wait {found.pause:.0f} s", found.text)
+            # Where many threads share a strict limit, one that comes too late each time has not failed.
+            attempt = 0 if found.pause and self.answered > answered else attempt + 1
+            answered = self.answered
+            wait = min(self._options.longest_wait, self._options.first_wait * 2 ** max(0, attempt - 1))
+            wait *= random.uniform(0.5, 1.0)
+            if found.limited:
+                self.pauses.ask(max(wait, found.pause))
+            server_error = found.reason.startswith("HTTP 5")
+            if attempt >= (after_errors if server_error and after_errors else self._options.max_attempts):
+                raise GaveUp(found.reason, found.text)
+            if not self.pauses.wait(wait):
+                raise NotAsked("stopped")
+
+    def _attempt(self, chat: Sequence[dict[str, str]], form: Form) -> Reply | _Trouble:
+        """One request, reserved before and settled after; raises what `send` does, but GaveUp."""
         price = self._budget.price
-        bound = price.bound(text, request["max_tokens"]) if price else 0.0
-        for attempt in range(self._options.max_attempts):
-            self._wait(self._resume_at - time.monotonic())
-            if not self._budget.reserve(bound):
-                raise NotAsked(OVER_BUDGET)
-            usage, charged = None, False
-            try:
+        bound = price.bound("".join(message["content"] for message in chat), form.bound) if price else 0.0
+        if not self._budget.reserve(bound):
+            raise NotAsked(OVER_BUDGET)
+        usage, charged = None, False
+        try:
+            with self._lock:
+                self.made += 1
+            found = self._sent(form.request(chat), form.max_tokens > LIMITS[0])
+            if isinstance(found, Reply):
+                usage, charged = found.usage, True
                 with self._lock:
-                    self.made += 1
-                completion = self._client.chat.completions.create(model=self._options.model, **request)
-                charged = True
-                usage = _usage(completion)
-                return _text(completion)
-            except openai.APIStatusError as error:
-                reason, asked = self._reason(error), _retry_after(error)
-            except _NO_ANSWER as error:
-                reason, asked = _what_happened(error), 0.0
-                # The server may have worked, and charge, for an answer that did not arrive.
-                charged = reason != UNREACHABLE
-            finally:
-                self._budget.settle(bound, usage, charged)
-            if asked > self._options.longest_wait:
-                raise GaveUp(f"asked to wait {asked:.0f} s")
-            wait = min(self._options.longest_wait, self._options.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
-            pause = max(wait, asked)
-            if reason == "HTTP 429":
-                self._resume_at = max(self._resume_at, time.monotonic() + pause)
-            if attempt + 1 < self._options.max_attempts:
-                self._wait(pause)
-        raise GaveUp(reason)
+                    self.answered += 1
+                    self.last_output_tokens = usage[1] if usage else None
+            else:
+                charged = found.charged
+            return found
+        finally:
+            self._budget.settle(bound, usage, charged)
 
-    def _wait(self, seconds: float) -> None:
-        if self.stop.wait(max(0.0, seconds)):
-            raise NotAsked("stopped")
+    def _sent(self, request: dict[str, Any], slower: bool) -> Reply | _Trouble:
+        timeout = self._options.timeout * (_SLOWER if slower else 1)
+        completions = self._client.chat.completions.with_raw_response
+        try:
+            response = completions.create(model=self._options.model, timeout=timeout, **request).http_response
+            return read_reply(response.text)
+        except openai.APIStatusError as error:
+            return self._trouble(error.status_code, error.response.text, error.response.headers, error)
+        except ErrorInside as error:
+            return self._trouble(error.status, error.text, {})
+        except NoChat as error:
+            if self.answered:
+                return _Trouble("unreadable response", str(error), charged=True)
+            raise UserError(
+                f"--base-url {self._url}: no chat API answers there, but: {error}; give the address of the API (it "
+                "often ends in /v1)"
+            ) from None
+        except Unreadable:
+            return _Trouble("unreadable response", charged=True)
+        except openai.APIConnectionError as error:
+            reason = _what_happened(error)
+            # The server may have worked, and charge, for an answer that did not arrive.
+            return _Trouble(reason, what_is_in_the_way(error, self._url), charged=reason != UNREACHABLE)
 
-    def _reason(self, error: openai.APIStatusError) -> str:
-        """Why to try again, in a few words.
+    def _trouble(
+        self, status: int, body: str, headers: Mapping[str, str], error: openai.APIStatusError | None = None
+    ) -> _Trouble:
+        """Why to try again.
 
         Raises:
             Refused, UserError: trying again is of no use.
         """
-        status, model, url = error.status_code, self._options.model, self._url
+        model, url, text = self._options.model, self._url, error_text(body)
+        told = f"{status}: {shown(text)}" if text else str(status)
         if status == 401:
-            raise UserError(f"--judge openai: {url} does not accept the key (401); check openai.key") from None
+            raise UserError(f"--judge openai: {url} does not accept the key ({told}); check openai.key") from None
         if status == 403:
-            raise UserError(f"--judge openai: {url} forbids this key to use {model} (403)") from None
+            raise UserError(f"--judge openai: {url} forbids this key to use {model} ({told})") from None
         if status == 404:
             raise UserError(
-                f"--judge-model {model}: {url} does not know it (404); check the name, and the path of --base-url "
+                f"--judge-model {model}: {url} does not know it ({told}); check the name, and the path of --base-url "
                 "(often /v1)"
             ) from None
-        if status == 402 or error.code == "insufficient_quota":
-            raise UserError(f"--judge openai: the quota of this key at {url} is spent ({status})") from None
+        if status in (405, 501):
+            raise UserError(f"--base-url {url}: takes no chat requests ({told}); check its path (often /v1)") from None
+        if status == 402 or getattr(error, "code", None) == "insufficient_quota":
+            raise UserError(f"--judge openai: the quota of this key at {url} is spent ({told})") from None
         if status in (408, 409, 425, 429) or status >= 500:
-            return f"HTTP {status}"
-        body = error.body if isinstance(error.body, dict) else {}
-        raise Refused(printable(scrub(str(body.get("message") or f"HTTP {status}")))[:300]) from None
+            pause = asked_pause(status, headers, body)
+            return _Trouble(f"HTTP {status}", shown(text), pause, limited=status == 429 or pause > 0)
+        raise Refused(text or f"HTTP {status}", str(getattr(error, "param", None) or "")) from None
 
 
-class _Unreadable(Exception):
-    """A response with status 200 that is no chat completion."""
-
-
-# The client lets errors of the JSON parser through.
-_NO_ANSWER = (
-    openai.APIConnectionError,
-    openai.APIResponseValidationError,
-    _Unreadable,
-    JSONDecodeError,
-    UnicodeDecodeError,
-)
-
-
-def _text(completion: Any) -> str:
-    try:
-        choice = completion.choices[0]
-        content = choice.message.content
-    except (AttributeError, IndexError, TypeError):
-        raise _Unreadable from None
-    whole = choice.finish_reason not in ("length", "content_filter")
-    return content if whole and isinstance(content, str) else ""
-
-
-def _usage(completion: Any) -> tuple[int, int] | None:
-    usage = getattr(completion, "usage", None)
-    tokens = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-    return tokens if all(isinstance(n, int) for n in tokens) else None
-
-
-def _what_happened(error: Exception) -> str:
+def _what_happened(error: openai.APIConnectionError) -> str:
     """In a few words, why there is no answer; UNREACHABLE when the server cannot have seen the request."""
-    if not isinstance(error, openai.APIConnectionError):
-        return "unreadable response"
-    if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout"):  # of the client's HTTP library
-        return UNREACHABLE
+    if type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"):
+        return UNREACHABLE  # errors of the client's HTTP library
     return "timeout" if isinstance(error, openai.APITimeoutError) else "connection lost"
-
-
-def _retry_after(error: openai.APIStatusError) -> float:
-    """Seconds that the server asks to wait (RFC 9110, 10.2.3: a number, or a date), 0 when it does not."""
-    value = error.response.headers.get("retry-after", "")
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except ValueError:
-        return 0.0

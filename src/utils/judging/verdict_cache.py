@@ -28,15 +28,18 @@ class VerdictCache:
         """Read what is there (UserError where that fails); path and folder are made at the first verdict.
 
         judge: everything beside the question that a verdict depends on: kind, server, model, prompt template.
+
+        `variant` may be set later, to what was found unlike the usual way of asking (""): verdicts of one variant are
+        not those of another. It begins as that of this judge's last verdict in the file.
         """
-        self.path, self._judge = path, list(judge)
+        self.path, self._judge, self.variant = path, list(judge), ""
         self._verdicts: dict[str, Verdict] = {}
         self._thread_lock = threading.Lock()
-        self.refresh()
+        self.variant = self.refresh()
 
     def key(self, question: Question) -> str:
         """SHA-256, hex, of the judge and of the question with its order."""
-        identity = [*self._judge, question.prompt, question.first, question.second]
+        identity = [*self._identity, question.prompt, question.first, question.second]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def get(self, question: Question) -> Verdict | None:
@@ -48,7 +51,7 @@ class VerdictCache:
         if not verdict.clear:
             return
         key = self.key(question)
-        line = json.dumps({"key": key, "verdict": verdict.value, "judge": self._judge}) + "\n"
+        line = json.dumps({"key": key, "verdict": verdict.value, "judge": self._identity}) + "\n"
         with self._thread_lock:
             try:
                 self._append(line.encode())
@@ -56,17 +59,29 @@ class VerdictCache:
                 raise UserError(f"{self.path}: cannot keep verdicts there ({error.strerror})") from None
             self._verdicts.setdefault(key, verdict)
 
-    def refresh(self) -> None:
-        """Read what other processes have added since; UserError where the file cannot be read."""
+    def refresh(self) -> str:
+        """Read what other processes have added since; UserError where the file cannot be read.
+
+        Returns the variant of this judge's last verdict there.
+        """
         try:
             lines = self.path.read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
-            return
+            return self.variant
         except OSError as error:
             raise UserError(f"{self.path}: cannot read the verdicts there ({error.strerror})") from None
+        variant = self.variant
         for line in lines:
             if entry := _entry(line):
-                self._verdicts.setdefault(*entry)
+                key, verdict, judge = entry
+                self._verdicts.setdefault(key, verdict)
+                if judge[: len(self._judge)] == self._judge:
+                    variant = "".join(judge[len(self._judge) :])
+        return variant
+
+    @property
+    def _identity(self) -> list[str]:
+        return [*self._judge, self.variant] if self.variant else self._judge
 
     def _append(self, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +93,13 @@ class VerdictCache:
             file.write(line)
 
 
-def _entry(line: bytes) -> tuple[str, Verdict] | None:
+def _entry(line: bytes) -> tuple[str, Verdict, list[str]] | None:
+    """Key, verdict and judge of a line."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else {}  # without its end it is being written, or never will be
         key, verdict = row["key"], Verdict(row["verdict"])
     except (ValueError, KeyError, TypeError):
         return None
-    return (key, verdict) if isinstance(key, str) and verdict.clear else None
+    judge = row.get("judge")
+    judge = judge if isinstance(judge, list) and all(isinstance(part, str) for part in judge) else []
+    return (key, verdict, judge) if isinstance(key, str) and verdict.clear else None

@@ -1,11 +1,12 @@
 """What calls cost, and the limit."""
 
+import re
 import threading
 
 import pytest
 
 from config.user_error import UserError
-from utils.judging.cost import PRICES, Budget, Price
+from utils.judging.cost import Budget, Price, read_prices
 from utils.judging.requests import DEFAULT_JUDGE_MODEL
 
 PRICE = Price(1.0, 10.0)
@@ -16,7 +17,29 @@ def test_dollars_per_million_tokens():
 
 
 def test_the_price_of_the_default_model_is_known():
-    assert DEFAULT_JUDGE_MODEL in PRICES
+    assert DEFAULT_JUDGE_MODEL in read_prices().models
+
+
+def test_prices_stand_in_a_file_with_their_date():
+    prices = read_prices()
+    assert re.fullmatch(r"[A-Z][a-z]+ 20\d\d", prices.as_of)
+    assert prices.models["gpt-4o"] == Price(2.5, 10.0) and all(p.input < p.output for p in prices.models.values())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", '{"as_of": "May 2026"}', '{"models": {}}', '{"as_of": "May 2026", "models": {"m": 3}}',
+        '{"as_of": "May 2026", "models": {"m": [1, 2, 3]}}', '{"as_of": "May 2026", "models": {"m": ["a", "b"]}}',
+        '{"as_of": "May 2026", "models": {"m": [-1, 2]}}', '{"as_of": "May 2026", "models": {"m": [NaN, 2]}}', None,
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_prices_is_one_line(tmp_path, content):
+    path = tmp_path / "prices.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match="prices.json: no list of prices; .*--judge-price"):
+        read_prices(path)
 
 
 @pytest.mark.parametrize("text", ["hello " * 100, "日本語" * 50, "", "x"])

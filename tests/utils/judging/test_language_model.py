@@ -40,7 +40,7 @@ def make(server, tmp_path, monkeypatch):
     write_key(tmp_path)
     defaults = dict(
         model="judge-1", base_url=server.url, cache=tmp_path / "cache.jsonl", key_folders=(tmp_path,),
-        first_wait=0.01, longest_wait=1.0, max_attempts=3, timeout=5.0,
+        first_wait=0.01, longest_wait=1.0, max_wait=5.0, max_attempts=3, timeout=5.0,
     )  # fmt: skip
     return lambda **options: OpenAIJudge(JudgeOptions(**{**defaults, **options}))
 
@@ -103,16 +103,19 @@ def test_what_is_sent(make, server):
     assert server.keys == {f"Bearer {KEY}"}
 
 
-@pytest.mark.parametrize("behaviour", ["garbage", "cut"])
-def test_unclear_answers_are_asked_again_then_counted_apart_and_never_kept(make, server, behaviour):
+@pytest.mark.parametrize(
+    ("behaviour", "reason", "requests"), [("garbage", "no verdict", 4 * 3), ("cut", "cut short", 4 * 2 + 3)]
+)
+def test_unclear_answers_are_asked_again_then_counted_apart_and_never_kept(make, server, behaviour, reason, requests):
     server.behaviour = behaviour
     judge = make()
-    result = run(judge, 3)
-    assert (result.n, result.unparsed, result.failed, result.win_rate) == (0, 3, 0, None)
-    assert set(server.asked.values()) == {3} and judge.describe()["failures"] == {}
+    result = run(judge, 2)
+    assert (result.n, result.unparsed, result.failed, result.win_rate) == (0, 2, 0, None)
+    assert server.requests == requests
+    assert judge.describe()["failures"] == {} and judge.describe()["unclear"] == {reason: 4}
     assert not judge.cache.path.exists()
     server.behaviour = "longer"
-    assert run(make(), 3).n == 3 and server.requests == 18 + 6
+    assert run(make(), 2).n == 2 and server.requests == requests + 4
 
 
 def test_a_second_reading_may_be_clear(make, server):
@@ -132,7 +135,6 @@ def test_a_second_reading_may_be_clear(make, server):
     [
         ("500", "HTTP 500"),
         ("hang-up", "connection lost"),
-        ("no-json", "unreadable response"),
         ("bad-json", "unreadable response"),
     ],
 )
@@ -141,7 +143,8 @@ def test_no_answer_is_counted_apart_and_never_kept(make, server, behaviour, reas
     judge = make(max_attempts=2, give_up_after=100)
     result = run(judge, 3)
     assert (result.n, result.unparsed, result.failed, result.win_rate) == (0, 0, 3, None)
-    assert set(server.asked.values()) == {2} and judge.describe()["failures"] == {reason: 6}
+    first = 2 + 4 * (behaviour == "500")  # a 500 may come of the response format: two others are tried
+    assert sorted(server.asked.values()) == [2] * 5 + [first] and judge.describe()["failures"] == {reason: 6}
     assert not judge.cache.path.exists()
     server.behaviour = "longer"
     assert run(make(), 3).n == 3
@@ -161,7 +164,7 @@ def test_a_dead_server_is_not_asked_for_ever(make, server, capsys):
     judge = make(max_attempts=2, give_up_after=5, concurrency=2)
     result = run(judge, 20)
     figures = judge.describe()
-    assert result.failed == 20 and server.requests <= 2 * (5 + 1)
+    assert result.failed == 20 and server.requests <= 2 * (5 + 1) + 4
     assert figures["not_asked"] + sum(figures["failures"].values()) == 40 and figures["not_asked"] >= 34
     assert "5 questions in a row" in figures["stopped"] and "5 questions in a row" in capsys.readouterr().err
     before = server.requests
@@ -231,13 +234,15 @@ def test_servers_without_schemas_are_asked_in_a_simpler_way(make, server, capsys
     server.refused_formats = {"json_schema"}
     judge = make()
     assert run(judge).n == 6
-    assert [body["response_format"]["type"] for body in server.bodies] == ["json_schema"] + ["json_object"] * 12
+    types = [body["response_format"]["type"] for body in server.bodies]
+    # Twice, as a fault may pass, and once more after the other was taken: the error named nothing.
+    assert types[:4] == ["json_schema"] * 2 + ["json_object", "json_schema"] and types[4:] == ["json_object"] * 11
     assert "json_object" in capsys.readouterr().err and judge.describe()["response_format"] == "json_object"
 
 
 def test_servers_with_plain_text_only(make, server):
     server.refused_formats, server.behaviour = {"json_schema", "json_object"}, "quoted"
-    assert run(make()).n == 6 and server.requests == 12 + 2
+    assert run(make()).n == 6 and server.requests == 12 + 5
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,7 @@ def test_what_cannot_succeed_is_one_line_at_the_first_call(make, server, behavio
     with pytest.raises(UserError, match=words) as error:
         run(make())
     assert "\n" not in str(error.value) and KEY not in str(error.value)
-    assert server.requests <= (3 * (3 + 8) if behaviour == "400" else 1)
+    assert server.requests <= (3 * 9 if behaviour == "400" else 1)
 
 
 def test_one_question_that_the_server_refuses_is_its_own_affair(make, server, capsys):
@@ -444,7 +449,7 @@ def test_the_key_is_nowhere(server, tmp_path, behaviour, code):
     """Not in outputs, errors, logs at the loudest level, reprs or files; the server repeats it in its errors."""
     write_key(tmp_path)
     server.behaviour = behaviour
-    server.refused = 3 if behaviour == "longer" else 0
+    server.refused = 9 if behaviour == "longer" else 0  # the first question, in every form
     process = start(server, tmp_path, OPENAI_LOG="debug")
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 
@@ -27,6 +28,36 @@ FIRST, SECOND, TIE, UNPARSED = Verdict.FIRST, Verdict.SECOND, Verdict.TIE, Verdi
         ("`B`", SECOND),
         ('"tie"\n', TIE),
         ("TIE", TIE),
+        ("Response A", FIRST),
+        ("A.", FIRST),
+        ("**A**", FIRST),
+        ('**"B"**.', SECOND),
+        ("(A)", FIRST),
+        ("[[B]]", SECOND),
+        ("\\boxed{A}", FIRST),
+        ("<answer>tie</answer>", TIE),
+        ("\u201cA\u201d", FIRST),
+        ("{\u201cwinner\u201d: \u201cb\u201d}", SECOND),
+        ("{'winner': 'B'}", SECOND),
+        ('{"winner": "Response B"}', SECOND),
+        ('{"winner": "A"} because it is shorter', FIRST),
+        ('The winner is {"winner": "A"}', FIRST),
+        ('{"winner": "A"} {"winner": "A"}', FIRST),
+        ('A is rude, B is not.\n\n{"winner": "B", "why": "{politeness}"}', SECOND),
+        ('Sure!\n```json\n{"winner": "A"}\n```\nIs there more?', FIRST),
+        ("Answer: A", FIRST),
+        ("answer = b", SECOND),
+        ("**Final verdict:** Response B.", SECOND),
+        ("### The winner is: **A**", FIRST),
+        ("The answer is a tie.", TIE),
+        ("Answer:\nB", SECOND),
+        ("A is polite, but B is right.\nWinner: B\n", SECOND),
+        ('{"winner": "A"}<|im_end|>', FIRST),
+        ("B</s> <|eot_id|>\n", SECOND),
+        ('<think>A? {"winner": "B"}</think>\n\n{"winner": "A"}', FIRST),
+        ("B, no </think> A", FIRST),
+        ('[THINK]Answer: B[/THINK]{"winner": "tie"}', TIE),
+        ("<|channel|>analysis<|message|>B<|end|><|start|>assistant<|channel|>final<|message|>A<|return|>", FIRST),
     ],
 )
 def test_clear_answers(text, verdict):
@@ -39,7 +70,6 @@ def test_clear_answers(text, verdict):
         "",
         " ",
         "A is better because B is rude.",
-        "Response A",
         "I choose A",
         "A B",
         "A/B",
@@ -59,17 +89,38 @@ def test_clear_answers(text, verdict):
         '{"winner": 1}',
         '{"Winner": "A"}',
         '{"winner": "A"',
-        '{"winner": "A"} because it is shorter',
-        'The winner is {"winner": "A"}',
         '[{"winner": "A"}]',
         '["A"]',
         "{" * 5000,
         '{"a":' * 100_000,
         "```json\nA is better\n```",
+        '{"winner": "A"} or {"winner": "B"}',
+        'Answer with {"winner": "A"}, {"winner": "B"} or {"winner": "tie"}',
+        'Answer: A\n{"winner": "B"}',
+        "Answer: A\nAnswer: B",
+        "Answer: A or B",
+        "Answer: A is better, although B is right",
+        "The answer is a bit hard to give",
+        "A\nB",
+        "A: polite\nB: right",
+        "**A** or **B**",
+        "<think>A",
+        '<think>{"winner": "A"}',
+        "<think>A</think>",
+        '{"a": {"winner": "A"}} is it',
+        "<|im_end|>",
     ],
 )
 def test_everything_else_is_no_verdict(text):
     assert parse_verdict(text) is UNPARSED
+
+
+@pytest.mark.parametrize("part", ["{", "}{", '{"a":', " \n", "*", "(", "Answer: ", "<think>", "\n\n", "{}", "'"])
+def test_a_long_answer_is_read_in_little_time(part):
+    start = time.perf_counter()
+    for text in (part * 20_000, part * 20_000 + "x", "Answer:" + part * 20_000 + "x"):
+        assert parse_verdict(text) is UNPARSED
+    assert time.perf_counter() - start < 5
 
 
 def test_the_schema_allows_what_the_parser_reads():
