@@ -115,13 +115,13 @@ def run(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
     """Run commands in an active environment, to the first that fails; whoever asks for consent gets it."""
     cases = "".join(f"*'{words}'*) [ $1 = {code} ] ;; " for words, code in EXITS.items())
     check = f'check() {{ case "$2" in {cases}*) false ;; esac || exit "$1"; }}\ntrap \'check $? "$BASH_COMMAND"\' ERR'
+    script = f"{check}\n. .venv/bin/activate\n{commands}\ntrue"
     ours, theirs = os.openpty()
     os.write(ours, b"y\n" * 4)
     try:
         return subprocess.run(
-            ["bash", "-c", f"{check}\n. .venv/bin/activate\n{commands}"], cwd=folder, stdin=theirs, capture_output=True,
-            text=True, timeout=300,
-        )  # fmt: skip
+            ["bash", "-c", script], cwd=folder, stdin=theirs, capture_output=True, text=True, timeout=300
+        )
     finally:
         os.close(ours)
         os.close(theirs)

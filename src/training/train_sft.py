@@ -14,8 +14,6 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever folder the script is started
 
-from torch import nn  # noqa: E402
-
 from config.command_line import parse_cli  # noqa: E402
 from config.configs import SFTConfig, resolved  # noqa: E402
 from config.user_error import run_main  # noqa: E402
@@ -50,7 +48,7 @@ def main() -> int:
     for data in splits.values():
         print(data.report.summary())
     if source == "scratch" and tokenizer.kind == "demo" and config.dataset not in ("demo", "demo-text"):
-        print(scratch_in_words(model, tokenizer, splits["train"]))
+        print(scratch_in_words(model.config.family, tokenizer, splits["train"]))
     run = open_run("sft", config, model, runtime, resumption, splits["train"], {"pretrain": source})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     if model.config.dropout:
@@ -69,11 +67,11 @@ def characters_per_token(data: TokenDataset, tokenizer: Tokenizer) -> float:
     return sum(len(tokenizer.decode(ids)) for ids in parts) / max(1, sum(len(ids) for ids in parts))
 
 
-def scratch_in_words(model: nn.Module, tokenizer: Tokenizer, data: TokenDataset) -> str:
+def scratch_in_words(family: str, tokenizer: Tokenizer, data: TokenDataset) -> str:
     """What `-p scratch` makes of data that are not the demo's: a vocabulary that falls apart into letters."""
     here = f"{DEMO_CHARACTERS} characters a token; here {characters_per_token(data, tokenizer):.1f}"
     return (
-        f"-p scratch: a random {model.config.family} with the demo's vocabulary of {tokenizer.vocab_size:,} ids, made "
+        f"-p scratch: a random {family} with the demo's vocabulary of {tokenizer.vocab_size:,} ids, made "
         f"for the demo's sentences ({here}); for other texts start from a model that has read some: -p huggingface "
         "--config gpt2/lora"
     )

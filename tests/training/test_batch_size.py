@@ -82,10 +82,10 @@ def test_with_dropout_other_passes_are_other_masks_and_the_run_says_so(tmp_path)
     assert result.code == 0 and f"{told}: results depend on -b 2 by more than rounding" in result.out
     run = newest(tmp_path, "sft_drop")
     for passes in ("-b 4", "--tokens-per-micro-batch 512"):
-        result = call("sft", f"{words} -b 2 {passes} --resume {run}", tmp_path)
+        result = call("sft", f"{words} -b 2 {passes} --resume {run}/checkpoints/step_00000002", tmp_path)
         assert result.code == 0, result.err
         assert f"note: {told}: with {passes} in place of -b 2 the run will not end as it would have" in result.out
-    result = call("sft", f"{words} -b 2 --activation-checkpointing --resume {run}", tmp_path)
+    result = call("sft", f"{words} -b 2 --activation-checkpointing --resume {run}/checkpoints/step_00000002", tmp_path)
     assert result.code == 0 and re.search(f"^{told}: results depend on -b 2 by more", result.out, re.M)
     result = call("rm", "-n drop -p sft_drop --config gpt2-nano/dropout", tmp_path)  # it has none
     assert result.code == 0 and told not in result.out

@@ -30,6 +30,7 @@ BESIDE = {
     "models/cpu/packing.py": "weights in a layout that is read faster on a CPU",
     "training/loop.py": "draws prompts and seeds before the iteration begins to compute",
     "training/invariants.py": "only checks",
+    "training/reward_scale.py": "only watches whether the first rewards are all alike",
     "training/engine/nonfinite.py": "only checks, as long as all numbers are finite",
     "training/engine/phases.py": "only clocks",
     "training/engine/host_memory.py": "keeps freed memory for the next step",
@@ -55,6 +56,8 @@ def calls_between_files(action: Callable[[], object]) -> set[tuple[str, str]]:
             return
         caller = frame.f_back
         while caller is not None and file_of(caller.f_code) is None:
+            if caller.f_code.co_filename.startswith("<frozen importlib"):
+                return  # an import looks for modules of the user's, too
             caller = caller.f_back
         if caller is not None and file_of(caller.f_code) != callee:
             calls.add((file_of(caller.f_code), callee))
