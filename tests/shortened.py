@@ -78,8 +78,10 @@ def _static(row: dict[str, str]) -> dict[str, str]:
 
 
 def small_world(folder: Path, rows: int = 24) -> None:
-    """Leaves the first rows of every file of the demo."""
-    for path in folder.glob("*.jsonl.gz"):
+    """Leaves the first rows of the demo's files and the first prompts of evaluations."""
+    prompts = folder / "prompts.csv"
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:rows]))
+    for path in (folder / "demo").glob("*.jsonl.gz"):
         with gzip.open(path, "rb") as file:
             kept = list(islice(file, rows))
         path.write_bytes(gzip.compress(b"".join(kept), mtime=0))

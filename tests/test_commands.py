@@ -33,6 +33,7 @@ STARTS = re.compile(r"(python|make|tensorboard|pip|jupyter|cat|cd|\.) |[A-Z_]+=\
 EXITS = {"make demo": 2, "-t results": 1, "-t doctor": 3}
 LEFT_OUT = {
     r"pip install|jupyter lab": "installs from an index, and opens a browser",
+    r"make demo": "the first test below",
     r"make (test|lint|bench)|python -m pytest": "what runs this test, or installs other packages",
     r"tensorboard --logdir": "a server that does not end",
     r"-t results .*kl0 lora$": "the same with --parallel 3 is in docs/results.md",
@@ -79,7 +80,7 @@ def clone(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
-    shortened.small_world(folder / "assets" / "demo")
+    shortened.small_world(folder / "assets")
     shortened.hub_model(folder.parent / "hf", "gpt2-medium")
     server = JudgeServer()
     server.start()
@@ -130,7 +131,7 @@ def run(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
 def test_make_demo_leaves_a_run_of_every_stage(clone):
     """Two steps make no good model: what `make demo` says of that is for the demo itself."""
     done = run(clone, "make demo")
-    assert done.returncode == 2 and "FAILED: " in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and "FAILED: " in done.stdout, done.stderr[-2000:]
     runs = {path.name.rpartition("_")[0] for path in (clone / "runs").iterdir() if path.is_dir()}
     assert {"sft_vanilla_demo_s0", "sft_demo_s0", "rm_demo_s0", "ppo_demo_s0"} <= runs
 
