@@ -25,9 +25,9 @@ PAGES = {
     ]
 }  # fmt: skip
 TEXT = PAGES["README.md"]
-# In a block of code, indented or fenced; `$ python` is a program's output.
+# In a block of code, indented or fenced; `$ python` is a program's output. What follows `||` is the shell's.
 COMMANDS = [
-    (page, line.split("  #")[0].strip())
+    (page, re.split("  #| \\|\\| ", line)[0].strip())
     for page, text in PAGES.items()
     for line in text.replace("\\\n", " ").splitlines()
     if re.match(r"(?: {4})?python (?:src|tests)/\S+\.py", line)

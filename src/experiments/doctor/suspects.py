@@ -40,6 +40,23 @@ def no_penalty(record: RunRecord) -> str | None:
     return f"nothing holds the policy near the SFT model: the KL coefficient is {beta:g} -> --kl-coef {usual:g}"
 
 
+def penalty_pays(record: RunRecord) -> str | None:
+    """The returns at the end are above the score by a part of the KL's price: the penalty counts as a reward. (Returns
+    are above a score that has fallen, too, while the critic lags; then its values are above the returns.)"""
+    tags = ("val/return_mean", "val/mean", "objective/score", "objective/kl")
+    last = [record[tag].values[-5:] for tag in tags]
+    if min(len(values) for values in last) < 5:
+        return None
+    returns, values, score, kl = (float(figures.mean()) for figures in last)
+    price = kl * float(record["objective/kl_coef"].values[-1])
+    if price < 0.2 or returns < max(values, score + 0.25 * price):
+        return None
+    return (
+        f"the KL is paid for: the returns are {returns - score:.2f} above the score, and it should cost {price:.2f} -> "
+        "the sign of the penalty in per_token_rewards of utils/loss.py"
+    )
+
+
 def many_epochs(record: RunRecord) -> str | None:
     """More than one pass over the data."""
     epochs = record.config.get("epochs", 1)
@@ -50,6 +67,12 @@ def fp16(record: RunRecord) -> str | None:
     """The precision with the smallest range."""
     half = record.precision == "fp16"
     return "fp16 has overflowed -> --dtype fp32, or bf16 where the device has it" if half else None
+
+
+def function_pays_length(record: RunRecord) -> str | None:
+    """A reward function, where score and length correlate."""
+    name = record.config.get("reward_fn")
+    return f"--reward-fn {name} pays for length -> print what it gives a short and a long answer" if name else None
 
 
 def cuts_are_free(record: RunRecord) -> str | None:

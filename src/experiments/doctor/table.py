@@ -63,7 +63,7 @@ def _kl_coef(values: np.ndarray) -> Range:
 
 
 HIGH_LR, LOW_LR, EITHER_LR = suspects.high_lr, suspects.low_lr, partial(suspects.high_lr, settings=("lr", "critic_lr"))
-NO_PENALTY, NOISE = suspects.no_penalty, suspects.dropout
+NO_PENALTY, PAID_KL, NOISE = suspects.no_penalty, suspects.penalty_pays, suspects.dropout
 FIRST, BEFORE, AFTER = (1, 1), (0, 0), (1, math.inf)  # iteration 1; the evaluation before training; those after it
 _ODD_ROWS = "single rows are unlike all others -> look at the data with -t dataset"
 _TOO_FAR = (
@@ -229,16 +229,16 @@ _PPO = (
          ("policy/approxkl",)),
     # The policy
     Rule("over-optimised", "the gold reward falls while the trained one does not", checks.gold_falls,
-         (NO_PENALTY, HIGH_LR,
+         (PAID_KL, NO_PENALTY, HIGH_LR,
           "beta is too small for so long a run -> raise --kl-coef; fewer --iterations; an earlier checkpoint",
           "the reward model is weak where the policy has gone -> more and newer preference data for it"),
          ("eval/score", "eval/kl")),
     Rule("over-optimised", "the trained reward rises and the gold reward never does", checks.gold_never_rises,
-         (NO_PENALTY, "the reward model does not measure what gold does: at chance, or swapped -> "
+         (PAID_KL, NO_PENALTY, "the reward model does not measure what gold does: at chance, or swapped -> "
                       "run the doctor on the run of -c; main.py -t reward on an obvious pair"),
          ("eval/score", "eval/kl")),
     Rule("kl-explodes", "the KL to the SFT model explodes", checks.kl_explodes,
-         (NO_PENALTY, HIGH_LR, "beta is too small -> raise --kl-coef, or set --kl-target",
+         (PAID_KL, NO_PENALTY, HIGH_LR, "beta is too small -> raise --kl-coef, or set --kl-target",
           "steps too large -> lower --lr",
           "the reward is not normalised -> look at objective/score_sd of iteration 1"),
          ("objective/score",)),
@@ -250,12 +250,12 @@ _PPO = (
           "the sampler has stale weights -> sample with the policy that is trained"),
          (SAMPLER_DRIFT,)),
     Rule("kl-without-score", "the KL goes on rising and the score hardly does", checks.kl_without_score,
-         (NO_PENALTY, HIGH_LR,
+         (PAID_KL, NO_PENALTY, HIGH_LR,
           "beta is too small: nothing holds the policy -> raise --kl-coef, or set --kl-target",
           "the reward model has nothing more to say -> fewer --iterations; take an earlier checkpoint"),
          ("objective/score",)),
     Rule("reward-falls", "the reward with its KL penalty falls", checks.reward_falls,
-         (EITHER_LR, "steps too large -> lower --lr, fewer --ppo-epochs",
+         (PAID_KL, EITHER_LR, "steps too large -> lower --lr, fewer --ppo-epochs",
           "the KL costs more than the score gives -> lower --kl-coef",
           "the critic misleads: look at val/explained_var -> --critic-warmup, another --critic-lr"),
          ("objective/score", "objective/kl")),
@@ -271,7 +271,8 @@ _PPO = (
           "the reward model likes short answers -> look at length_corr and longer_wins of its run"),
          ("resp/len_score_corr", "objective/score")),
     Rule("length-grows", "the responses grow, and length is what is paid", checks.length_grows,
-         (NO_PENALTY, "the reward model likes length -> balance its pairs by length; look at its length_corr",
+         (NO_PENALTY, suspects.function_pays_length,
+          "the reward model likes length -> balance its pairs by length; look at its length_corr",
           "cut responses lose too little -> raise --missing-eos-penalty"),
          ("resp/len_score_corr", "resp/eos_rate"), unless=("length-collapses",)),
     Rule("entropy-collapses", "the policy has stopped to explore",

@@ -46,6 +46,7 @@ from utils.runs.folder import REPO, runs_root
 _STAGES = ("sft", "rm", "ppo")
 # The demo's own runs beside the cases below; one variant of them is broken on purpose.
 _DEMO = re.compile(r"((?:sft_vanilla|sft|rm|ppo)_demo_s\d+(?:_lora|_kl0)?)_\d{14}")
+_LAB = re.compile(r"(ppo_lab_\d)_\d{14}")  # the runs of docs/lab.md
 _NO_FAULT = "none"
 
 
@@ -267,12 +268,13 @@ def main() -> int:
     parser.add_argument("--runs-dir", default="runs", help="where runs are made and looked for")
     parser.add_argument("--only", nargs="*", default=[case.stem for case in CASES], help="cases to train")
     parser.add_argument("--pack", default="", help="pack the runs there are into this folder; train nothing")
+    parser.add_argument("--pack-lab", default="", help="the same with the runs of docs/lab.md")
     parser.add_argument("--table", default="", help="print fault by finding of the packed runs in this folder")
     flags = parser.parse_args()
-    if flags.pack:
+    if flags.pack or flags.pack_lab:
         for run in sorted(runs_root(flags.runs_dir).iterdir()):
-            if fault_of(run) is not None:
-                pack(run, Path(flags.pack) / f"{run.name[:-15]}.tar.gz")
+            if _LAB.fullmatch(run.name) if flags.pack_lab else fault_of(run) is not None:
+                pack(run, Path(flags.pack_lab or flags.pack) / f"{run.name[:-15]}.tar.gz")
         return 0
     if flags.table:
         with tempfile.TemporaryDirectory() as folder:

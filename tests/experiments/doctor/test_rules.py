@@ -213,6 +213,23 @@ def test_the_flags_of_a_run_decide_which_cause_comes_first():
     assert examine(ppo(still, lr=1e-6))[0][0].causes[0].change == "--lr 0.0003 instead of 1e-06"
 
 
+def test_length_is_paid_by_what_gives_the_reward():
+    grows = {"resp/len_mean": 15 * GROWTH, "resp/len_score_corr": level(0.7)}
+    assert "--reward-fn f.py:f" in examine(ppo(grows))[0][0].causes[0].why
+    assert "reward model" in examine(ppo(grows, reward_fn=""))[0][0].causes[0].why
+
+
+def test_returns_above_the_score_betray_a_kl_that_is_paid_for():
+    """A penalty of the wrong sign; not a score that has fallen before the critic sees it."""
+    rising = {"objective/kl": RISE, "objective/score": level(0.5), "val/mean": level(0.8)}
+    for returns, values, first in ((2.0, 0.8, True), (0.6, 0.8, False), (2.0, 2.2, False)):
+        figures = rising | {"val/return_mean": level(returns), "val/mean": level(values)}
+        finding = examine(ppo(figures))[0][0]
+        assert ("sign of the penalty" in finding.causes[0].change) == first, (returns, values, finding)
+    free = rising | {"val/return_mean": level(2.0), "objective/kl_coef": level(0)}
+    assert examine(ppo(free, kl_coef=0.0))[0][0].causes[0].change == "--kl-coef 0.08"
+
+
 def test_what_is_one_fault_is_told_once():
     """Cases of one code, and what only follows from a finding that was made already."""
     both = {"resp/distinct_2": np.r_[level(0.3, 10), level(0.1, 20)], "resp/repetition": level(0.5) * (ITERATIONS > 5)}

@@ -8,14 +8,16 @@ from inspect import get_annotations
 from pathlib import Path
 
 import broken_runs
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from config.user_error import UserError, run_main
 from experiments import main as script
 from experiments.doctor import checks, table
 from experiments.doctor import run as doctor
-from experiments.doctor.picture import draw_finding
-from experiments.doctor.record import read_run
+from experiments.doctor.picture import _draw, draw_finding
+from experiments.doctor.record import Series, read_run
 from experiments.doctor.run import examine
 from experiments.doctor.table import RULES
 
@@ -190,6 +192,13 @@ def test_a_picture_of_every_kind(runs, tmp_path):
     assert finding.code == "not-a-number" and finding.step == 1
     draw_finding(record, finding, tmp_path / "not-a-number.png")
     assert all(path.stat().st_size > 5_000 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("tag", "scale"), [("eval/score", "linear"), ("eval/gold", "linear"), ("objective/kl", "log")])
+def test_a_score_that_starts_near_0_is_drawn_on_a_plain_axis(tag, scale):
+    axis = Figure().subplots()
+    _draw(axis, Series(np.arange(3), np.array([0.003, 1.2, 1.7])), tag, "black")
+    assert axis.get_yscale() == scale
 
 
 def test_healthy_ranges_in_words(runs):
