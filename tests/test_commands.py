@@ -140,7 +140,7 @@ def test_make_demo_leaves_a_run_of_every_stage(clone):
 def test_commands_run_as_they_are_written(clone, block):
     done = run(clone, block)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr or "|| true" in block
 
 
 def test_there_are_blocks_on_the_pages_that_a_newcomer_reads():
