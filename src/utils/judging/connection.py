@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 import urllib.request
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import openai
 
@@ -31,11 +31,15 @@ def connect(url: str, key: str, timeout: float) -> openai.OpenAI:
 
     UserError where a variable of the environment is of no use: a proxy, a certificate file.
     """
-    settings = dict(api_key=key, base_url=url, timeout=timeout, max_retries=0)
+    parts = urlsplit(url)
+    # The client would put the path of a request behind the parameters (?api-version=preview).
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    address = parts._replace(query="", fragment="").geturl()
+    settings = dict(api_key=key, base_url=address, default_query=query, timeout=timeout, max_retries=0)
     for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         if not os.environ.get(name, "").isascii():
             raise UserError(f"{name}: has characters that cannot be sent in a header; set it anew, or unset it")
-    host = urlsplit(url).hostname or ""
+    host = parts.hostname or ""
     try:
         if _proxies() and urllib.request.proxy_bypass(host):
             # The client makes all proxies ready, even those that NO_PROXY keeps from this server.

@@ -24,7 +24,7 @@ from config.user_error import UserError
 from utils.judging.connection import check_url
 from utils.judging.cost import Budget, Price, read_prices
 from utils.judging.key import KEY_FILE, KEY_NAME, find_key
-from utils.judging.negotiation import Form, GaveUp, Refused, is_of_the_model, negotiate
+from utils.judging.negotiation import Form, GaveUp, Refused, negotiate
 from utils.judging.pairwise import JudgePlan, Question, Verdict
 from utils.judging.prompt import messages, parse_verdict, template_hash
 from utils.judging.replies import Reply, shown
@@ -225,7 +225,7 @@ class OpenAIJudge:
                 form, reply = negotiate(form, ask, server_errors=not self._failures)
                 self._agree(form)
         except Refused as error:
-            self._note_refusal(error.text)
+            self._note_refusal(error)
             raise GaveUp(_REFUSED, shown(error.text)) from None
         while reply.cut and (wider := form.wider()) is not None:
             try:
@@ -292,15 +292,14 @@ class OpenAIJudge:
                 )
                 self._stop.set()
 
-    def _note_refusal(self, message: str) -> None:
+    def _note_refusal(self, error: Refused) -> None:
+        told = shown(error.text)
         with self._lock:
             self._refusals += 1
-            if not self._agreed and (self._refusals >= _REFUSALS or is_of_the_model(message)):
-                raise UserError(
-                    f"--judge-model {self.options.model}: {self.url} refuses every question: {shown(message)}"
-                )
+            if not self._agreed and (self._refusals >= _REFUSALS or error.of_the_model):
+                raise UserError(f"--judge-model {self.options.model}: {self.url} refuses every question: {told}")
             if self._refusals == 1:
-                print(f"warning: {self.url} refuses a question: {shown(message)}", file=sys.stderr)
+                print(f"warning: {self.url} refuses a question: {told}", file=sys.stderr)
 
     def _note_failure(self, why: GaveUp | NotAsked) -> None:
         """Count it, and stop at a spent budget or at too many in a row."""

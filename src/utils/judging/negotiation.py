@@ -32,24 +32,20 @@ _NAMED = {
     "limit": re.compile(r"max_(?:completion_|output_|new_)?tokens"),
     "temperature": re.compile(r"temperature"),
     "role": re.compile(
-        r"\bsystem\b|\bdeveloper\b|\broles?\b.{0,40}\balternate|messages\W{1,2}0\W{0,2}\.?role|messages\.0"
+        r"\bsystem\b|\bdeveloper\b|\broles?\b.{0,40}\balternate|only user and assistant"
+        r"|messages\W{1,2}0\W{0,2}\.?role|messages\.0"
     ),
 }
 _WRONG_NAME = re.compile(r"support|permitted|allowed|unknown|unrecogni[sz]ed|unexpected|extra|instead|deprecated")
 _MORE_ROOM = re.compile(r"limit was reached|higher max|must be (?:greater|at least|larger)|too (?:small|low)")
-_LESS_ROOM = re.compile(r"too (?:large|high|big|long)|at most|maximum|context[_ ](?:length|window)|exceed")
-_TOO_LONG = re.compile(r"context[_ ](?:length|window)|too long|reduce the length", re.IGNORECASE)
+_LESS_ROOM = re.compile(r"too (?:large|high|big|long)|at most|maximum|context[_ ](?:length|window|size)|exceed")
+_TOO_LONG = re.compile(r"context[_ ](?:length|window|size)|too long|reduce the length", re.IGNORECASE)
 _NO_MODEL = re.compile(
     r"\b(?:invalid|unknown|no such|unsupported) model\b|model_not_found|not a valid model"
     r"|\bmodel\b.{0,60}(?:not found|not exist|not (?:loaded|available))",
     re.IGNORECASE,
 )
 _NO_DEVELOPER = re.compile(r"developer.{0,40}(?:not|un)|alternate")
-
-
-def is_of_the_model(error: str) -> bool:
-    """Whether an error says that the server has no such model: no parameter helps."""
-    return bool(_NO_MODEL.search(error))
 
 
 class GaveUp(Exception):
@@ -66,6 +62,11 @@ class Refused(Exception):
     def __init__(self, text: str, parameter: str = "") -> None:
         super().__init__(text)
         self.text, self.parameter = text, parameter
+
+    @property
+    def of_the_model(self) -> bool:
+        """Whether the server has no such model, or not for this API: no parameter helps."""
+        return self.parameter == "model" or bool(_NO_MODEL.search(self.text))
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def negotiate(form: Form, ask: Ask, server_errors: bool = True) -> tuple[Form, R
     Args:
         ask: puts one question in a form, and is told whether to be patient with server errors: in the first form all
             may pass, in another one they are as likely to come of the form.
-        server_errors: whether a 5xx may come of the response format, too.
+        server_errors: whether a 5xx may come of what it names, or of the response format, too.
 
     Raises:
         Refused, GaveUp: in no form is there an answer.
@@ -154,12 +155,14 @@ def negotiate(form: Form, ask: Ask, server_errors: bool = True) -> tuple[Form, R
                 continue
             changes = list(_changes_named(form, error))
             certain = len(changes) == 1
-            if not changes and not (_TOO_LONG.search(error.text) or is_of_the_model(error.text)):
+            if not changes and not (_TOO_LONG.search(error.text) or error.of_the_model):
                 changes = _steps(form)
             if not changes:
                 raise
         except GaveUp as error:
-            changes, certain = _steps(form, ("response_format",)), False
+            # A 5xx that names a parameter may come of the server's own template for chats.
+            named = list(_changes_named(form, Refused(error.text)))
+            changes, certain = named or _steps(form, ("response_format",)), False
             if not (changes and server_errors and str(error).startswith("HTTP 5")):
                 raise
         field, change = changes[0]

@@ -63,22 +63,23 @@ def read_reply(body: str) -> Reply:
         if not body.strip() or body.lstrip()[0] in "{[":
             raise Unreadable from None
         raise NoChat(f"a web page ({shown(error_text(body))})" if _PAGE.match(body) else shown(body)) from None
-    choices = data.get("choices") if isinstance(data, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-        error = data.get("error") if isinstance(data, dict) else None
-        status = error.get("code") if isinstance(error, dict) else None
-        if isinstance(status, int) and 400 <= status < 600:
-            raise ErrorInside(status, error_text(body))
-        raise NoChat(shown(error_text(body) or body))
-    message = choice["message"]
-    finish = choice.get("finish_reason")
+    answer = data if isinstance(data, dict) else {}
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message, finish = choice.get("message"), choice.get("finish_reason")
+    error = choice.get("error") or (None if isinstance(message, dict) else answer.get("error"))
+    if isinstance(error, dict) and re.fullmatch("[45][0-9]{2}", status := str(error.get("code"))):
+        raise ErrorInside(int(status), _message(error))
+    if not isinstance(message, dict):
+        if error or answer.get("object") != "chat.completion":
+            raise NoChat(shown(error_text(body) or body))
+        message, finish = {}, finish or "content_filter"  # all of it was kept back
     text = _text_of(message.get("content"))
     if not text.strip():
         text = next((found for key in _THOUGHTS if (found := _text_of(message.get(key))).strip()), "")
     declined = message.get("refusal") if isinstance(message.get("refusal"), str) else ""
-    withheld = finish == "content_filter" or bool(declined and not text)
-    return Reply(text or declined, finish in ("length", "max_tokens"), withheld, _usage(data.get("usage")))
+    withheld = str(finish).startswith("content_filter") or bool(declined and not text)
+    return Reply(text or declined, finish in ("length", "max_tokens"), withheld, _usage(answer.get("usage")))
 
 
 def error_text(body: str) -> str:

@@ -7,6 +7,7 @@ The client's own retries are off. It repeats a request unseen, so that none of t
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ DEFAULT_JUDGE_MODEL = "gpt-4.1-mini"
 UNREACHABLE = "cannot be reached"
 OVER_BUDGET = "over budget"
 _SLOWER = 10  # times the timeout for answers with thoughts before them
+# What some servers say with status 400 that is 401 or 402 elsewhere.
+_NO_KEY = re.compile(
+    r"\bAPI[ _]key\b.{0,20}\b(?:not|invalid|expired|missing)|\b(?:invalid|incorrect|missing|no) (?:API[ _]key|auth)",
+    re.IGNORECASE,
+)
+_NO_MONEY = re.compile(r"credit balance|budget has been exceeded|insufficient (?:balance|credit)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ class PatientRequests:
         """
         model, url, text = self._options.model, self._url, error_text(body)
         told = f"{status}: {shown(text)}" if text else str(status)
-        if status == 401:
+        if status == 401 or (status == 400 and _NO_KEY.search(text)):
             raise UserError(f"--judge openai: {url} does not accept the key ({told}); check openai.key") from None
         if status == 403:
             raise UserError(f"--judge openai: {url} forbids this key to use {model} ({told})") from None
@@ -194,7 +201,8 @@ class PatientRequests:
             ) from None
         if status in (405, 501):
             raise UserError(f"--base-url {url}: takes no chat requests ({told}); check its path (often /v1)") from None
-        if status == 402 or getattr(error, "code", None) == "insufficient_quota":
+        no_money = status == 402 or (status == 400 and _NO_MONEY.search(text))
+        if no_money or getattr(error, "code", None) == "insufficient_quota":
             raise UserError(f"--judge openai: the quota of this key at {url} is spent ({told})") from None
         if status in (408, 409, 425, 429) or status >= 500:
             pause = asked_pause(status, headers, body)

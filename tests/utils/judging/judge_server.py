@@ -157,6 +157,29 @@ PERSONAS = {
         changed={"role": "user"},
         extra=2,
     ),
+    "no system role, llama.cpp": Persona(
+        (
+            wants_role(
+                "user", 500, {"error": {"code": 500, "message": "System role not supported at row 1, column 42"}}
+            ),
+        ),
+        changed={"role": "user"},
+        extra=8,
+    ),
+    "no system role, LM Studio": Persona(
+        (
+            wants_role(
+                "user",
+                400,
+                {
+                    "error": "Error rendering prompt with jinja template: "
+                    '"Only user and assistant roles are supported!".'
+                },
+            ),
+        ),
+        changed={"role": "user"},
+        extra=2,
+    ),
     "no system role, without a reason": Persona(
         (wants_role("user", 400, "bad request"),),
         changed={"role": "user"},
@@ -238,7 +261,8 @@ class JudgeServer:
     ... request is answered 500; 0: none is.
 
     requests: all of them; asked: of each question (prompt, first, second). most_at_once: the largest number of requests
-    under way at one time. times: of arrival, monotonic. keys: Authorization headers seen.
+    under way at one time. times: of arrival, monotonic. keys: Authorization headers seen. queries: what stood
+    behind the ? of the address.
     """
 
     def __init__(self) -> None:
@@ -258,6 +282,7 @@ class JudgeServer:
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.keys: set[str] = set()
+        self.queries: set[str] = set()
         self.lock = threading.Lock()
         judge = self
 
@@ -284,13 +309,15 @@ class JudgeServer:
     def serve(self, http: BaseHTTPRequestHandler) -> None:
         body = json.loads(http.rfile.read(int(http.headers["Content-Length"])))
         match = _ASKED.fullmatch(body["messages"][-1]["content"])
-        assert match and http.path == "/v1/chat/completions"
+        path, _, query = http.path.partition("?")
+        assert match and path == "/v1/chat/completions"
         texts = (match["prompt"], match["first"], match["second"])
         with self.lock:
             self.requests += 1
             self.asked[texts] += 1
             self.bodies.append(body)
             self.times.append(time.monotonic())
+            self.queries.add(query)
             self.keys.add(http.headers["Authorization"])
             self._under_way += 1
             self.most_at_once = max(self.most_at_once, self._under_way)

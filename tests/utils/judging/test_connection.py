@@ -57,6 +57,14 @@ def test_a_proxy_does_not_matter_to_a_server_that_is_excepted(make, monkeypatch,
         assert make(base_url=server.url).judge([Question("p", "a", "bb")]) == [Verdict.SECOND]
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_parameters_of_the_url_stay_behind_the_path(make, slash):
+    with judge_server() as server:
+        url = f"{server.url}{slash}?api-version=preview&k="
+        assert make(base_url=url).judge([Question("p", "a", "bb")]) == [Verdict.SECOND]
+        assert server.queries == {"api-version=preview&k="}
+
+
 def test_a_proxy_that_does_not_answer_is_named(make, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"cannot be reached \(.*proxy of HTTP_PROXY; set NO_PROXY=judge.example"):

@@ -133,8 +133,12 @@ def test_a_page_in_between_is_a_passing_fault(make, server):
     assert judge.describe()["failures"] == {"unreadable response": 1}
 
 
-def test_an_error_inside_a_good_response_is_one_of_its_status(make, server):
-    server.raw = (200, '{"error": {"code": 502, "message": "Provider returned error", "metadata": {"raw": "asleep"}}}')
+@pytest.mark.parametrize("code", [502, "502"])
+@pytest.mark.parametrize("in_choice", [False, True])
+def test_an_error_inside_a_good_response_is_one_of_its_status(make, server, code, in_choice):
+    inside = {"error": {"code": code, "message": "Provider returned error", "metadata": {"raw": "asleep"}}}
+    choice = inside | {"finish_reason": "error", "message": {"role": "assistant", "content": ""}}
+    server.raw = (200, json.dumps({"choices": [choice]} if in_choice else inside))
     judge = make(max_attempts=2)
     assert judge.judge([Question("p", "a", "b")]) == [Verdict.FAILED]
     assert judge.describe()["failures"] == {"HTTP 502": 1}
@@ -178,6 +182,8 @@ def test_what_a_server_says_is_shown(make, server, capsys, status, body, words):
         {"error": {"message": "The model `judge-1` does not exist", "code": "model_not_found"}},
         {"error": 'model "judge-1" not found, try pulling it first'},
         {"detail": "judge-1 is not a valid model ID"},
+        {"error": {"message": "This is only supported in v1/responses", "param": "model"}},
+        {"error": {"message": "Multiple models are loaded. Please specify one", "param": "model", "code": None}},
     ],
 )
 def test_an_unknown_model_is_no_matter_of_parameters(make, server, body):
@@ -188,8 +194,26 @@ def test_an_unknown_model_is_no_matter_of_parameters(make, server, body):
 
 
 @pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ([{"error": {"code": 400, "message": "API key not valid. Please pass a valid API key."}}], "accept the key"),
+        ([{"error": {"code": 400, "message": "Missing or invalid Authorization header."}}], "accept the key"),
+        ({"error": "Incorrect API key provided: ab***yz."}, "accept the key"),
+        ({"error": {"message": "Your credit balance is too low to access the API."}}, "quota of this key"),
+        ({"error": {"message": "Budget has been exceeded! Current cost: 10.1"}}, "quota of this key"),
+    ],
+)
+def test_a_key_that_is_of_no_use_is_told_at_once_whatever_the_status(make, server, body, words):
+    server.raw = (400, json.dumps(body))
+    with pytest.raises(UserError, match=f"^--judge openai: .*{words}.*400: "):
+        make().judge(QUESTIONS)
+    assert server.requests == 1
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        "the request exceeds the available context size, try increasing it",
         "This model's maximum context length is 512 tokens. However, you requested 600 tokens (536 in the messages, 64 "
         "in the completion). Please reduce the length of the messages or completion.",
         "'max_tokens' or 'max_completion_tokens' is too large: 64. This model's maximum context length is 512 tokens.",
@@ -284,6 +308,14 @@ def test_withheld_answers_and_refusals_are_counted_as_such(make, server):
     judge.judge(QUESTIONS)
     assert judge.describe()["unclear"] == {"withheld": 5}
     assert judge.describe()["examples"] == {"withheld": "I cannot compare."}
+
+
+@pytest.mark.parametrize("choices", [[{"finish_reason": "content_filter: PROHIBITED_CONTENT", "index": 0}], [], None])
+def test_an_answer_that_is_kept_back_whole_is_withheld(make, server, choices):
+    server.raw = (200, json.dumps({"object": "chat.completion", "choices": choices}))
+    judge = make()
+    assert judge.judge(QUESTIONS[:1]) == [Verdict.UNPARSED]
+    assert judge.describe()["unclear"] == {"withheld": 1} and judge.describe()["failures"] == {}
 
 
 def test_a_judge_that_loses_its_way_later_stops_too(make, server):
