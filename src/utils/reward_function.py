@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
 import threading
@@ -67,8 +68,10 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         file = Path(moved(spec).rpartition(":")[0]).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{flag} {spec}: give FILE.py:FUNCTION, with a file that exists")
+    surroundings = _Surroundings()
     try:
-        module = import_user_file(file)
+        with surroundings:
+            module = import_user_file(file)
     except (Exception, SystemExit) as error:
         raise UserError(f"{flag} {spec}: importing {file} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
@@ -81,7 +84,7 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
 
     def checked(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         try:
-            with _telling(f"{flag} {spec}", len(responses)):
+            with surroundings, _telling(f"{flag} {spec}", len(responses)):
                 scores = _numbers(function(list(prompts), list(responses)))
         except _WrongKind as error:
             raise UserError(f"{flag} {spec}: {error}; it must return one float per response") from None
@@ -99,6 +102,33 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         return scores
 
     return checked
+
+
+class _Surroundings:
+    """A context in which the user's code may change the working folder, sys.path and PyTorch's defaults: it finds them
+    as it left them, and the rest of the run as they were."""
+
+    def __init__(self) -> None:
+        self._theirs = _surroundings()
+
+    def __enter__(self) -> None:
+        self._ours, self._grad = _surroundings(), torch.is_grad_enabled()
+        _set_surroundings(*self._theirs)
+
+    def __exit__(self, *_: object) -> None:
+        self._theirs = _surroundings()
+        _set_surroundings(*self._ours)
+        torch.set_grad_enabled(self._grad)  # a line at the top of many files of reward models turns it off
+
+
+def _surroundings() -> tuple[str, list[str], torch.dtype]:
+    return os.getcwd(), sys.path[:], torch.get_default_dtype()
+
+
+def _set_surroundings(folder: str, path: list[str], dtype: torch.dtype) -> None:
+    os.chdir(folder)
+    sys.path[:] = path
+    torch.set_default_dtype(dtype)
 
 
 class _WrongKind(TypeError):

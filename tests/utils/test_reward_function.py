@@ -1,9 +1,12 @@
 """Rewards written in Python: what is accepted, and one-line errors for everything else."""
 
 import math
+import sys
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 
 from config.user_error import UserError
 from utils import reward_function
@@ -182,6 +185,32 @@ def test_scores_that_are_not_finite_come_with_the_error(write) -> None:
     with pytest.raises(NonFiniteReward) as error:
         function(["p", "q"], ["a", "b"])
     assert error.value.scores[0] == 1.0 and math.isnan(error.value.scores[1])
+
+
+def test_what_a_file_does_to_its_surroundings_is_felt_by_it_alone(write, tmp_path, monkeypatch) -> None:
+    (tmp_path / "words.txt").write_text("a b c")
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "found_late.py").write_text("two = 2.0")
+    path = write(
+        "import os, sys, torch\n"
+        "from pathlib import Path\n"
+        "here = Path(__file__).parent\n"
+        "os.chdir(here); sys.path.insert(0, str(here / 'late'))\n"
+        "torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64)\n"
+        "def score(prompts, responses):\n"
+        "    from found_late import two\n"
+        "    words = len(Path('words.txt').read_text().split())\n"
+        "    torch.set_grad_enabled(False); sys.path.clear(); os.chdir(here)\n"
+        "    return torch.ones(len(responses)) * two * words + 1e-9\n"
+    )
+    (tmp_path / "started_here").mkdir()
+    monkeypatch.chdir(tmp_path / "started_here")
+    before = list(sys.path)
+    function = load_reward_function(f"{path}:score", FLAG)
+    for _ in range(2):
+        assert Path.cwd().name == "started_here" and sys.path == before
+        assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+        assert function(["a"], ["b"]) == [6.0 + 1e-9]
 
 
 def test_a_slow_function_is_not_waited_for_in_silence(write, monkeypatch, capsys) -> None:
