@@ -41,6 +41,9 @@ _FOREIGN = {
     b"BZh": "is compressed with bzip2; unpack it, or compress it with gzip",
     b"\xfd7zXZ": "is compressed with xz; unpack it, or compress it with gzip",
     b"%PDF": f"is a PDF document; give rows in a {KINDS_TOLD} file",
+    b"version https://git-lfs": "is a pointer of Git LFS; `git lfs pull` fetches the file itself",
+    b"<!DOCTYPE": "is a web page; download the file itself",
+    b"<!doctype": "is a web page; download the file itself",
     b"SQLite": "is a database; write the table as CSV",
 }
 _CHUNK = 2**16  # characters: more would be copied too often, once for every row in it
@@ -113,6 +116,8 @@ def _decode(line: bytes, where: str, is_first: bool) -> Any | BadRow:
     told = "one JSON object per line is needed"
     if is_first and line.startswith(b"["):
         told += "; a file that is one JSON array is read when its name ends in .json"
+    elif is_first and line.strip() == b"{":
+        told += "; objects over many lines are read as one JSON array in a file whose name ends in .json"
     elif is_first and not line.lstrip().startswith((b"{", b'"')):
         told += "; what other kind of file it is, its name has to tell: .json, .csv, .tsv, .parquet, .txt"
     try:
@@ -168,14 +173,15 @@ def _read_table(path: Path, separator: str) -> Rows:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            fault = BadRow(f"{where}: not CSV ({error}); quote fields that hold {_SEPARATORS[separator]} or quotes")
+            mark = _SEPARATORS[separator]
             if columns is None:
-                raise UserError(str(fault)) from None
-            yield number, fault
+                raise UserError(f"{where}: not CSV ({error}); {mark} have to be between its columns") from None
+            remedy = f"quote fields that hold {mark} or quotes, and double those quotes"
+            yield number, BadRow(f"{where}: not CSV ({error}); {remedy}")
             continue
         if cells is None:
             return
-        if not cells:
+        if not any(cells):  # a blank line, or what a spreadsheet writes for an empty row
             continue
         if columns is None:
             columns = _columns(cells, where, separator)
@@ -194,7 +200,7 @@ def _columns(cells: list[str], where: str, separator: str) -> list[str]:
     fault = _with_utf8("".join(columns), where)
     if fault is not None:
         raise UserError(str(fault))
-    other = next((mark for mark in (",", "\t", ";") if mark in columns[0]), None)
+    other = next((mark for mark in (",", "\t", ";", "|") if mark in columns[0]), None)
     if len(columns) == 1 and other not in (None, separator):
         remedy = {",": "name it .csv", "\t": "name it .tsv"}.get(other or "", "save it with commas, or tabs as .tsv")
         raise UserError(f"{where}: its columns are separated by {other!r}; {remedy}")

@@ -31,7 +31,7 @@ STAGES = ("sft", "rm", "ppo", "text")
 """What a row is read for: a demonstration, a ranking, a prompt, or plain text."""
 
 FORMS = {
-    "sft": 'stage sft needs "prompt" and "response", "messages", or a "chosen" dialogue',
+    "sft": 'stage sft needs "prompt" and "response", "messages", a "chosen" dialogue, or "text"',
     "rm": 'stage rm needs "chosen" and "rejected", or "prompt" and "completions" (two or more, best first)',
     "ppo": 'stage ppo needs "prompt", "messages", or a "chosen" dialogue',
     "text": 'stage text needs "text"',
@@ -41,16 +41,21 @@ _DIALOGUES = ("messages", "conversations")
 _ASKED = ("prompt", *_DIALOGUES, "instruction")
 # Names that are not read because it is not known what they mean, but nearly always mean this one.
 _LIKE = {
-    "prompt": ("question", "query", "input", "user", "human", "instruction", "problem", "prompts"),
-    "response": ("answer", "output", "reply", "assistant", "target", "solution", "responses", "completion"),
-    "chosen": ("preferred", "accepted", "better", "winner", "preferred_output", "chosen_response"),
-    "rejected": ("non_preferred", "dispreferred", "worse", "loser", "non_preferred_output", "rejected_response"),
-    "text": ("content", "body", "document"),
+    "prompt": ("question", "query", "input", "user", "human", "instruction", "problem"),
+    "response": ("answer", "output", "reply", "assistant", "target", "solution", "generation"),
+    "chosen": ("preferred", "accepted", "better", "preferred_output", "chosen_response"),
+    "rejected": ("non_preferred", "dispreferred", "worse", "non_preferred_output", "rejected_response"),
+    "text": ("content", "body", "document", "review"),
 }
 _REPLIES = {None: ("chosen",), "question": ("answer",)} | dict.fromkeys(
     _ASKED, ("response", "completions", "chosen", "completion")
 )
 _REPLIES["instruction"] += ("output",)
+_LABELS = ("label", "kto_tag")
+_SYSTEMS = ("system", "system_prompt")
+_BESIDE_INSTRUCTION = ("context", "history", *_SYSTEMS)
+_BESIDE_MESSAGES = (*_SYSTEMS, "tools", "functions", "images")
+_TWINS = ("01", "12", "ab", "AB", "jk")  # last letters of the names of two replies to be compared
 _NEEDED = {"sft": ("prompt", "response"), "rm": ("prompt", "chosen", "rejected"), "ppo": ("prompt",), "text": ("text",)}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
 _ROLES |= {"gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -91,6 +96,7 @@ def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Ro
         raise BadRow(f'{where}: is {_kind(data)}; a row is an object such as {{"prompt": ..., "response": ...}}')
     reader = _RowReader(data, stage, where, template)
     if is_plain_text(data, stage):
+        reader.refuse_text_in_a_dialogue()
         return Row(("",), (unix_lines(reader.text("text")),))
     pairs = reader.pairs()
     prompts, responses = zip(*pairs, strict=True)
@@ -107,8 +113,9 @@ def parse_row(data: Any, stage: str, where: str, template: PromptTemplate) -> Ro
 
 def is_plain_text(data: dict[str, Any], stage: str) -> bool:
     """Whether a stage reads "text" of a row: stage text always, SFT where there is nothing else to read."""
-    has_other = any(data.get(key) is not None for key in (*_ASKED, "chosen")) or "prompt" in data
-    return stage == "text" or (stage == "sft" and "text" in data and not has_other)
+    if stage != "sft" or "text" not in data or "prompt" in data:
+        return stage == "text"
+    return all(data.get(key) is None for key in (*_ASKED, "chosen"))
 
 
 class _RowReader:
@@ -150,11 +157,18 @@ class _RowReader:
         is_whole = isinstance(chosen, str) and self.template.assistant in unix_lines(chosen)
         if asked != "prompt" and (is_whole or _is_dialogue(chosen)):
             asked = None
-        replies = [key for key in _REPLIES[asked] if key in keys]
+        replies = ["chosen"] if _is_dialogue(chosen) else [key for key in _REPLIES[asked] if key in keys]
         if replies or "rejected" in keys:
             return asked, replies, None
         whole = next((key for key in _DIALOGUES if key in keys), None)
         return (None if asked == whole else asked), [whole] if whole else [], whole
+
+    def refuse_text_in_a_dialogue(self) -> None:
+        """Tells where "text" is not all that is to be learned, although SFT would read nothing else of the row."""
+        beside = next((key for key in ("role", *_REPLIES["prompt"], "rejected") if key in self.data), None)
+        if beside and self.stage == "sft":
+            remedy = 'write each dialogue as "messages"' if beside == "role" else 'rename "text" to "prompt"'
+            raise self._bad(f'has "{beside}" beside "text"; {remedy}, or remove "{beside}" for plain text')
 
     def text(self, key: str) -> str:
         """The text of a key, which has to have one."""
@@ -164,16 +178,36 @@ class _RowReader:
         if key in self.given:
             return self.given[key]
         others = [value for key, value in self.given.items() if key not in _ASKED]
-        if others and all(isinstance(value, list) and _is_turns(value) for value in others):
+        if others and all(isinstance(value, list) and _is_turns(value) and not _is_said(value) for value in others):
             raise self._bad(f"is an object around a list of rows ({_keys(self.given)}); write that list alone")
-        found = {name: self._like(name) for name in _NEEDED[self.stage] if name not in self.given}
-        renamed = " and ".join(f"{json.dumps(other)} to {json.dumps(name)}" for name, other in found.items() if other)
-        hint = f"; rename {renamed}, if that is what they are" if renamed else ""
-        raise self._bad(f'has no "{key}" (keys: {_keys(self.given)}); {FORMS[self.stage]}{hint}')
+        raise self._bad(f'has no "{key}" (keys: {_keys(self.given)}); {FORMS[self.stage]}{self._hint()}')
+
+    def _hint(self) -> str:
+        """How the keys would have to be called, where they seem to mean what is missing; the end of a message."""
+        given, is_asked = self.given, not self.given.keys().isdisjoint(_ASKED)
+        twins = self._twins() if self.stage in ("sft", "rm") and "chosen" not in given else []
+        dialogue = next((key for key, value in given.items() if _is_dialogue(value) and _is_said(value)), None)
+        wanted = [name for name in _NEEDED[self.stage] if name not in given and not (is_asked and name == "prompt")]
+        found = {name: self._like(name) for name in wanted if name == "prompt" or not twins}
+        if dialogue and not is_asked and not twins and self.stage in ("sft", "ppo"):
+            found = {"messages": dialogue}
+        renamed = " and ".join(f"{_shown(other)} to {_shown(name)}" for name, other in found.items() if other)
+        told = f"; rename {renamed}, if that is what they are" if renamed else ""
+        if twins:
+            told += f'; call the better one of {" and ".join(map(_shown, twins))} "chosen", the other "rejected"'
+        system = next((key for key in _SYSTEMS if self.data.get(key)), None)
+        return told + (f'; "{system}" is not read, write it before the prompt' if told and system else "")
 
     def _like(self, name: str) -> str | None:
         """The key that seems to mean `name`."""
-        return next((key for key in self.given if str(key).strip().lower() in (name, *_LIKE[name])), None)
+        texts = [key for key, value in self.given.items() if not isinstance(value, dict | list) or _is_said(value)]
+        return next((key for key in texts if key.strip().lower().removesuffix("s") in (name, *_LIKE[name])), None)
+
+    def _twins(self) -> list[str]:
+        """Two keys whose names differ in a number or letter at the end, of the longest texts; or none."""
+        texts = [key for key, value in self.given.items() if isinstance(value, str) or _is_dialogue(value)]
+        pairs = [[a, b] for a in texts for b in texts if len(a) > 1 and a[:-1] == b[:-1] and a[-1] + b[-1] in _TWINS]
+        return max(pairs, key=lambda pair: len(str(self.given[pair[0]])), default=[])
 
     def _pair(self, name: str, value: Any, asked: str | None) -> tuple[str, str]:
         """(prompt, response) from a reply to what is asked, or from a whole dialogue."""
@@ -181,7 +215,8 @@ class _RowReader:
             try:
                 return self.template.split_dialogue(self._checked(value, name, may_be_empty=False))
             except ValueError as error:
-                raise self._bad(f'"{name}" {error}') from None
+                hint = "" if self.template.assistant in value else self._hint()
+                raise self._bad(f'"{name}" {error}{hint}') from None
         if _is_turns(value) or name in _DIALOGUES:
             return self._of_turns(name, value, asked)
         reply = self.template.response(self._checked(value, name))
@@ -202,6 +237,8 @@ class _RowReader:
             turns.append(("assistant", ""))
         if turns[-1][0] != "assistant":
             raise self._bad(f'"{name}" ends with a turn of the person; the last turn has to be of the model')
+        if self.stage == "sft" and isinstance(value, list) and value[-1].get("weight") == 0:
+            raise self._bad(f'"{name}[{len(value) - 1}]" has weight 0: it is not to be trained on; remove that turn')
         *begun, (_, reply) = turns
         if begun and name not in ("chosen", "rejected", *_DIALOGUES):
             raise self._bad(f'"{name}" is a whole dialogue; give the reply alone, or the dialogue as "messages"')
@@ -210,7 +247,8 @@ class _RowReader:
             if not any(role == "user" for role, _ in begun):
                 raise self._bad(f'"{name}" has no turn of the person before the last one of the model')
             whole = self.template.prompt_of_turns(begun)
-            if prompt.removesuffix(self.template.assistant) not in whole:
+            # A system text may stand as "prompt", too.
+            if prompt.removesuffix(self.template.assistant).removeprefix(self.template.human) not in whole:
                 raise self._bad(f'"{name}" is a dialogue without "{asked}" in it; leave one of them out')
             prompt = whole
         return prompt, self.template.response(reply)
@@ -245,6 +283,8 @@ class _RowReader:
         for i, message in enumerate(messages):
             shown = f"{name}[{i}]"
             unread = next((key for key in ("tool_calls", "function_call") if message.get(key)), None)
+            if not _is_said(message):
+                raise self._bad(f'"{shown}" has no "role" (keys: {_keys(message)}); a text or a message is needed')
             role = _ROLES.get(str(message.get("role", message.get("from"))).lower())
             if role is None or unread:
                 told = f'"{unread}"' if unread else f"the role {_shown(message.get('role', message.get('from')))}"
@@ -272,18 +312,22 @@ class _RowReader:
 
     def _refuse_what_is_not_read(self, asked: str | None, replies: list[str]) -> None:
         """Tells what would change the meaning of a row if it were passed over."""
-        if replies[:1] == ["completion"] and isinstance(self.data.get("label"), bool) and self.stage != "ppo":
+        data, first = self.data, replies[0] if replies else ""
+        label = next((key for key in _LABELS if key in data and isinstance(data[key], bool)), None)
+        if label and first in ("completion", "output", *_DIALOGUES) and self.stage != "ppo":
             raise self._bad(
-                'is a reply with a "label", which is not read; write good ones as "prompt" and "response", or pairs as '
-                '"prompt", "chosen" and "rejected"'
+                f'is a reply with a "{label}", which is not read; write good ones as "prompt" and "response", or pairs '
+                'as "prompt", "chosen" and "rejected"'
             )
-        if "completions" in replies and isinstance(self.data.get("labels"), list):
+        if "completions" in replies and isinstance(data.get("labels"), list):
             raise self._bad('has "labels" beside "completions", which are not read; completions are ranked, best first')
-        in_lists = any(_is_turns(self.data.get(key)) for key in (asked, *replies))
-        told = ("context", "history", "system") * (asked == "instruction") + ("system", "tools", "images") * in_lists
-        unread = next((key for key in told if self.data.get(key)), None)
-        if unread is not None:
-            raise self._bad(f'has "{unread}", which is not read; write it into the dialogue, or remove it')
+        told = _BESIDE_INSTRUCTION if asked == "instruction" else ()
+        if any(_is_turns(data.get(key)) for key in (asked, *replies)):
+            told += _BESIDE_MESSAGES
+        unread = next((key for key in told if data.get(key)), None)
+        if unread:
+            remedy = 'rename it to "input"' if unread == "context" else "write it into the dialogue"
+            raise self._bad(f'has "{unread}", which is not read; {remedy}, or remove it')
 
     def _checked(self, value: Any, name: str, may_be_empty: bool = True) -> str:
         if not isinstance(value, str):
@@ -308,6 +352,12 @@ def _is_turns(value: Any) -> bool:
     return isinstance(value, dict) or (
         isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
     )
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a value is one or more messages that say whose they are."""
+    messages = [value] if isinstance(value, dict) else value
+    return _is_turns(value) and not any({"role", "from"}.isdisjoint(message) for message in messages)
 
 
 def _is_dialogue(value: Any) -> bool:

@@ -181,8 +181,9 @@ class JSONLDataset(RowSource):
         is_ranked = False
         usable = 0
         for number, data in read_rows(self.path):
-            usable += self._parse(f"{self.path}:{number}", data, counts) is not None
-            row = self._any_stage(data)
+            row = self._parse(f"{self.path}:{number}", data, counts)
+            usable += row is not None
+            row = row or self._any_stage(data)
             if row is not None:
                 openings.add(self.options.point(self._key(row)))
                 prompts.add(self.options.point(_whole_key(row)))

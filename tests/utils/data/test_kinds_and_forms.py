@@ -212,6 +212,17 @@ def test_line_ends_are_the_same_in_every_form(tmp_path, form, end):
         assert texts(rows_of(path, stage)) == texts(plain_rows(tmp_path, content, stage)), stage
 
 
+def test_a_prompt_beside_a_dialogue_may_be_its_system_text(tmp_path):
+    content = dialogue(0) | {"system": "Be kind."}
+    path = write(tmp_path, "rows.jsonl", [{"prompt": "Be kind.", "messages": messages(content, "a")}])
+    assert texts(rows_of(path, "sft")) == [(("Be kind." + T.format(content["turns"]),), (" a",))]
+
+
+def test_empty_rows_of_a_spreadsheet_are_blank_lines(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,response\na,b\n,\n\n,\n")
+    assert texts(rows_of(tmp_path / "rows.csv", "sft")) == [((T.format(["a"]),), (" b",))]
+
+
 def test_alpacas_input_follows_its_instruction(tmp_path):
     rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Hi", "output": "Hello"}]
     found = rows_of(write(tmp_path, "rows.csv", [rows[0]]), "sft") + rows_of(write(tmp_path, "rows.json", rows), "sft")
@@ -290,6 +301,8 @@ REFUSED = {
     "bzip2": ("f.jsonl.bz2", b"BZh91AY", "sft", "is compressed with bzip2; unpack it"),
     "xz": ("f.jsonl.xz", b"\xfd7zXZ\x00", "sft", "is compressed with xz; unpack it"),
     "Arrow": ("f.arrow", b"ARROW1\x00\x00", "sft", "is an Arrow file; save it as .parquet"),
+    "a pointer": ("f.parquet", b"version https://git-lfs.github.com/spec/v1\n", "sft", "`git lfs pull` fetches"),
+    "a web page": ("f.csv", b"<!DOCTYPE html>\n<html>", "sft", "f.csv: is a web page; download the file itself"),
     "no parquet": ("f.parquet", GOOD, "sft", "is named .parquet but is no parquet data; give it the name of"),
     "torn parquet": ("f.parquet", as_parquet([{"prompt": "a"}])[:-9], "sft", "parquet data is damaged or cut short ("),
     "compressed parquet": ("f.parquet.gz", gzip.compress(as_parquet([{"prompt": "a"}])), "sft", "; unpack it"),
@@ -307,6 +320,8 @@ REFUSED = {
     "an array over lines": ("f.jsonl", b"[\n" + GOOD + b"]", "sft", "is read when its name ends in .json"),
     "text for SFT": ("f.txt", b"a\nb\n", "sft", "a .txt file has one prompt a line, for PPO and evaluations; write"),
     # arrays
+    "objects over many lines": ("f.json", json.dumps({"data": [{"prompt": "q"}]}, indent=1).encode(), "sft",
+                                "objects over many lines are read as one JSON array in a file whose name ends"),
     "an empty array": ("f.json", b" [ ]\n", "sft", "f.json: has no rows for stage sft; there is no row in it"),
     "an array cut short": ("f.json", b"[" + GOOD + b",", "sft", "f.json:2: not JSON (the file ends inside the array)"),
     "a row cut short": ("f.json", b"[" + GOOD + b', {"prompt": "a', "sft", "f.json:2: not JSON (Unterminated string"),
@@ -319,10 +334,13 @@ REFUSED = {
     "a short row": ("f.csv", b"prompt,response\na,b\nc\n", "sft", "f.csv:3: has 1 field, the first line names 2"),
     "a long row": ("f.csv", b"prompt,response\na,b, c\n", "sft", "f.csv:2: has 3 fields, the first line names 2"),
     "a long row behind a break": ("f.csv", b'prompt,response\n"a\nb",c\nd,e,f\n', "sft", "f.csv:4: has 3 fields"),
-    "quotes": ("f.tsv", b'prompt\tresponse\n"a" b\tc\n', "sft", "quote fields that hold tabs or quotes"),
+    "quotes": ("f.tsv", b'prompt\tresponse\n"a" b\tc\n', "sft",
+               "quote fields that hold tabs or quotes, and double those quotes"),
     "an open quote": ("f.csv", b'prompt,response\na,"b\nc,d\n', "sft", "f.csv:2: not CSV (unexpected end of data)"),
     "columns called alike": ("f.csv", b"prompt,prompt\na,b\n", "sft", 'f.csv:1: two columns are called "prompt"'),
     "semicolons": ("f.csv", b"prompt;response\na;b\n", "sft", "f.csv:1: its columns are separated by ';'"),
+    "bars": ("f.csv", b"prompt|response\na|b\n", "sft", "f.csv:1: its columns are separated by '|'; save it with"),
+    "quoted semicolons": ("f.csv", b'"prompt";"response"\n', "sft", "; commas have to be between its columns"),
     "tabs in .csv": ("f.csv", b"prompt\tresponse\na\tb\n", "sft", r"its columns are separated by '\t'; name it .tsv"),
     "no such column": ("f.csv", b"id,reply\n1,a\n", "sft", 'f.csv:2: has no "chosen" (keys: "id", "reply"); stage sft'),
     "a header alone": ("f.csv", b"prompt,response\n", "sft", "has no rows for stage sft; there is no row in it"),
@@ -336,15 +354,29 @@ REFUSED = {
     "labelled messages": ("f.jsonl", row(prompt=[USER], completion=[BOT], label=True), "rm", 'is a reply with a "'),
     "labelled steps": ("f.jsonl", row(prompt="q", completions=["a", "b"], labels=[True, False]), "rm",
                        'has "labels" beside "completions"'),
+    "labelled dialogues": ("f.jsonl", row(messages=[USER, BOT], label=False), "sft", 'is a reply with a "label"'),
+    "labelled by a tag": ("f.jsonl", row(instruction="q", output="a", kto_tag=False), "sft", 'reply with a "kto_tag"'),
+    "a reply not to be learned": ("f.jsonl", row(messages=[USER, BOT, USER, BOT | {"weight": 0}]), "sft",
+                                  '"messages[3]" has weight 0: it is not to be trained on; remove that turn'),
+    "a turn as a row": ("f.jsonl", row(message_id="1", text="q", role="prompter"), "sft",
+                        'has "role" beside "text"; write each dialogue as "messages"'),
+    "a reply to a text": ("f.jsonl", row(text="q", response="a"), "sft",
+                          'has "response" beside "text"; rename "text" to "prompt", or remove "response" for'),
+    "functions": ("f.jsonl", row(messages=[USER, BOT], functions=[{"name": "f"}]), "sft", 'has "functions", which'),
+    "a system prompt beside": ("f.jsonl", row(instruction="q", system_prompt="s", output="a"), "sft",
+                               'has "system_prompt", which is not read; write it into the dialogue, or remove it'),
+    "replies with scores": ("f.jsonl", row(instruction="q", completions=[{"response": "a", "overall_score": 5}] * 2),
+                            "rm", '"completions[0][0]" has no "role" (keys: "response", "overall_score")'),
     "tool calls": ("f.jsonl", row(messages=[USER, TOOL]), "sft",
                    'f.jsonl:1: "messages[1]" has "tool_calls"; a dialogue has turns of system, user and'),
     "a turn of a tool": ("f.jsonl", row(messages=[USER, {"role": "tool", "content": "x"}, BOT]), "sft",
                          '"messages[1]" has the role "tool"'),
-    "no role": ("f.jsonl", row(messages=[{"content": "x"}]), "sft", '"messages[0]" has the role "None"'),
+    "no role": ("f.jsonl", row(messages=[{"content": "x"}]), "sft", '"messages[0]" has no "role" (keys: "content")'),
     "an image": ("f.jsonl", row(messages=[IMAGE, BOT]), "sft", 'has a part that is no text ("image_url")'),
     "tools": ("f.jsonl", row(messages=[USER, BOT], tools="[...]"), "sft", 'has "tools", which is not read'),
     "a system text beside": ("f.jsonl", row(conversations=[USER, BOT], system="s"), "sft", 'has "system", which'),
-    "a context beside": ("f.jsonl", row(instruction="q", context="c", response="a"), "sft", 'has "context", which'),
+    "a context beside": ("f.jsonl", row(instruction="q", context="c", response="a"), "sft",
+                         'has "context", which is not read; rename it to "input", or remove it'),
     "a system text inside": ("f.jsonl", row(messages=[USER, {"role": "system", "content": "s"}, BOT]), "sft",
                              '"messages[1]" is a system text inside the dialogue'),
     "the person last": ("f.jsonl", row(messages=[USER, BOT, USER]), "sft", '"messages" ends with a turn of the person'),
@@ -363,6 +395,19 @@ REFUSED = {
                          'rename "query" to "prompt" and "reply" to "response", if that is what they are'),
     "names in capitals": ("f.jsonl", row(Prompt="q", Chosen="a", Rejected="b"), "rm",
                           'rename "Prompt" to "prompt" and "Chosen" to "chosen" and "Rejected" to "rejected"'),
+    "names in the plural": ("f.jsonl", row(inputs="q", targets="a"), "sft",
+                            'rename "inputs" to "prompt" and "targets" to "response"'),
+    "messages of another name": ("f.jsonl", row(model="m", conversation=[USER, BOT], turn=1), "sft",
+                                 'rename "conversation" to "messages"'),
+    "a question for pairs": ("f.jsonl", row(question="q", system="s", chosen="a", rejected="b"), "rm",
+                             '; rename "question" to "prompt", if that is what they are; "system" is not read, write'),
+    "two replies": ("f.jsonl", row(question="q", id_0="x", id_1="y", response_j="yes", response_k="no"), "rm",
+                    'rename "question" to "prompt", if that is what they are; call the better one of "response_j" and '
+                    '"response_k" "chosen", the other "rejected"'),
+    "two dialogues": ("f.jsonl", row(model_a="x", model_b="y", winner="model_a", conversation_a=[USER, BOT],
+                                     conversation_b=[USER, BOT]), "sft",
+                      'call the better one of "conversation_a" and "conversation_b" "chosen", the other "rejected"'),
+    "instructions without pairs": ("f.jsonl", row(instruction="q", output="a"), "rm", 'best first) (--skip-bad-rows'),
     "a question with more": ("f.jsonl", row(question="q", answer="a", choices=["a", "b"]), "sft",
                              'rename "question" to "prompt" and "answer" to "response"'),
 }  # fmt: skip

@@ -62,6 +62,16 @@ def test_prompt_forms():
     assert parse(ranked, "sft").completions == (" a",)
 
 
+@pytest.mark.parametrize("more", [{"response": "r"}, {"completions": ["a", "b"]}])
+def test_a_dialogue_beside_other_replies_is_what_every_stage_reads(more):
+    """Else the stages would see other prompts, and put one row on two sides of a split."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(("p", "x", "q", "good"))]
+    data = {"prompt": "q", "chosen": turns, "rejected": [*turns[:3], {"role": "assistant", "content": "bad"}]} | more
+    found = {stage: parse(data, stage) for stage in ("sft", "rm", "ppo")}
+    assert {row.prompts[0] for row in found.values()} == {T.format(["p", "x", "q"])}
+    assert (found["sft"].completions, found["rm"].completions) == ((" good",), (" good", " bad"))
+
+
 def test_text_is_taken_as_it_is():
     row = parse({"text": "Once\n upon "}, "text")
     assert (row.prompts, row.completions) == (("",), ("Once\n upon ",))
