@@ -7,6 +7,7 @@ stderr; 1 a run that cannot go on, or an output that cannot be written (one line
 
 import _thread
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,8 @@ from typing import Any
 
 from config.scrub import printable, scrub
 from config.terminal import OutputLost, guard_terminal
+
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 class _OneLine(Exception):
@@ -55,7 +58,14 @@ def run_main(main: Callable[[], int | None]) -> None:
         except OutputLost as lost:
             without_output = _code_without_output(lost)
             code = code or without_output
+    if code == _INTERRUPTED:
+        # Python still waits for its threads; who asks once more will not.
+        signal.signal(signal.SIGINT, _leave_now)
     sys.exit(code)
+
+
+def _leave_now(*_: object) -> None:
+    os._exit(_INTERRUPTED)
 
 
 def _interrupt() -> None:
@@ -97,7 +107,7 @@ def _code_of(main: Callable[[], int | None]) -> Any:
         return stop.code or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _INTERRUPTED
     except OutputLost as lost:
         return _code_without_output(lost)
 

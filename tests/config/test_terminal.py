@@ -133,6 +133,25 @@ def test_ctrl_c_is_one_line_and_exit_code_130(where: str, tmp_path: Path) -> Non
     assert (child.returncode, err) == (130, b"interrupted\n")
 
 
+def test_one_more_ctrl_c_waits_for_no_thread() -> None:
+    """The first has been told; Python then waits for what its threads are at, a request that takes minutes, say."""
+    code = (
+        f"{HEAD}import threading, time\ndef main():\n    threading.Thread(target=time.sleep, args=[60]).start()\n"
+        "    print('ready', flush=True)\n    time.sleep(60)\nrun_main(main)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    assert child.stdout.readline() == b"ready\n"
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    assert child.stderr.readline() == b"interrupted\n"
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=30)
+    assert (child.returncode, err) == (130, b"")
+
+
 def test_ctrl_c_counts_where_python_would_pass_over_it() -> None:
     body = (
         "import signal, time\nclass Dies:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
