@@ -506,6 +506,7 @@ CHECKPOINTS = [
          lambda w: (w.model.mkdir(), (w.model / "config.json").write_text("{"))),
     Case("a Hugging Face folder of another architecture", "sft -p MODEL --tokenizer demo",
          lambda w: (w.model.mkdir(), (w.model / "config.json").write_text('{"model_type": "llama"}'))),
+    Case("the home folder of nobody", "sft -p ~nobody-here/model"),
     Case("another preset", "rm -p sft_tiny --config gpt2-medium"),
     Case("a reward model where an SFT model belongs", "rm -p rm_tiny"),
     Case("an SFT model where a reward model belongs", "ppo -a sft_tiny -c sft_tiny"),

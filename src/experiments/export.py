@@ -35,8 +35,10 @@ from models.generation import generate
 from models.weights.checkpoint import describe
 from utils.runs.durable import Disk
 from utils.runs.finding import find_checkpoint
+from utils.runs.folder import typed_path
 from utils.runs.origins import without_folders
 from utils.template import PromptTemplate
+from utils.tokenizers.huggingface import quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # How far logits and scores may be from the model's own; logits in standard deviations. fp32: another order of the sums.
@@ -130,7 +132,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 def _checkpoint(argument: str, runs_dir: str) -> Path:
     """The checkpoint to export; UserError where there is none, it is a critic, or it is in Hugging Face's form."""
-    folder = Path(argument).expanduser()
+    folder = typed_path(argument)
     if (folder / _CONFIG).is_file() and not (folder / "model.json").is_file():
         raise UserError(f"-m {argument}: is in Hugging Face's form already; give a run or checkpoint of ours")
     checkpoint = find_checkpoint(argument, runs_dir, "-m")
@@ -287,7 +289,7 @@ class Export:
             RunStopped: it is not the same.
         """
         try:
-            with _quiet(), torch.no_grad():
+            with quiet_transformers(), torch.no_grad():
                 return self._read_back(folder)
         except RunStopped:
             raise
@@ -396,22 +398,6 @@ def _messages(turns: Sequence[str], system: str = "") -> list[dict[str, str]]:
     """Turns of user and assistant as chat messages."""
     first = [{"role": "system", "content": system}] if system else []
     return first + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers without warnings and bars: what matters of them is checked."""
-    from transformers.utils import logging
-
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 _USE = {

@@ -37,6 +37,7 @@ from utils.data.splits import SPLITS
 from utils.dataset import load_dataset, open_source
 from utils.demo.facts import world_in_a_line
 from utils.runs.finding import find_checkpoint
+from utils.runs.folder import typed_path
 from utils.template import PromptTemplate
 from utils.tokenizer import EOS_TEXT, Tokenizer, get_tokenizer, load_tokenizer
 from utils.tokenizers.huggingface import has_tokenizer
@@ -258,7 +259,7 @@ def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
     """A tokenizer by name or folder, or that of a run or checkpoint; UserError where there is none of that name."""
     if argument in ("gpt2", "demo"):
         return get_tokenizer(argument)
-    folder = Path(argument).expanduser()
+    folder = typed_path(argument)
     is_tokenizer = has_tokenizer(folder) or (folder / SAVED_FOLDER).exists()
     if is_tokenizer and not (folder / "model.json").is_file():
         return get_tokenizer(folder)

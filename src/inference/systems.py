@@ -20,6 +20,7 @@ from models.weights.checkpoint import describe
 from models.weights.huggingface import describe_pretrained
 from models.weights.pretrained import our_checkpoint, told_of
 from utils.runs.finding import find_checkpoint
+from utils.runs.folder import typed_path
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, load_tokenizer
@@ -128,9 +129,9 @@ def _other(spec: str, runs_dir: str) -> System:
             f"{flag}: give NAME=CHECKPOINT or NAME=FILE.jsonl, with letters, digits, '.', '_' or '-' as name"
         )
     if source.endswith((".jsonl", ".jsonl.gz")):
-        if not Path(source).expanduser().is_file():
+        if not typed_path(source).is_file():
             raise UserError(f'{flag}: no such file; give a JSON Lines file of rows {{"prompt": ..., "response": ...}}')
-        return System(name, "file", str(Path(source).expanduser()), flag)
+        return System(name, "file", str(typed_path(source)), flag)
     return _model(name, source, flag, runs_dir, ("sft", "ppo"), huggingface=True)
 
 

@@ -31,6 +31,7 @@ from config.user_error import UserError, run_main
 from utils.data.rows import Row
 from utils.data.sources import HH_SFT_FILE, AnthropicHHRLHFDataset, DahoasRMStaticDataset, HubDataset, JSONLDataset
 from utils.runs.durable import whole_file
+from utils.runs.folder import typed_path
 from utils.template import PromptTemplate
 
 
@@ -115,7 +116,7 @@ def _source(value: str, hub_class: type[HubDataset], flag: str, skip_bad_rows: b
         source = hub_class("rm")
         source.flag = flag
         return source
-    if not os.path.exists(os.path.expanduser(value)):
+    if not typed_path(value).exists():
         raise UserError(f'{flag} {value}: no such file; give "hub" or the path of a file of rankings')
     return JSONLDataset("rm", value, skip_bad_rows=skip_bad_rows)
 

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from config.user_error import UserError
+from utils.runs.folder import typed_path
 from utils.user_module import import_user_file
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -63,9 +63,9 @@ def load_reward_function(spec: str, flag: str) -> RewardFunction:
         UserError: the file cannot be imported or has no such function.
     """
     path, _, name = spec.rpartition(":")
-    file = Path(path).expanduser()
+    file = typed_path(path)
     if not file.is_file():
-        file = Path(moved(spec).rpartition(":")[0]).expanduser()
+        file = typed_path(moved(spec).rpartition(":")[0])
     if file.suffix != ".py" or not file.is_file():
         raise UserError(f"{flag} {spec}: give FILE.py:FUNCTION, with a file that exists")
     surroundings = _Surroundings()

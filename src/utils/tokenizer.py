@@ -5,14 +5,13 @@ All are a `Tokenizer` (utils/tokenizers/interface.py), with the same rules for E
 """
 
 import json
-import os
 from pathlib import Path
 
 import tiktoken
 
 from config.user_error import UserError
 from utils.hub import hub_folder, is_hub_name, is_openai_gpt2
-from utils.runs.folder import REPO
+from utils.runs.folder import REPO, typed_path
 from utils.tokenizers.bpe import EOS_TEXT, RANKS_FILE, TiktokenTokenizer, read_ranks
 from utils.tokenizers.huggingface import HuggingFaceTokenizer, has_tokenizer
 from utils.tokenizers.interface import IDENTITY_FILE, SAVED_FOLDER, Tokenizer
@@ -46,7 +45,7 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
         if not DEMO_RANKS.is_file():
             raise UserError(f"tokenizer demo: {DEMO_RANKS} is missing; restore it with `python src/utils/demo/make.py`")
         return _from_ranks_file("demo", DEMO_RANKS, kind="demo")
-    path = Path(os.path.expanduser(name))
+    path = typed_path(name)
     if path.is_dir():
         saved = _saved_folder(path)
         return load_tokenizer(path) if saved else HuggingFaceTokenizer(path)
@@ -75,7 +74,7 @@ def model_tokenizer(model: str, folder: Path, rows: int, flag: str, choose: str 
     Raises:
         UserError: its tokenizer cannot be loaded, is larger than the table, or there is none and GPT-2's is no guess.
     """
-    is_folder = Path(model).expanduser().is_dir()
+    is_folder = typed_path(model).is_dir()
     if has_tokenizer(folder) or _saved_folder(folder):
         tokenizer = get_tokenizer(folder) if is_folder else HuggingFaceTokenizer(folder, model)
         if tokenizer.vocab_size > rows:

@@ -48,6 +48,7 @@ from utils.judging.judges import Score
 from utils.reward_function import RewardFunction, load_reward_function, moved
 from utils.runs.durable import write_file
 from utils.runs.finding import find_checkpoint, step_checkpoints
+from utils.runs.folder import typed_path
 from utils.runs.origins import find_origin
 from utils.template import PromptTemplate
 
@@ -253,7 +254,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     judge = flags.judge or "gold"
     ppo.checkpoints(), ppo.evaluations(judge)  # before anything slow, like the next lines
     function = reward_function_of(ppo, flags.reward_fn)
-    out = Path(flags.out).expanduser() if flags.out else ppo.folder
+    out = typed_path(flags.out) if flags.out else ppo.folder
     with contextlib.suppress(OSError):
         out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):

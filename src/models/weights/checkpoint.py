@@ -44,12 +44,20 @@ def save_model(model: nn.Module, folder: Path, extra: dict[str, Any] | None = No
     model = getattr(model, "_orig_mod", model)  # torch.compile prefixes every key, which no plain model could read
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    try:
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})  # from the tensors' own memory, without a copy
-    except SafetensorError as error:
-        raise OSError(f"{WEIGHTS}: {error}") from None
+    write_tensors(state, folder / WEIGHTS)
     description = {"format": FORMAT, "role": model.role, "model": resolved(model.config), **(extra or {})}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def write_tensors(state: dict[str, Tensor], path: Path) -> None:
+    """Write contiguous tensors as safetensors, from their own memory, without a copy; OSError where that fails."""
+    path.touch()
+    mode = path.stat().st_mode  # as this process makes files; safetensors' own could be read by nobody else
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from None
+    path.chmod(mode)
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config.configs import GPTConfig
 from config.user_error import UserError
 from models.lora import merge_lora
 from models.weights.adapter import Adapter, merge_adapter, read_adapter
-from models.weights.checkpoint import build, check_finite
+from models.weights.checkpoint import WEIGHTS, build, check_finite, write_tensors
 from models.weights.pretrained import ADAPTER_CONFIG, CONFIG, check_files
 from utils.hub import LFS_POINTER, hub_folder, is_lfs_pointer
+from utils.runs.folder import typed_path
 from utils.tokenizer import Tokenizer, model_tokenizer
 from utils.tokenizers.huggingface import has_tokenizer, quiet_transformers
 
@@ -113,7 +113,7 @@ def describe_pretrained(name: str, cached_only: bool = False) -> Pretrained:
     Raises:
         UserError: not found (offline, say), not a GPT-2, or one with parts that this model does not have.
     """
-    local = Path(name).expanduser()
+    local = typed_path(name)
     try:
         folder = local if local.exists() else hub_folder(name, cached_only=cached_only)
     except UserError as error:
@@ -130,7 +130,7 @@ def describe_pretrained(name: str, cached_only: bool = False) -> Pretrained:
     if local.exists():
         check_files(folder, lambda what: UserError(f"-p {name}: {what}"))
         _check_sizes(name, folder, config)
-    kind = (config.architectures or [""])[0]
+    kind = str((config.architectures or [""])[0])
     is_other = bool(kind) and not kind.endswith(("LMHeadModel", "GPT2Model"))
     note = f"{name} is a {kind}: its head is left out, and its trunk was trained for that head" if is_other else ""
     return Pretrained(name, str(folder) if local.exists() else name, config, folder, note=note)
@@ -149,7 +149,9 @@ def _config(name: str, folder: Path) -> GPT2Config:
             if config.model_type != "gpt2":
                 raise UserError(f"-p {name}: holds a {config.model_type} model; a GPT-2 is needed")
             _check_plain(name, config)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for sizes that are none
         raise _unreadable(name, error) from None
     return config
 
@@ -159,10 +161,10 @@ def _read(found: Pretrained) -> dict[str, Tensor]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     name = found.name
-    # Without its other entries, which could name kernels or quantisers: code.
-    plain = GPT2Config(**{size: getattr(found.config, size) for size in _PLAIN})
     try:
         with quiet_transformers():
+            # Without its other entries, which could name kernels or quantisers: code.
+            plain = GPT2Config(**{size: getattr(found.config, size) for size in _PLAIN})
             model, report = GPT2LMHeadModel.from_pretrained(
                 found.source, config=plain, dtype=torch.float32, output_loading_info=True
             )
@@ -196,8 +198,10 @@ def _unreadable(name: str, error: Exception) -> UserError:
         return UserError(
             f"-p {name}: needs Python code of its own (auto_map), which is never run; a plain GPT-2 is needed"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    remedy = "give a folder that holds config.json and model.safetensors, or go online once"
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if typed_path(name).exists():
+        return UserError(f"-p {name}: cannot be read ({reason}); give a whole config.json and model.safetensors")
+    remedy = "go online once, or give a folder"
     return UserError(f"-p {name}: cannot be loaded from Hugging Face ({reason}); {remedy}")
 
 
@@ -210,6 +214,9 @@ def _check_plain(name: str, source: GPT2Config) -> None:
             f"-p {name}: its weights are quantised ({getattr(method, 'value', method) or 'by some method'}); give the "
             "model that it was made from"
         )
+    empty = [size for size in _PLAIN[:5] if getattr(source, size) < 1]
+    if empty:
+        raise UserError(f"-p {name}: its config.json has {getattr(source, empty[0])} as {empty[0]}; copy it again")
     if source.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
         raise UserError(f"-p {name}: activation {source.activation_function}; a GPT-2 with gelu_new is needed")
     if source.scale_attn_by_inverse_layer_idx or not source.scale_attn_weights:
@@ -222,7 +229,7 @@ def _check_sizes(name: str, folder: Path, source: GPT2Config) -> None:
     """Refuse a folder that holds less than a byte for each weight of its config.json: they would be allocated first."""
     width, rows = source.n_embd, source.vocab_size + source.n_positions
     files = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
-    held = sum(file.stat().st_size for file in files)
+    held = sum(file.stat().st_size for file in files if file.is_file())
     if files and held < width * (12 * width * source.n_layer + rows):
         raise UserError(f"-p {name}: the weights are damaged: {held} bytes are too few for its config.json")
 
@@ -275,14 +282,7 @@ def save_pretrained(
     description |= {"vocab_size": len(table), "dtype": str(dtype).removeprefix("torch.")}
     state = {key: value.to(dtype, copy=True).contiguous() for key, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "model.safetensors"
-    path.touch()
-    mode = path.stat().st_mode  # as this process makes files; safetensors' own could be read by nobody else
-    try:
-        save_file(state, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from None
-    path.chmod(mode)
+    write_tensors(state, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 

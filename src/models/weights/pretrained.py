@@ -11,10 +11,21 @@ from pathlib import Path
 from config.user_error import UserError
 from utils.hub import LFS_POINTER, is_hub_name, is_lfs_pointer
 from utils.runs.finding import find_checkpoint
+from utils.runs.folder import typed_path
 from utils.runs.manifest import MANIFEST
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+# What transformers reads, the first that is there.
+_READ = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Of the right form, and not read as they are in a folder.
+_MISPLACED = {
+    **dict.fromkeys(
+        ("*-of-*.safetensors", "pytorch_model-*-of-*.bin"),
+        "one of several parts, and their index (a file of the name *.index.json) is missing; copy it too",
+    ),
+    **dict.fromkeys(_WEIGHTS, "a link to nothing, a folder, or of a name that is not read; copy the file itself"),
+}
 # Weights that are not read, and where those that are come from.
 _OTHER_WEIGHTS = {
     "*.gguf": "a GGUF file (llama.cpp's form, mostly quantised); give the folder of the model that it was made from",
@@ -32,7 +43,7 @@ def our_checkpoint(argument: str, runs_dir: str, flag: str) -> Path | None:
 
     UserError, which starts with `flag` and the argument, where it is neither.
     """
-    path = Path(argument).expanduser()
+    path = typed_path(argument)
     if any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         return None
     try:
@@ -58,26 +69,28 @@ def told_of(flag: str, source: str) -> Iterator[None]:
 
 def check_files(folder: Path, complain: Callable[[str], UserError]) -> None:
     """Refuse a folder whose weights are not there, or in a form that is not read; raises what `complain` makes."""
-    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
-    for file in weights:
-        if is_lfs_pointer(file):
-            raise complain(f"{file.name} {LFS_POINTER}")
-    for index in folder.glob("*.index.json"):
-        try:
-            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise complain(f"{index.name} is damaged; copy it again") from None
-        gone = [part for part in parts if not (folder / str(part)).is_file()]
-        if gone:
-            there = f"{len(parts) - len(gone)} of {len(parts)} parts are there"
-            raise complain(f"{gone[0]} is missing ({there}); copy it too")
-    if not weights:
+    name = next((name for name in _READ if (folder / name).is_file()), "")
+    if not name:
         raise complain(f"has no model.safetensors or pytorch_model.bin{_other_weights(folder)}")
+    parts = [name]
+    if name.endswith(".json"):
+        try:
+            parts = sorted(set(map(str, json.loads((folder / name).read_text())["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise complain(f"{name} is damaged; copy it again") from None
+    gone = [part for part in parts if not (folder / part).is_file()]
+    if gone:
+        there = f"{len(parts) - len(gone)} of {len(parts)} parts are there"
+        raise complain(f"{gone[0]} is missing ({there}); copy it too")
+    pointer = next((part for part in parts if is_lfs_pointer(folder / part)), "")
+    if pointer:
+        raise complain(f"{pointer} {LFS_POINTER}")
 
 
 def _other_weights(folder: Path) -> str:
     """What other weights are there, to go on with after "no model.safetensors"; or what to do where there are none."""
-    found = ((file, what) for pattern, what in _OTHER_WEIGHTS.items() for file in sorted(folder.glob(pattern)))
+    kinds = (_MISPLACED | _OTHER_WEIGHTS).items()
+    found = ((file, what) for pattern, what in kinds for file in sorted(folder.glob(pattern)))
     file, what = next(found, (None, ""))
     return f"; {file.name} is {what}" if file else "; copy the weights too"
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.weights.checkpoint import write_tensors
 from utils.tokenizer import Tokenizer
 
 SHOWN_ROWS = 8
@@ -90,7 +90,7 @@ def write_suspects(path: Path, header: dict[str, Any], suspects: list[SuspectRow
     text = json.dumps(header | {"rows": rows}, ensure_ascii=False, indent=1) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
-        save_file(_tensors(suspects), path.with_suffix(".safetensors"))
+        write_tensors(_tensors(suspects), path.with_suffix(".safetensors"))
     except OSError as error:
         tqdm.write(f"{path}: cannot be written ({error.strerror or error})")
 

@@ -15,6 +15,7 @@ from training.start import hub_source, pretrained_tokenizer, reward_source, save
 from training.storage.resuming import Resumption
 from utils.hub import is_hub_name
 from utils.runs.finding import runs_named
+from utils.runs.folder import typed_path
 from utils.tokenizer import get_tokenizer
 
 
@@ -71,7 +72,7 @@ def _sft_sources(config: SFTConfig, preset: GPTConfig, resumption: Resumption | 
     try:
         found = describe_pretrained(source, cached_only=True)
     except UserError:
-        if Path(source).expanduser().exists():
+        if typed_path(source).exists():
             raise
         missing = f"-p {config.pretrain} is not on this disk: planned with the sizes of {config.config}"
         return Sources(preset, notes=() if source == preset.family else (missing,))

@@ -19,7 +19,7 @@ from utils.data.sources import DATASETS
 from utils.reward_function import moved
 from utils.runs.durable import standing
 from utils.runs.finding import find_folder, newest_run, step_checkpoints
-from utils.runs.folder import HYPERPARAMS, REPO
+from utils.runs.folder import HYPERPARAMS, REPO, typed_path
 
 STAGES: dict[type[RunConfig], str] = {SFTConfig: "sft", RMConfig: "rm", PPOConfig: "ppo"}
 
@@ -60,7 +60,7 @@ def recorded_settings(kind: type[StageConfig], given: dict[str, str]) -> StageCo
     for field in (field for field, value in values.items() if SHOWN in str(value) and field not in given):
         missing.append(f"{flag_of(field)} (recorded without its secret)")
     data = str(values.get("dataset", kind.dataset))
-    if "dataset" not in given and data not in DATASETS and not Path(data).expanduser().is_file():
+    if "dataset" not in given and data not in DATASETS and not typed_path(data).is_file():
         missing.append(f"--dataset PATH ({data} is not there)")
     if missing:
         raise refusal(resume, f"add what cannot be taken from the run: {', '.join(missing)}")

@@ -23,7 +23,6 @@ mend, are always passed over. Either way the `DatasetReport` counts them.
 """
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from utils.data.files import file_kind, is_data_file, read_rows
 from utils.data.rows import FORMS, STAGES, BadRow, Row, is_plain_text, parse_row
 from utils.data.splits import SplitOptions
 from utils.data.token_table import Counts
-from utils.runs.folder import REPO
+from utils.runs.folder import REPO, typed_path
 from utils.template import PromptTemplate
 from utils.tokenizer import DEMO_FOLDER
 
@@ -139,7 +138,7 @@ class JSONLDataset(RowSource):
 
     def __init__(self, stage: str, path: str | Path, **options: Any):
         """Args: `path` of a file, against the working directory; the rest as for `RowSource`."""
-        self.path = Path(os.path.expanduser(path))
+        self.path = typed_path(path)
         self.name = getattr(type(self), "name", str(path))
         super().__init__(stage, **options)
 
@@ -384,7 +383,7 @@ def open_source(name_or_path: str, stage: str, **options: Any) -> RowSource:
         return DATASETS[name](stage, **options)
     if name.startswith("hub:"):
         return NamedHubDataset(stage, name.removeprefix("hub:"), **options)
-    if is_data_file(name) or os.path.exists(os.path.expanduser(name)):
+    if is_data_file(name) or typed_path(name).exists():
         return JSONLDataset(stage, name, **options)
     raise UserError(f"--dataset {name}: not known; choose {', '.join(DATASETS)}, hub:OWNER/NAME, or the path of a file")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.runs.durable import PARTIAL, whole_file
-from utils.runs.folder import REPO
+from utils.runs.folder import REPO, typed_path
 
 _log = logging.getLogger(__name__)
 _ABANDONED_SECONDS = 24 * 3600
@@ -23,7 +23,7 @@ _ABANDONED_SECONDS = 24 * 3600
 
 def default_cache_dir() -> Path:
     """`RLHF_CACHE_DIR` if it is set, else runs/.cache/tokens in the repository."""
-    return Path(os.path.expanduser(os.environ.get("RLHF_CACHE_DIR") or REPO / "runs" / ".cache" / "tokens"))
+    return typed_path(os.environ.get("RLHF_CACHE_DIR") or REPO / "runs" / ".cache" / "tokens")
 
 
 def read_arrays(folder: Path, key: str) -> dict[str, np.ndarray] | None:

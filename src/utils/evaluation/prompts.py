@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from config.user_error import UserError
 from utils.data.files import KINDS_TOLD, read_rows
 from utils.data.rows import BadRow, parse_row
 from utils.data.sources import load_from_hub
-from utils.runs.folder import REPO
+from utils.runs.folder import REPO, typed_path
 from utils.template import PromptTemplate
 
 DEFAULT_FILE = REPO / "assets/prompts.csv"
@@ -73,7 +72,7 @@ def _rows(spec: str) -> tuple[Iterator[tuple[str, Any]], str]:
     """(file and line, decoded row) of every prompt, and what to call the source."""
     if spec.startswith("hub:"):
         return _hub_rows(spec), spec
-    path = DEMO_FILE if spec == "demo" else Path(spec).expanduser()
+    path = DEMO_FILE if spec == "demo" else typed_path(spec)
     if not path.exists() and (REPO / path).exists():
         path = REPO / path
     if not path.exists():

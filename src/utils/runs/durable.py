@@ -54,8 +54,10 @@ class Disk:
 
 def standing(folder: Path) -> Path:
     """Where `folder` stands: under its name, or as NAME.old when a write was cut short between the two renames."""
+    if folder.exists():
+        return folder
     old = _beside(folder, OLD)
-    return old if not folder.exists() and old.exists() else folder
+    return old if old.exists() else folder
 
 
 def replace_folder(folder: Path, parts: Sequence[tuple[str, Produce]], disk: Disk) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config.user_error import UserError
 from utils.runs.durable import standing
-from utils.runs.folder import REPO, runs_root
+from utils.runs.folder import REPO, runs_root, typed_path
 
 
 def runs_named(stem: str, runs_dir: str) -> list[Path]:
@@ -60,7 +60,7 @@ def _tell(line: str) -> None:
 
 def places(path: str, runs_dir: str) -> list[Path]:
     """What a folder named on the command line may mean: from the working directory, the repo, or `runs_dir`."""
-    return [Path(path).expanduser(), REPO / path, runs_root(runs_dir) / path]
+    return [typed_path(path), REPO / path, runs_root(runs_dir) / path]
 
 
 def find_folder(argument: str, runs_dir: str, flag: str, usable: Callable[[Path], bool]) -> Path:

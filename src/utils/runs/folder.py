@@ -23,9 +23,17 @@ HYPERPARAMS, LOCK = "hyperparams.json", ".lock"
 _PACKAGES = ("torch", "numpy", "transformers", "datasets", "accelerate", "loralib", "tiktoken", "safetensors")
 
 
+def typed_path(text: str | Path) -> Path:
+    """A path as somebody typed it, where `~` is the home folder; UserError for that of a user who is not there."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such user's home folder; give the whole path") from None
+
+
 def runs_root(runs_dir: str) -> Path:
     """The folder of all runs. The default `runs` is the repo's own from whatever folder a script is started."""
-    return REPO / "runs" if runs_dir == "runs" else Path(runs_dir)
+    return REPO / "runs" if runs_dir == "runs" else typed_path(runs_dir)
 
 
 def create_run(stage: str, name: str, runs_dir: str) -> Path:

@@ -204,15 +204,18 @@ def _plain_encoder(description: dict[str, Any]) -> Backend:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors only: a load that fails is told in one line, without transformers' report before it."""
+    """transformers without warnings and bars: what matters of them is told by who calls it, in one line."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _gpt2_style_vocabulary(tokenizer: dict[str, Any], eos_text: str) -> dict[int, bytes] | None:

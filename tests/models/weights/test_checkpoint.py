@@ -37,6 +37,11 @@ def without_adapters(model):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_who_may_read_the_description_may_read_the_weights(make_model, tmp_path):
+    save_model(make_model(), tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "model.json").stat().st_mode
+
+
 @pytest.mark.parametrize("cls", [GPT, GPTActor, GPTCritic, GPTRewardModel])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_saved_and_loaded_is_the_same(make_model, batch, tmp_path, cls, rank):

@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils import logging
 
 from config.user_error import UserError
 from models.gpt import GPT
@@ -92,6 +93,11 @@ def halves(folder: Path) -> None:
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def link_to_nothing(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(folder / "gone")
+
+
 def moved_in(place: str):
     """The model lies below the folder that is given."""
 
@@ -133,7 +139,17 @@ KINDS = {
         "note: .* is a GPT2ForSequenceClassification: its head is left out, and its trunk was trained for that head",
     ),
     "one part missing": (parts(missing=True), r"model-00002-of-\d+.safetensors is missing \(\d of \d parts are there"),
-    "a damaged list of parts": (write("model.safetensors.index.json", "[]"), "index.json is damaged; copy it again"),
+    "a damaged list of parts": (
+        write("model.safetensors.index.json", "[]", instead=True), "index.json is damaged; copy it again",
+    ),
+    "one part alone": (
+        write("model-00001-of-00002.safetensors", "x", instead=True),
+        "model-00001-of-00002.safetensors is one of several parts, and their index .* is missing; copy it too",
+    ),
+    "what is left of pickled weights": (write("pytorch_model.bin", LFS), ""),
+    "what is left of a list of parts": (write("pytorch_model.bin.index.json", '{"weight_map": {"a": "b.bin"}}'), ""),
+    "weights of another name": (write("foo.safetensors", "x", instead=True), "foo.safetensors is .* not read; copy"),
+    "a link to weights that are gone": (link_to_nothing, "model.safetensors is a link to nothing, .*; copy the file"),
     "a llama": (other(LlamaForCausalLM(LlamaConfig(**OTHER))), "holds a llama model; a GPT-2 is needed"),
     "a bert": (other(BertModel(BertConfig(**OTHER))), "holds a bert model; a GPT-2 is needed"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors or .*; copy the weights too"),
@@ -162,6 +178,10 @@ KINDS = {
     "an output projection of its own": (
         other(GPT2LMHeadModel(GPT2Config(**SIZES, tie_word_embeddings=False))), "has an output projection of its own",
     ),
+    "no heads": (config(n_head=0), "its config.json has 0 as n_head; copy it again"),
+    "a size as a text": (config(n_layer="2"), "cannot be read .*expected int, got str.*; give a whole config.json"),
+    "a type that torch does not have": (config(dtype="floaty"), "cannot be read .*floaty.*; give a whole config.json"),
+    "an architecture that is a number": (config(architectures=[3]), "note: is a 3: its head is left out"),
     "no config.json": (
         lambda folder: (folder / "config.json").unlink(), "has weights but no config.json, which says their sizes",
     ),
@@ -195,6 +215,13 @@ def test_every_kind_of_folder(kind, plain, tmp_path):
     if not told:
         expected = GPT.from_pretrained(plain).transformer.wpe.weight
         torch.testing.assert_close(model.transformer.wpe.weight, expected, atol=1e-3, rtol=1e-2)
+
+
+def test_a_good_folder_is_loaded_without_a_word(plain, capfd):
+    """transformers has bars, and warnings on ids beyond the table, which come from its defaults and not the folder."""
+    logging.set_verbosity_warning()
+    GPT.from_pretrained(plain)
+    assert "".join(capfd.readouterr()) == ""
 
 
 FILES = {

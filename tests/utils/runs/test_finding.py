@@ -50,6 +50,29 @@ def test_a_run_means_its_final_else_best_else_newest_step(tmp_path) -> None:
     assert found("sft_demo").parent.name == "sft_demo_20260101000001"
 
 
+def test_the_working_directory_is_a_folder_like_others(tmp_path, monkeypatch) -> None:
+    final = checkpoint(tmp_path / "sft_demo_20260101000000" / "final")
+    for inside, arguments in ((final.parent, (".", "./", "final/..")), (final, (".", ".."))):
+        monkeypatch.chdir(inside)
+        for argument in arguments:
+            assert find_checkpoint(argument, "nowhere", "-m") == final.resolve()
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"), [("/", "-m /: no "), ("~nobody-here/run", "~nobody-here/run: there is no such user's home")]
+)
+def test_a_place_without_a_run_is_told_in_one_line(argument, told, tmp_path) -> None:
+    with pytest.raises(UserError, match=f"^{told}"):
+        find_checkpoint(argument, str(tmp_path), "-m")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    final = checkpoint(tmp_path / "runs" / "sft_demo_20260101000000" / "final").resolve()
+    assert find_checkpoint("~/runs/sft_demo_20260101000000", "nowhere", "-m") == final
+    assert find_checkpoint("sft_demo", "~/runs", "-m") == final
+
+
 def test_paths_count_from_the_working_directory_and_from_the_repo(tmp_path, monkeypatch) -> None:
     checkpoint(tmp_path / "a" / "final")
     monkeypatch.chdir(tmp_path)
