@@ -1,8 +1,10 @@
 # Each target builds .venv from the pinned requirements when it is missing or the pins have changed.
 VENV    := .venv
 PY      := $(VENV)/bin/python
-PYTHON  ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first that starts and will do: the python3.11 of pyenv or conda may be there and not start.
+PYTHON  ?= $(firstword $(shell for name in python3.11 python3.12 python3.13 python3; do \
+  $$name -c "$(SUPPORTED)" 2>/dev/null && command -v $$name; done) python3)
 # TORCH=cpu takes torch's build without CUDA, a third of the size on Linux. Elsewhere there is only that.
 TORCH   ?=
 TORCH_CPU := https://download.pytorch.org/whl/cpu
@@ -33,7 +35,8 @@ venv:
 	@if ! "$(PYTHON)" -m venv $(VENV) >/dev/null 2>&1; then \
 	  rm -rf $(VENV); echo "error: $(PYTHON) -m venv $(VENV) fails; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; fi
 
-$(RUN_STAMP): $(if $(shell $(PY) -c "$(SUPPORTED)" 2>/dev/null && echo usable),,venv)
+# An environment's last file is `activate`: one that was interrupted has none. That of uv has no pip.
+$(RUN_STAMP): $(if $(shell test -e $(VENV)/bin/activate && $(PY) -c "import pip; $(SUPPORTED)" 2>/dev/null && echo usable),,venv)
 	@echo "installing requirements.txt into $(VENV), once: on Linux 5.5 GB with torch's CUDA build, 1.8 GB without (TORCH=cpu)"
 	$(if $(filter cpu,$(TORCH)),$(PIP) --index-url $(TORCH_CPU) $(shell grep '^torch==' requirements.txt))
 	$(PIP) -r requirements.txt
@@ -46,7 +49,7 @@ $(DEV_STAMP): $(RUN_STAMP)
 
 $(BENCH_STAMP): requirements-bench.txt
 	@echo "installing requirements-bench.txt into $(BENCH)"
-	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	test -e $(BENCH)/bin/activate || $(PYTHON) -m venv --clear $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 

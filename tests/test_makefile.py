@@ -37,7 +37,8 @@ def place(tmp_path: Path) -> Path:
 def python(place: Path, version: str, can_make_environments: bool = True) -> Path:
     """A Python that says it is of `version`."""
     path = place / f"python{version}"
-    venv = 'mkdir -p "$3/bin" && cp "$0" "$3/bin/python"' if can_make_environments else 'mkdir "$3"; exit 1'
+    venv = 'for word; do :; done; mkdir -p "$word/bin" && cp "$0" "$word/bin/python" && touch "$word/bin/activate"'
+    venv = venv if can_make_environments else 'mkdir "$3"; exit 1'
     numbers = version.replace(".", ", ")
     path.write_text(PYTHON.format(real=sys.executable, version=numbers, venv=venv, log=place / "asked"))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -91,6 +92,31 @@ def test_an_environment_of_another_python_is_made_anew(place):
     done = make(place, "demo", f"PYTHON={python(place, '3.12.1')}")
     assert done.returncode == 0, done.stderr
     assert [words.split()[-1] for words in asked(place)] == ["requirements.txt", "demo"] * 2
+
+
+@pytest.mark.parametrize("lost", ["activate", "pip"])
+def test_half_an_environment_is_made_anew(place, lost):
+    """Ctrl-C while it was made: its Python starts, and nothing can be installed with it."""
+    make(place, "demo", f"PYTHON={python(place, '3.11.7')}")
+    if lost == "activate":
+        (place / ".venv/bin/activate").unlink()
+    else:
+        (place / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    assert make(place, "demo", f"PYTHON={python(place, '3.12.1')}").returncode == 0
+    assert [words.split()[-1] for words in asked(place)] == ["requirements.txt", "demo"] * 2
+
+
+def test_a_python_on_the_path_that_does_not_start_is_passed_over(place, monkeypatch):
+    """As the shims of pyenv for versions that are not chosen."""
+    (place / "bin").mkdir()
+    shim = place / "bin" / "python3.11"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    python(place, "3.12.1").rename(place / "bin" / "python3.12")
+    monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.environ['PATH']}")
+    done = make(place, "demo")
+    assert done.returncode == 0, done.stderr
+    assert (place / ".venv/bin/python").read_text() == (place / "bin/python3.12").read_text()
 
 
 def test_torch_without_cuda_comes_first_and_from_its_own_index(place):
