@@ -103,7 +103,7 @@ _CHAT = """\
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Write a language model or a reward model of ours as a folder of `transformers`."""
-    text = "run, checkpoint or stem of a language model (SFT or PPO) or of a reward model"
+    text = "run (its folder or name) or checkpoint of a language model (SFT or PPO) or of a reward model"
     parser.add_argument("-m", "--model", required=True, help=text)
     parser.add_argument("--to", required=True, help="the folder to write; made if it is not there")
     parser.add_argument("--overwrite", action="store_true", help="replace an export that stands there")

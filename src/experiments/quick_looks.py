@@ -1,6 +1,6 @@
 """The quick looks of experiments/main.py: one function per task, with the parser that its flags are added to.
 
-A checkpoint is a run folder, a checkpoint folder or the stem of a run, from any stage. Colours (prompt dim, response
+A checkpoint is a run folder, a checkpoint folder or a run's name, from any stage. Colours (prompt dim, response
 green, EOS reversed, PAD grey) appear on a terminal only, and not when NO_COLOR is set; what they tell is also written.
 
 Shapes: B rows, L columns, P tokens of a prompt, T tokens of a response, K completions of one prompt.
@@ -52,7 +52,7 @@ _DIM, _GREEN, _REVERSED, _GREY = "2", "32", "7", "90"
 
 def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Print prompts and what a language model makes of them."""
-    text = "run, checkpoint or stem of a language model (SFT or PPO); or a Hugging Face folder or hub name"
+    text = "run (its folder or name) or checkpoint of a language model (SFT or PPO); a Hugging Face folder or hub name"
     parser.add_argument("-m", "--model", required=True, help=text)
     text = f"a question, or a dialogue that has 'Human:' in it; may be repeated (default: {_PROMPT!r})"
     parser.add_argument("--prompt", action="append", type=_utf8, help=text)
@@ -128,7 +128,7 @@ def _prompt_text(text: str, template: PromptTemplate, raw: bool = False) -> str:
 
 def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Print the scores of responses to a prompt, best first, and the token each is read at."""
-    parser.add_argument("-m", "--model", required=True, help="run, checkpoint or stem of a reward model")
+    parser.add_argument("-m", "--model", required=True, help="run (its folder or name) or checkpoint of a reward model")
     parser.add_argument("--prompt", required=True, type=_utf8, help="a question, or a dialogue that has 'Human:' in it")
     parser.add_argument("--response", action="append", required=True, type=_utf8, help="an answer; may be repeated")
     parser.add_argument("--no-eos", action="store_true", help="score the answers as if they had been cut short")

@@ -35,8 +35,8 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     Raises:
         UserError: there is no such run, it cannot be read, or the pictures cannot be written.
     """
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or a stem such as ppo_demo: its newest run")
-    parser.add_argument("--runs-dir", default="runs", help="where stems are looked up")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or a name such as ppo_demo: its newest run")
+    parser.add_argument("--runs-dir", default="runs", help="where names are looked up")
     parser.add_argument("--pictures", default="", help="folder for the pictures of the findings; default: RUN/doctor")
     flags = parser.parse_args(rest)
     folder = find_run(flags.run, flags.runs_dir)

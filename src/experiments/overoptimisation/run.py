@@ -234,7 +234,7 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
         "--save-every. Before these its own held-out evaluations are drawn (--eval-every; their gold reward needs "
         "--eval-reward-fn). So what can be drawn is decided when the run is started."
     )
-    parser.add_argument("run", metavar="RUN", help="a PPO run: its folder, or its stem such as ppo_demo")
+    parser.add_argument("run", metavar="RUN", help="a PPO run: its folder, or its name such as ppo_demo")
     text = "gold (the demo's, the default there), rm:CHECKPOINT, FILE.py:FUNCTION"
     parser.add_argument("--judge", default="", help=text)
     text = "FILE.py:FUNCTION that the run was trained on; what it recorded is not imported"
