@@ -31,6 +31,7 @@ venv:
 	@if ! "$(PYTHON)" -c "$(SUPPORTED)" 2>/dev/null; then \
 	  found=$$("$(PYTHON)" -c "import sys; print('is Python', sys.version.split()[0])" 2>/dev/null || echo "does not start"); \
 	  echo "error: PYTHON=$(PYTHON) $$found; Python 3.11, 3.12 or 3.13 is needed: install one, or give its path" >&2; exit 2; fi
+	@test ! -e $(VENV) || echo "$(VENV) is half made, or of another Python: it is made anew"
 	@rm -rf $(VENV)
 	@if ! "$(PYTHON)" -m venv $(VENV) >/dev/null 2>&1; then \
 	  rm -rf $(VENV); echo "error: $(PYTHON) -m venv $(VENV) fails; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; fi
