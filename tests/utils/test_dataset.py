@@ -395,7 +395,7 @@ def test_unknown_names_list_what_exists(load):
     assert "--dataset hh-rlhf-v2: not known" in str(caught.value) and all(
         name in str(caught.value) for name in DATASETS
     )
-    with pytest.raises(UserError, match="~no-such-user/x.jsonl: no such file"):
+    with pytest.raises(UserError, match="~no-such-user/x.jsonl: there is no such user"):
         load("~no-such-user/x.jsonl")
     for argument in ({"stage": "dpo"}, {"split": "dev"}, {"max_length": 0}, {"limit": 0}):
         with pytest.raises(UserError, match=next(iter(argument))):
