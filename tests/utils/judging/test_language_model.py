@@ -12,7 +12,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from judge_server import JudgeServer, judge_server
+from judge_server import JudgeServer
 
 from config.user_error import UserError
 from utils.judging.language_model import OpenAIJudge
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.slow
 
 KEY = "sk-test-0123456789abcdef"
 FIRST, SECOND, TIE, UNPARSED, FAILED = Verdict
-
-
-@pytest.fixture
-def server():
-    with judge_server() as running:
-        yield running
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 
 import pytest
-from judge_server import judge_server
 
 from utils.judging.language_model import OpenAIJudge
 from utils.judging.pairwise import Question, Verdict
@@ -104,12 +103,6 @@ def test_a_pause_holds_everyone_and_is_told_once(capsys):
     assert capsys.readouterr().err == ""
     pauses.ask(900)
     assert capsys.readouterr().err.count("pause of 900 s") == 1
-
-
-@pytest.fixture
-def server():
-    with judge_server() as running:
-        yield running
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 import pytest
-from judge_server import PERSONAS, judge_server
+from judge_server import PERSONAS
 
 from config.user_error import UserError
 from utils.judging.language_model import OpenAIJudge
@@ -25,12 +25,6 @@ WANTED = {
     "ties": [Verdict.TIE] * 12,
     "longer": [Verdict.FIRST if len(q.first) > len(q.second) else Verdict.SECOND for q in QUESTIONS],
 }
-
-
-@pytest.fixture
-def server():
-    with judge_server() as running:
-        yield running
 
 
 @pytest.fixture
