@@ -104,6 +104,7 @@ def test_errors_name_the_flag_and_what_there_is(tmp_path) -> None:
 NAMES = [
     ("sft_demo_s0+", "sft_demo", "sft_demo_s0", 0),
     ("sft_demo_s0+ sft_demo_s1+ sft_demo_s2~", "sft_demo", "sft_demo_s1", 2),  # the newest with a checkpoint
+    ("sft_demo_s1+ sft_demo_s0+", "sft_demo", "sft_demo_s0", 1),  # by time, not by name
     ("sft_demo+ sft_demo_s0+", "sft_demo", "sft_demo", None),  # just that name comes first, however old
     ("sft_demo~ sft_demo_s0+", "sft_demo", "no checkpoint in", None),  # and its owner is told that it is empty
     ("sft_demo_s0~ sft_demo_s1~", "sft_demo", "no checkpoint in .*sft_demo_s1", None),
