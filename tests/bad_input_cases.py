@@ -505,7 +505,7 @@ CHECKPOINTS = [
     Case("a Hugging Face folder whose config.json is not JSON", "sft -p MODEL --tokenizer demo",
          lambda w: (w.model.mkdir(), (w.model / "config.json").write_text("{"))),
     Case("a Hugging Face folder of another architecture", "sft -p MODEL --tokenizer demo",
-         lambda w: (w.model.mkdir(), (w.model / "config.json").write_text('{"model_type": "llama"}'))),
+         lambda w: (w.model.mkdir(), (w.model / "config.json").write_text('{"model_type": "bert"}'))),
     Case("the home folder of nobody", "sft -p ~nobody-here/model"),
     Case("another preset", "rm -p sft_tiny --config gpt2-medium"),
     Case("a reward model where an SFT model belongs", "rm -p rm_tiny"),

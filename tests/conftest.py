@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from config.configs import GPTConfig  # noqa: E402
+from config.model_configs import GPTConfig  # noqa: E402
 from models.gpt import GPT, GPTCritic, GPTRewardModel  # noqa: E402
 from models.weights.checkpoint import save_model  # noqa: E402
 from utils.template import PromptTemplate  # noqa: E402

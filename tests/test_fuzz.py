@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from config.user_error import UserError
 from models.gpt import GPTRewardModel
 from training.start import describe_model, template_of

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from config.configs import PRESETS, GPTConfig, PPOConfig, RMConfig, SFTConfig, stage_defaults
+from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
+from config.model_configs import PRESETS, GPTConfig
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training import loop
 from training.engine.runtime import Runtime

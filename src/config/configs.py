@@ -1,145 +1,21 @@
-"""Every setting of the project: model presets and one frozen, validated dataclass per training stage.
+"""Every setting of a run: one frozen, validated dataclass per training stage. Models are in `config/model_configs.py`.
 
-`get_configs("gpt2-medium/lora")` gives a model preset. `config/command_line.py` turns a stage's dataclass into its
-command line; the defaults depend on the preset named by `--config`, because a 0.75 M-parameter model and a 355 M one
-want different recipes. Where a default comes from a paper or another code base, the recipe table below says so.
+`config/command_line.py` turns a stage's dataclass into its command line; the defaults depend on the preset named by
+`--config`, because a 0.75 M-parameter model and a 355 M one want different recipes. Where a default comes from a paper
+or another code base, the recipe table below says so.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
+from config.model_configs import ModelConfig, get_configs
 from config.user_error import UserError
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# No GPT-2 comes near. A model.json from elsewhere can claim any size, and the module is built before weights are
-# compared with it.
-_MOST_LAYERS, _LARGEST_SIZE = 1000, 2**24
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """Sizes and options of one GPT-2. Enough to rebuild the module from."""
-
-    name: str = "gpt2"
-    """Preset or source the sizes came from."""
-    n_layer: int = 12
-    """Transformer blocks."""
-    n_head: int = 12
-    """Attention heads per block; must divide n_embd."""
-    n_embd: int = 768
-    """Channels of the residual stream."""
-    block_size: int = 1024
-    """Longest sequence in tokens (rows of the position table)."""
-    vocab_size: int = 50257
-    """Columns of the logits: the tokenizer's ids, EOS included, the virtual PAD not."""
-    embedding_rows: int = 0
-    """Rows of the token table; 0 means vocab_size. A padded table (50304) has more: their logits are never computed."""
-    dropout: float = 0.0
-    """Embedding, attention and residual dropout (SFT only; reward model and PPO always run with 0)."""
-    lora_rank: int = 0
-    """Rank of the adapters on the attention and feed-forward projections; 0 trains the weights themselves."""
-    lora_alpha: float = 16.0
-    """Adapter output is scaled by alpha / rank."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapters' input."""
-    init_std: float = 0.02
-    """Standard deviation of random initial weights."""
-    layer_norm_eps: float = 1e-5
-    """Epsilon of every LayerNorm."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory for about a third more time."""
-
-    def __post_init__(self) -> None:
-        for field in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            value, most = getattr(self, field), _MOST_LAYERS if field == "n_layer" else _LARGEST_SIZE
-            if not 1 <= value <= most:
-                raise UserError(f"model config: {field} must be 1 to {most}, not {value}")
-        if self.n_embd % self.n_head:
-            raise UserError(f"model config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not 0 <= self.lora_rank <= _LARGEST_SIZE:
-            raise UserError(f"model config: lora_rank must be 0 (off) or more, not {self.lora_rank}")
-        for field in ("dropout", "lora_dropout"):
-            if not 0 <= (value := getattr(self, field)) < 1:
-                raise UserError(f"model config: {field} must be in [0, 1), not {value}")
-        for field in ("lora_alpha", "init_std", "layer_norm_eps"):
-            if not 0 < (value := getattr(self, field)) < math.inf:
-                raise UserError(f"model config: {field} must be a positive number, not {value}")
-        if self.embedding_rows == 0:
-            object.__setattr__(self, "embedding_rows", self.vocab_size)
-        if not self.vocab_size <= self.embedding_rows <= _LARGEST_SIZE:
-            raise UserError(
-                f"model config: embedding_rows {self.embedding_rows} is not between vocab_size {self.vocab_size} and "
-                f"{_LARGEST_SIZE}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per attention head."""
-        return self.n_embd // self.n_head
-
-    @property
-    def lora_scaling(self) -> float:
-        """alpha / rank (LoRA, Hu et al. 2021, section 4.1)."""
-        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
-
-    @property
-    def family(self) -> str:
-        """The preset without its variant: gpt2-medium of gpt2-medium/lora."""
-        return self.name.partition("/")[0] if self.name in PRESETS else self.name
-
-    def same_sizes(self, other: GPTConfig) -> bool:
-        """Whether weights of one fit the other, adapters aside."""
-        sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "embedding_rows")
-        return all(getattr(self, size) == getattr(other, size) for size in sizes)
-
-    def with_options(self, preset: GPTConfig) -> GPTConfig:
-        """These sizes with the name, adapters, dropout and memory options of a preset."""
-        options = ("name", "dropout", "lora_rank", "lora_alpha", "lora_dropout", "activation_checkpointing")
-        return replace(self, **{option: getattr(preset, option) for option in options})
-
-
-# Radford et al. 2019, table 2; head counts as in the released checkpoints (GPT-2 small has 12).
-_SIZES: dict[str, dict[str, Any]] = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-    # The offline model. std 0.02 is far too small at 128 channels: the facts of the demo are then learned much later.
-    "gpt2-nano": dict(n_layer=3, n_head=4, n_embd=128, block_size=192, vocab_size=1024, init_std=0.06),
-}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "": {},
-    "dropout": dict(dropout=0.2),
-    "lora": dict(lora_rank=8, lora_alpha=16.0),
-}
-PRESETS = tuple(size + ("/" + variant if variant else "") for size in _SIZES for variant in _VARIANTS)
-
-
-def get_configs(name: str) -> GPTConfig:
-    """The model preset called `name` (`gpt2`, `gpt2-medium/lora`, ...); UserError for another."""
-    if name not in PRESETS:
-        raise UserError(f"--config {name}: no such preset; there are {', '.join(PRESETS)}")
-    size, _, variant = name.partition("/")
-    overrides = dict(_VARIANTS[variant])
-    if name == "gpt2-nano/lora":
-        overrides = dict(lora_rank=16, lora_alpha=32.0)  # 128 channels need a larger share of them to move as far
-    return GPTConfig(name=name, **_SIZES[size], **overrides)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stages
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 # What settings may be, in every stage that has them: the least whole number, then ranges of numbers.
 _LEAST = dict.fromkeys(
@@ -168,8 +44,9 @@ class RunConfig:
     name: Annotated[str, arg(aliases=["-n"])] = "demo"
     """Experiment name; the run's folder is runs/STAGE_NAME_TIME."""
     config: str = "gpt2-nano"
-    """Model preset: gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt2-nano, plain or with /dropout or /lora. With a
-    pre-trained model the sizes are the model's; the preset gives dropout, adapters and the recipe."""
+    """Model preset: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt2-nano (plain or with /dropout or /lora), smollm2-135m,
+    smollm2-360m, smollm2-1.7b, tinyllama-1.1b, llama-3.2-1b (plain or with /lora). With a pre-trained model the sizes
+    are the model's; the preset gives dropout, adapters and the recipe."""
     dataset: str = "demo"
     """hh, rm-static, sft-static, hh-sft, demo, demo-text, hub:OWNER/NAME, or the path of a file: .jsonl, .json, .csv,
     .tsv, .parquet, or .txt with a prompt a line."""
@@ -410,7 +287,10 @@ class PPOConfig(RunConfig):
 
 # Tokens of a pass by size: what a GPU of 16 GB holds in every stage that it holds at all (docs/memory.md). Results do
 # not depend on it.
-_TOKENS_PER_PASS = {"gpt2": 8192, "gpt2-medium": 4096, "gpt2-large": 2048, "gpt2-xl": 1024}
+_TOKENS_PER_PASS = {
+    "gpt2": 8192, "gpt2-medium": 4096, "gpt2-large": 2048, "gpt2-xl": 1024,
+    "smollm2-135m": 8192, "smollm2-360m": 4096, "smollm2-1.7b": 1024, "tinyllama-1.1b": 1024, "llama-3.2-1b": 1024,
+}  # fmt: skip
 
 StageConfig = TypeVar("StageConfig", SFTConfig, RMConfig, PPOConfig)
 
@@ -448,40 +328,18 @@ _LORA_RECIPES: dict[str, dict[type, dict[str, Any]]] = {
 def stage_defaults(stage: type[StageConfig], preset: str) -> StageConfig:
     """The default configuration of a stage for a model preset; UserError for one that is unknown."""
     model = get_configs(preset)
-    family = "gpt2-nano" if preset.startswith("gpt2-nano") else "gpt2"
-    values = {"tokens_per_micro_batch": _TOKENS_PER_PASS.get(model.family, 0), **_RECIPES[family][stage]}
+    # A LLaMA's context of thousands of tokens is longer than the dialogues here; rows that long would not fit a card.
+    row = {"max_length": 1024} if model.block_size > 1024 else {}
+    recipe = "gpt2-nano" if model.stem.endswith("-nano") else "gpt2"
+    values = {"tokens_per_micro_batch": _TOKENS_PER_PASS.get(model.stem, 0), **row, **_RECIPES[recipe][stage]}
     if model.lora_rank:
-        values |= _LORA_RECIPES[family][stage]
+        values |= _LORA_RECIPES[recipe][stage]
     return stage(config=preset, **values)
 
 
-def resolved(config: RunConfig | GPTConfig) -> dict[str, Any]:
+def resolved(config: RunConfig | ModelConfig) -> dict[str, Any]:
     """The configuration as plain JSON values, for hyperparams.json and checkpoints."""
     return asdict(config)
-
-
-def model_config_from_dict(values: dict[str, Any], where: str) -> GPTConfig:
-    """Rebuild a model config from `resolved()` output read from `where`.
-
-    Raises:
-        UserError: a key is unknown or missing, or a value is of the wrong type or out of range.
-    """
-    known = {f.name: f for f in fields(GPTConfig)}
-    extra, missing = set(values) - set(known), set(known) - set(values)
-    if extra or missing:
-        raise UserError(
-            f"{where}: model config has unknown keys {sorted(extra)} and lacks {sorted(missing)}; "
-            "it was written by another version"
-        )
-    for key, value in values.items():
-        default = known[key].default
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise UserError(f"{where}: model config {key} is {value!r}, expected {kinds[-1].__name__}")
-    try:
-        return GPTConfig(**values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def flag_of(field: str) -> str:

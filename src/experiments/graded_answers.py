@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from inference.answers import Answer, Machine, Sampling, TextModel, kl_to_sft, sample_answers
-from models.gpt import GPT, GPTRewardModel
+from models.families import load_checkpoint
 from utils.judging.judges import Score
 from utils.tokenizer import load_tokenizer
 
@@ -18,11 +18,11 @@ Proxy = Callable[[Sequence[Answer], str], np.ndarray]
 """(answers [N], what the progress bar says) -> scores [N]."""
 
 
-def text_model(checkpoint: Path, role: type[GPT | GPTRewardModel] = GPT) -> TextModel:
+def text_model(checkpoint: Path, role: str = "lm") -> TextModel:
     """A model with its tokenizer and template; UserError where the checkpoint holds one of another role."""
     from training.start import template_of  # Accelerate takes seconds to import; most quick looks do without
 
-    return TextModel(role.from_checkpoint(checkpoint).eval(), load_tokenizer(checkpoint), template_of(checkpoint))
+    return TextModel(load_checkpoint(checkpoint, role).eval(), load_tokenizer(checkpoint), template_of(checkpoint))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from experiments.loss_example import loss_example
 from inference.answers import Answer, Machine, TextModel, score_answers
 from inference.systems import System, run_around
 from models.generation import generate
-from models.gpt import GPTRewardModel
 from models.weights.checkpoint import describe
 from models.weights.huggingface import describe_pretrained
 from models.weights.pretrained import our_checkpoint, told_of
@@ -138,7 +137,7 @@ def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     description = describe(folder)
     if description["role"] != "reward":
         raise UserError(f"-m {flags.model}: {folder} holds no reward model; give a run of train_rm.py")
-    source = text_model(folder, GPTRewardModel)
+    source = text_model(folder, "reward")
     tokenizer, context = source.tokenizer, source.context
     prompt = tokenizer.encode(_prompt_text(flags.prompt, source.template))
     answers = []

@@ -1,6 +1,7 @@
 """Which systems an evaluation compares, found and checked before anything is loaded.
 
-A system is a checkpoint of ours, a Hugging Face GPT-2, the best of n samples of the SFT model, or a file of answers.
+A system is a checkpoint of ours, a model in Hugging Face's form, the best of n samples of the SFT model, or a file of
+answers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from config.user_error import UserError
 from inference.answers import TextModel
-from models.gpt import GPT, GPTRewardModel
+from models.families import load_checkpoint, load_pretrained
 from models.weights.checkpoint import describe
 from models.weights.huggingface import describe_pretrained
 from models.weights.pretrained import our_checkpoint, told_of
@@ -70,10 +71,10 @@ class System:
         """The language model behind it; UserError where it cannot be loaded."""
         tokenizer, template = self.tokenizer(), self.template()
         if self.kind != "huggingface":
-            return TextModel(GPT.from_checkpoint(self.source).eval(), tokenizer, template)
+            return TextModel(load_checkpoint(self.source).eval(), tokenizer, template)
         print("".join(f"{line}\n" for line in self._pretrained[1:] if line), end="")
         with told_of(self.flag, self.source):
-            model = GPT.from_pretrained(self.source, vocab_size=tokenizer.vocab_size)
+            model = load_pretrained(self.source, vocab_size=tokenizer.vocab_size)
         return TextModel(model.eval(), tokenizer, template)
 
     @cached_property
@@ -138,7 +139,7 @@ def _other(spec: str, runs_dir: str) -> System:
 def _model(
     name: str, argument: str, flag: str, runs_dir: str, stages: tuple[str, ...], huggingface: bool = False
 ) -> System:
-    """A system from a model argument; one of `stages`, or a Hugging Face GPT-2 where that is allowed."""
+    """A system from a model argument; one of `stages`, or one in Hugging Face's form if allowed."""
     checkpoint = our_checkpoint(argument, runs_dir, flag.split()[0])
     if checkpoint is None and huggingface:
         return System(name, "huggingface", argument, flag)
@@ -211,5 +212,5 @@ def find_reward_model(argument: str, ppo: System | None, runs_dir: str) -> tuple
 
 def load_reward_model(checkpoint: Path, flag: str) -> TextModel:
     """A reward model with its tokenizer and template."""
-    model = GPTRewardModel.from_checkpoint(checkpoint).eval()
+    model = load_checkpoint(checkpoint, "reward").eval()
     return TextModel(model, load_tokenizer(checkpoint), template_of(checkpoint, flag))

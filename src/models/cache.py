@@ -1,6 +1,7 @@
 """The KV cache, and what a call behind it may look at: position ids and attention mask, for padding on either side.
 
-Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads, hd channels per head.
+Shapes: B rows, L tokens in this call, S tokens seen so far (S = L without a cache), nh heads of keys and values, hd
+channels per head.
 
 `att[b, s]` says which tokens are real. Position ids count real tokens only (`clamp(cumsum(att) - 1, 0)`), so that a row
 means the same with any amount of padding on either side: GPT-2's positions are absolute, and without this a left-padded
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config.configs import GPTConfig
+from config.model_configs import ModelConfig
 from models import kernels
 
 
@@ -33,9 +34,11 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def allocate(cls, config: GPTConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    def allocate(
+        cls, config: ModelConfig, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
         """An empty cache for `rows` sequences of at most `columns` tokens."""
-        shape, layers = (rows, config.n_head, columns, config.head_dim), range(config.n_layer)
+        shape, layers = (rows, config.n_kv_head, columns, config.head_dim), range(config.n_layer)
         keys = [kernels.empty_keys(*shape, device, dtype) for _ in layers]
         values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         return cls(keys, values, torch.zeros(rows, columns, device=device, dtype=torch.bool))

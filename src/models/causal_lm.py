@@ -14,36 +14,60 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from config.configs import GPTConfig
+from config.model_configs import ModelConfig
 from models import lora, vocabulary
 from models.cache import KVCache
 from models.decoding import Decoder
 from models.generation import Generation, generate
 from models.kernels import check_plain
-from models.weights import checkpoint
+from models.weights import checkpoint, huggingface
 
 
 class CausalLM(nn.Module):
-    """A language model whose output projection is its token table (tied by construction).
+    """A language model.
 
     A family gives:
+        family: its name, as in its config. trunk_name: the attribute that holds its trunk. only_for_language: tensors
+            that critics and reward models do not have.
         trunk: all but a head; `trunk(ids, att, cache, right_padded, at)` takes and returns what `hidden` does.
-        token_table: [>= V, d]; rows from V on are padding.
+        token_table: [>= V, d]; rows from V on are padding. output_table: likewise, of the projection onto the
+            vocabulary; the same where the two are tied, which they are unless the family says otherwise.
         blocks: the transformer blocks. final_norm: the norm behind the last of them.
         decoder: makes steps of one token per row behind what a cache holds.
     """
 
     role = "lm"
-    trunk: nn.Module
+    family: str
+    trunk_name: str
+    only_for_language: tuple[str, ...] = ()
     token_table: nn.Parameter
     blocks: nn.ModuleList
     final_norm: nn.Module
     decoder: Callable[[KVCache], Decoder]
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         check_plain()
         self.config = config
+
+    @property
+    def trunk(self) -> nn.Module:
+        """All but a head."""
+        return getattr(self, self.trunk_name)
+
+    def take_trunk(self, trunk: nn.Module) -> None:
+        """Put this model's head on another's trunk, which both then have."""
+        setattr(self, self.trunk_name, trunk)
+        self.config = trunk.config
+
+    def set_options(self, config: ModelConfig) -> None:
+        """Go on with other options, such as `activation_checkpointing`."""
+        self.config = self.trunk.config = config
+
+    @property
+    def output_table(self) -> nn.Parameter:
+        """[>= V, d], what hidden states are projected onto the vocabulary with."""
+        return self.token_table
 
     def hidden(
         self, ids: Tensor, att: Tensor | None = None, cache: KVCache | None = None, right_padded: bool = False,
@@ -70,19 +94,19 @@ class CausalLM(nn.Module):
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in fp32 of states [..., d]; in half precision up to a constant each: `models.vocabulary`."""
-        return vocabulary.logits(hidden, self.token_table, self.config.vocab_size)
+        return vocabulary.logits(hidden, self.output_table, self.config.vocab_size)
 
     def token_logprobs(self, hidden: Tensor, tokens: Tensor, tau: float = 1.0) -> Tensor:
         """Log-probabilities [N] of tokens [N] chosen in states [N, d]. See `models.vocabulary.token_logprobs`."""
-        return vocabulary.token_logprobs(hidden, self.token_table, self.config.vocab_size, tokens, tau)
+        return vocabulary.token_logprobs(hidden, self.output_table, self.config.vocab_size, tokens, tau)
 
     def token_logprobs_and_entropy(self, hidden: Tensor, tokens: Tensor, tau: float = 1.0) -> tuple[Tensor, Tensor]:
         """`token_logprobs` and the entropy [N] of each distribution, without gradients."""
-        return vocabulary.token_logprobs_and_entropy(hidden, self.token_table, self.config.vocab_size, tokens, tau)
+        return vocabulary.token_logprobs_and_entropy(hidden, self.output_table, self.config.vocab_size, tokens, tau)
 
     def token_loss_sum(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Sum of the cross-entropies of tokens [N] after states [N, d], in nats."""
-        return vocabulary.token_loss_sum(hidden, self.token_table, self.config.vocab_size, tokens)
+        return vocabulary.token_loss_sum(hidden, self.output_table, self.config.vocab_size, tokens)
 
     def forward(
         self, ids: Tensor, att: Tensor | None = None, right_padded: bool = False, at: Tensor | None = None,
@@ -114,6 +138,17 @@ class CausalLM(nn.Module):
         lora.freeze_weights(self, method)
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, config: GPTConfig | None = None, adapters: str = "keep") -> Self:
+    def from_checkpoint(cls, folder: str | Path, config: ModelConfig | None = None, adapters: str = "keep") -> Self:
         """Load one of our checkpoint folders into this role. See `models.weights.checkpoint.load_model`."""
         return checkpoint.load_model(cls, Path(folder), config, adapters)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, config: ModelConfig | None = None, vocab_size: int | None = None
+    ) -> Self:
+        """Load weights in Hugging Face's form. See `models.weights.huggingface.load_pretrained`."""
+        return huggingface.load_pretrained(cls, name_or_path, config, vocab_size)
+
+    def save_pretrained(self, folder: str | Path, eos_id: int | None = None, **options) -> None:
+        """Write a folder that `transformers` loads. See `models.weights.huggingface.save_pretrained`."""
+        huggingface.save_pretrained(self, Path(folder), eos_id, **options)

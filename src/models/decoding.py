@@ -24,7 +24,7 @@ class DecodingLinear:
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         self.weight = decoding_weight(layer.weight, dtype)
-        self.bias = layer.bias.detach().to(dtype)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.down = None
         if getattr(layer, "r", 0):
             self.down = layer.lora_A.detach().to(dtype)  # (r, in)
@@ -45,7 +45,7 @@ class Decoder(ABC):
         self.config, self.trunk, self.cache = model.config, model.trunk, cache
         self.dtype = product_dtype(model.token_table)
         self.layers = {m: DecodingLinear(m, self.dtype) for m in model.blocks.modules() if isinstance(m, nn.Linear)}
-        self.output = OutputTable.of(model.token_table, model.config.vocab_size, self.dtype)
+        self.output = OutputTable.of(model.output_table, model.config.vocab_size, self.dtype)
         seen = cache.att[:, : cache.length]
         self.position = seen.sum(1)  # (B,) of the next token
         self.bias = None
@@ -80,6 +80,6 @@ class Decoder(ABC):
         """x [B, in] -> [B, out] through a layer of the blocks: see `DecodingLinear`."""
         return self.layers[layer](x, gelu)
 
-    def norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        """x after a LayerNorm, in the product's type."""
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.dtype)
+    def norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """x after a norm of the model, in the product's type."""
+        return norm(x).to(self.dtype)

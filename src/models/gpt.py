@@ -12,27 +12,19 @@ from __future__ import annotations
 
 import math
 from operator import attrgetter
-from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from models.cache import KVCache, model_inputs
 from models.causal_lm import CausalLM
 from models.decoding import Decoder
 from models.kernels import attention, attention_of_one, gelu
 from models.lora import projection
 from models.roles import CriticRole, RewardRole
-from models.weights import huggingface
-
-
-def select_columns(x: Tensor, at: Tensor | None) -> Tensor:
-    """The columns `at` [N] of x [B, L, d] as [N, d]; all of x without `at`."""
-    return x if at is None else x.flatten(0, 1)[at]
+from models.trunk import run_blocks, select_columns
 
 
 class MaskedMultiheadSelfAttention(nn.Module):
@@ -111,27 +103,13 @@ class TransformerDecoder(nn.Module):
         """ids, att [B, L] -> final hidden states [B, L, d] or [N, d]."""
         ids, positions, mask = model_inputs(ids, att, cache, right_padded, self.config.block_size)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, L, d)
-        recompute = self.config.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(self.h):
-            # Behind the last attention no column looks at another: the rest is computed where it is asked for.
-            wanted = at if layer == len(self.h) - 1 else None
-            if recompute:
-                # Non-reentrant: the reentrant form gives adapters no gradient when the embeddings are frozen.
-                x = checkpoint(block, x, mask, None, 0, wanted, use_reentrant=False)
-            elif cache is None:
-                x = block(x, mask, None, 0, wanted)  # always 0: for each other number torch.compile would begin anew
-            else:
-                # Never compiled (`training.engine.compiling`): a cache has another shape at every call.
-                x = block.forward(x, mask, cache, layer, wanted)
-        if cache is not None:
-            cache.length += ids.shape[1]
-        return self.ln_f(x)
+        return self.ln_f(run_blocks(self, self.h, x, (mask,), cache, at))
 
 
 class GPT(CausalLM):
     """A GPT-2 language model."""
 
-    trunk = property(attrgetter("transformer"))
+    family, trunk_name = "gpt2", "transformer"
     token_table = property(attrgetter("transformer.wte.weight"))
     blocks = property(attrgetter("transformer.h"))
     final_norm = property(attrgetter("transformer.ln_f"))
@@ -161,15 +139,6 @@ class GPT(CausalLM):
     def decoder(self, cache: KVCache) -> GPTDecoder:
         """Steps of one token per row behind what the cache holds."""
         return GPTDecoder(self, cache)
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str, config: GPTConfig | None = None, vocab_size: int | None = None) -> Self:
-        """Load GPT-2 weights in Hugging Face's form. See `models.weights.huggingface.load_pretrained`."""
-        return huggingface.load_pretrained(cls, name_or_path, config, vocab_size)
-
-    def save_pretrained(self, folder: str | Path, eos_id: int | None = None, **options) -> None:
-        """Write a folder that `transformers` loads. See `models.weights.huggingface.save_pretrained`."""
-        huggingface.save_pretrained(self, Path(folder), eos_id, **options)
 
 
 class GPTActor(GPT):

@@ -4,7 +4,7 @@ On a GPU these lines are all there is, and nobody needs to read further. The fas
 when it serves, what it gains and how that was measured. RLHF_PLAIN=attention,linear,gelu,packing (any of them, or
 `all`) in the environment leaves a form out, to compare: `python src/experiments/main.py -t bench --kernels` does.
 
-Shapes: B rows, nh heads, L queries, S keys, hd channels per head, N rows of a product.
+Shapes: B rows, nh heads, nkv heads of keys and values, L queries, S keys, hd channels per head, N rows of a product.
 """
 
 from __future__ import annotations
@@ -53,17 +53,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     """softmax(q k^T / sqrt(hd)) v [B, nh, L, hd] (Vaswani et al. 2017, equation 1).
 
     Args:
-        q: [B, nh, L, hd]. k, v: [B, nh, S, hd].
+        q: [B, nh, L, hd]. k, v: [B, nkv, S, hd]; where nkv is less, each head of theirs serves nh / nkv neighbours of q
+            (grouped-query attention, Ainslie et al. 2023, arXiv 2305.13245).
         mask: bool [B, 1, L, S], true where a query may look; None: everywhere, or with `causal` not ahead.
         causal: query i sees keys 0 .. i; needs L = S. dropout: on the attention weights.
     """
+    grouped = k.shape[1] != q.shape[1]
+    if grouped and (mask is not None or q.device.type == "cpu"):
+        # Only torch's flash attention on a GPU, which takes no mask, spares these copies.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        grouped = False
     if "attention" in PLAIN or not cpu_attention.serves(q, mask, causal, dropout):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        options = {"dropout_p": dropout, "is_causal": causal, "enable_gqa": grouped}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     return cpu_attention.causal_by_blocks(q, k, v)
 
 
 def attention_of_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """What one query per row attends to, q [B, nh, 1, hd], without gradients; bias [B, 1, 1, S] is added to scores."""
+    """What one token per row attends to, without gradients.
+
+    Args:
+        q: [B, nkv, g, hd], the g queries that share a head of keys and values. k, v: [B, nkv, S, hd].
+        bias: [B, 1, 1, S], added to the scores.
+    """
     if "attention" in PLAIN or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return cpu_attention.one_query(q, k, v, bias)
@@ -92,7 +104,7 @@ def gelu(x: Tensor) -> Tensor:
     return activation.gelu(x)
 
 
-def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor:
+def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor:
     """x W^T + b [N, out] of x [N, in]."""
     packed = _packed(x, weight, bias)
     if packed is None and ("linear" in PLAIN or not onednn.serves(x, weight)):
@@ -103,7 +115,7 @@ def linear(x: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor:
 
 
 def adapted_linear(
-    x: Tensor, weight: nn.Parameter, bias: nn.Parameter, narrow: Tensor, up: Tensor, scale: float
+    x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, narrow: Tensor, up: Tensor, scale: float
 ) -> Tensor:
     """x W^T + b + scale narrow up [N, out]; narrow [N, r], up [r, out]."""
     packed = _packed(x, weight, bias)
@@ -141,9 +153,9 @@ def decoding_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu:
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def _packed(x: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor | None:
+def _packed(x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None) -> Tensor | None:
     """The packed copy of a weight that decoding has left, where the product needs no gradient of it."""
-    trains = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    trains = torch.is_grad_enabled() and (weight.requires_grad or bias is not None and bias.requires_grad)
     if trains or torch.compiler.is_compiling():  # torch.compile cannot look into a packed tensor
         return None
     return find_kept(weight, "packed_weight", x.dtype)

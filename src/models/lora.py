@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.configs import GPTConfig
+from config.model_configs import ModelConfig
 from config.user_error import UserError
 from models.kernels import adapted_linear, linear, product_dtype
 
@@ -51,15 +51,15 @@ class PlainLinear(nn.Linear):
         return linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.out_features)
 
 
-def projection(config: GPTConfig, n_in: int, n_out: int) -> nn.Linear:
+def projection(config: ModelConfig, n_in: int, n_out: int, bias: bool = True) -> nn.Linear:
     """A linear layer n_in -> n_out, with an adapter beside it when the config asks for one.
 
     The adapter starts at zero (B = 0): a model with fresh adapters computes exactly what it computed without them.
     """
     if config.lora_rank == 0:
-        return PlainLinear(n_in, n_out)
+        return PlainLinear(n_in, n_out, bias)
     adapter = dict(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
-    return AdaptedLinear(n_in, n_out, **adapter, merge_weights=False)
+    return AdaptedLinear(n_in, n_out, **adapter, merge_weights=False, bias=bias)
 
 
 def is_adapter(parameter_name: str) -> bool:
@@ -88,7 +88,7 @@ def freeze_weights(model: nn.Module, method: str) -> None:
     """
     if method not in FREEZE_METHODS:
         raise UserError(f"--freeze {method}: no such method; there are {', '.join(FREEZE_METHODS)}")
-    config: GPTConfig = model.config
+    config: ModelConfig = model.config
     if method == "lora" and config.lora_rank == 0:
         raise UserError("--freeze lora: the model has no adapters (lora_rank 0); give a --config that ends in /lora")
     last = {id(p) for module in (model.blocks[-1], model.final_norm) for p in module.parameters()}

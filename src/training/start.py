@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs
+from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig
+from config.model_configs import HUB_NAMES, PRESETS, ModelConfig, get_configs
 from config.user_error import UserError
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from models.families import load_checkpoint, load_pretrained, new_model
 from models.lora import freeze_weights, round_frozen, share_base
 from models.weights.checkpoint import describe
 from models.weights.huggingface import Pretrained, describe_pretrained
@@ -40,7 +41,7 @@ def template_of(folder: Path) -> PromptTemplate:
         raise UserError(f"{folder}: model.json: {error}; give a checkpoint that one of the stages wrote") from None
 
 
-def freeze_method(config: SFTConfig | RMConfig | PPOConfig, model: GPTConfig) -> str:
+def freeze_method(config: SFTConfig | RMConfig | PPOConfig, model: ModelConfig) -> str:
     """--freeze with auto resolved: lora for a model with adapters and none otherwise."""
     return config.freeze if config.freeze != "auto" else "lora" if model.lora_rank else "none"
 
@@ -52,8 +53,7 @@ def freeze(model: nn.Module, config: SFTConfig | RMConfig | PPOConfig, dtype: to
     """
     freeze_weights(model, freeze_method(config, model.config))
     round_frozen(model, dtype)
-    options = replace(model.config, activation_checkpointing=config.activation_checkpointing)
-    model.config = model.transformer.config = options
+    model.set_options(replace(model.config, activation_checkpointing=config.activation_checkpointing))
     return model
 
 
@@ -68,26 +68,40 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
     preset = get_configs(config.config)
     if resumption is not None:
         folder = resumption.checkpoint
-        return GPT.from_checkpoint(folder, preset), load_tokenizer(folder), template_of(folder), str(folder)
+        return load_checkpoint(folder, config=preset), load_tokenizer(folder), template_of(folder), str(folder)
     if config.pretrain == "scratch":
-        own = "demo" if preset.family == "gpt2-nano" else "gpt2"
+        own = "demo" if preset.stem.endswith("-nano") else "gpt2"
         tokenizer = get_tokenizer(own if config.tokenizer == "auto" else config.tokenizer)
         sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
-        return GPT(sizes), tokenizer, PromptTemplate(), "scratch"
+        return new_model(sizes), tokenizer, PromptTemplate(), "scratch"
     folder = our_checkpoint(config.pretrain, config.runs_dir, "-p") if config.pretrain != "huggingface" else None
     if folder is not None:
-        model = GPT.from_checkpoint(folder, preset, adapters="fresh")
+        model = load_checkpoint(folder, config=preset, adapters="fresh")
         return model, load_tokenizer(folder), template_of(folder), str(folder)
     found = describe_pretrained(hub_source(config))
+    check_family(found, preset)
     tokenizer, note = pretrained_tokenizer(config, found)
     for line in filter(None, (found.note, note)):
         print(line)
-    return GPT.from_pretrained(found.name, preset, tokenizer.vocab_size), tokenizer, PromptTemplate(), found.name
+    return load_pretrained(found.name, preset, tokenizer.vocab_size), tokenizer, PromptTemplate(), found.name
+
+
+def check_family(found: Pretrained, preset: ModelConfig) -> None:
+    """Refuse a model whose family is not the preset's: adapters and recipe are made for that."""
+    sizes = found.sizes()
+    if sizes.family == preset.family:
+        return
+    fitting = [get_configs(name) for name in PRESETS if "/" not in name and get_configs(name).family == sizes.family]
+    best = min(fitting, key=lambda p: (abs(p.n_layer - sizes.n_layer) + abs(p.n_embd - sizes.n_embd), p.name))
+    raise UserError(
+        f"-p {found.name}: holds {found.form.what}, and --config {preset.name} is of another family; "
+        f"give --config {best.name} or {best.name}/lora"
+    )
 
 
 def hub_source(config: SFTConfig) -> str:
     """The folder or hub name that -p means."""
-    return get_configs(config.config).family if config.pretrain == "huggingface" else config.pretrain
+    return HUB_NAMES[get_configs(config.config).stem] if config.pretrain == "huggingface" else config.pretrain
 
 
 def pretrained_tokenizer(config: SFTConfig, found: Pretrained) -> tuple[Tokenizer, str]:
@@ -122,11 +136,11 @@ def rm_start(
         source = resumption.origins["sft"]
     else:
         source = saved_by("train_sft.py", config.pretrain, config.runs_dir, "-p")
-    sft = frozen(GPT.from_checkpoint(source, replace(options, lora_rank=0)), dtype)
+    sft = frozen(load_checkpoint(source, config=replace(options, lora_rank=0)), dtype)
     if resumption is not None:
-        model = GPTRewardModel.from_checkpoint(resumption.checkpoint)
+        model = load_checkpoint(resumption.checkpoint, "reward")
     else:
-        model = GPTRewardModel.from_checkpoint(source, options, adapters="fresh")
+        model = load_checkpoint(source, "reward", options, adapters="fresh")
     freeze(model, config, dtype)
     share_base([sft, model])
     return model, sft, load_tokenizer(source), template_of(source), source
@@ -164,18 +178,18 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
         raise UserError(
             f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that one"
         )
-    reference = frozen(GPT.from_checkpoint(sft, replace(options, lora_rank=0)), dtype)
-    reward_model = frozen(GPTRewardModel.from_checkpoint(rm), dtype) if rm and needs_reward_model else None
+    reference = frozen(load_checkpoint(sft, config=replace(options, lora_rank=0)), dtype)
+    reward_model = frozen(load_checkpoint(rm, "reward"), dtype) if rm and needs_reward_model else None
     shared = share_base([reference, reward_model]) if reward_model is not None else 0
     if resumption is not None:
-        actor = GPTActor.from_checkpoint(resumption.checkpoint)
+        actor = load_checkpoint(resumption.checkpoint, "actor")
     else:
-        actor = GPTActor.from_checkpoint(sft, options, adapters="fresh")
+        actor = load_checkpoint(sft, "actor", options, adapters="fresh")
     shared += share_base([reference, freeze(actor, config, dtype)])
     if resumption is not None:
-        critic = GPTCritic.from_checkpoint(resumption.checkpoint / "critic")
+        critic = load_checkpoint(resumption.checkpoint / "critic", "critic")
     else:
-        critic = GPTCritic.from_checkpoint(rm if rm is not None else sft, options, adapters="keep")
+        critic = load_checkpoint(rm if rm is not None else sft, "critic", options, adapters="keep")
         if rm is None:
             torch.nn.init.zeros_(critic.head.weight)
     if not reference.config.same_sizes(critic.config):
@@ -202,14 +216,14 @@ def share_trunk(actor: nn.Module, critic: nn.Module, fresh: bool) -> None:
     """
     if not actor.config.lora_rank:
         raise UserError("--share-adapter: the model has no adapters; give a --config that ends in /lora")
-    critic.transformer, critic.config = actor.transformer, actor.config
+    critic.take_trunk(actor.trunk)
     if fresh:
         torch.nn.init.zeros_(critic.head.weight)
         torch.nn.init.zeros_(critic.head.bias)
         critic.set_normalisation(1.0, 0.0)
 
 
-def without_dropout(config: GPTConfig) -> GPTConfig:
+def without_dropout(config: ModelConfig) -> ModelConfig:
     """The same model without dropout: reward model and PPO run without it in every mode."""
     return replace(config, dropout=0.0, lora_dropout=0.0)
 

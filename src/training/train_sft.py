@@ -48,7 +48,7 @@ def main() -> int:
     for data in splits.values():
         print(data.report.summary())
     if source == "scratch" and tokenizer.kind == "demo" and config.dataset not in ("demo", "demo-text"):
-        print(scratch_in_words(model.config.family, tokenizer, splits["train"]))
+        print(scratch_in_words(model.config.stem, tokenizer, splits["train"]))
     run = open_run("sft", config, model, runtime, resumption, splits["train"], {"pretrain": source})
     print(f"{model.config.name} from {source} on {runtime.describe()}")
     if model.config.dropout:

@@ -8,17 +8,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from config.command_line import config_of_record, parse_cli
-from config.configs import (
-    PRESETS,
-    GPTConfig,
-    PPOConfig,
-    RMConfig,
-    SFTConfig,
-    get_configs,
-    model_config_from_dict,
-    resolved,
-    stage_defaults,
-)
+from config.configs import PPOConfig, RMConfig, SFTConfig, resolved, stage_defaults
+from config.model_configs import PRESETS, GPTConfig, LlamaConfig, get_configs, model_config_from_dict
 from config.user_error import UserError
 
 STAGES = [SFTConfig, RMConfig, PPOConfig]
@@ -45,7 +36,7 @@ def test_sizes_of_gpt2(size, variant):
     assert (config.block_size, config.vocab_size, config.embedding_rows) == (1024, 50257, 50257)
     assert config.head_dim == 64
     assert (50257 + 1024) * d + layers * (12 * d * d + 13 * d) + 2 * d == parameters
-    assert (config.name, config.family) == (size + variant, size)
+    assert (config.name, config.stem, config.family) == (size + variant, size, "gpt2")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -55,7 +46,7 @@ def test_variants(name):
     assert config.dropout == (0.2 if variant == "dropout" else 0.0)
     assert (config.lora_rank > 0) == (variant == "lora")
     assert config.lora_dropout == 0.0
-    plain = get_configs(config.family)
+    plain = get_configs(config.stem)
     assert config.same_sizes(plain)
     assert plain.with_options(config) == config
 
@@ -66,8 +57,57 @@ def test_lora_of_gpt2():
     assert get_configs("gpt2").lora_scaling == 0.0
 
 
-def test_there_are_fifteen_presets():
-    assert len(PRESETS) == 15 and "gpt2-nano/lora" in PRESETS
+# As in the config.json of each on the hub: layers, heads, heads of keys, channels, inner channels, vocabulary, tied,
+# and the parameters that its page there gives.
+LLAMA = {
+    "smollm2-135m": (30, 9, 3, 576, 1536, 49152, True, 134_515_008),
+    "smollm2-360m": (32, 15, 5, 960, 2560, 49152, True, 361_821_120),
+    "smollm2-1.7b": (24, 32, 32, 2048, 8192, 49152, True, 1_711_376_384),
+    "tinyllama-1.1b": (22, 32, 4, 2048, 5632, 32000, False, 1_100_048_384),
+    "llama-3.2-1b": (16, 32, 8, 2048, 8192, 128256, True, 1_235_814_400),
+}
+
+
+@pytest.mark.parametrize("size", LLAMA)
+@pytest.mark.parametrize("variant", ["", "/lora"])
+def test_sizes_of_llama(size, variant):
+    c = get_configs(size + variant)
+    *sizes, parameters = LLAMA[size]
+    assert [c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.n_inner, c.vocab_size, c.tied] == sizes
+    assert (c.head_dim, c.stem, c.family) == (64, size, "llama")
+    tables = c.vocab_size * c.n_embd * (1 if c.tied else 2)
+    block = 2 * c.n_embd * 64 * (c.n_head + c.n_kv_head) + 3 * c.n_embd * c.n_inner + 2 * c.n_embd
+    assert tables + c.n_layer * block + c.n_embd == parameters
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n_head": 4, "n_kv_head": 3}, {"n_kv_head": -1}, {"head_dim": 7}, {"n_inner": -4}, {"rms_norm_eps": 0.0},
+        {"rope_theta": -1.0}, {"rope_type": "yarn"}, {"rope_factor": 0.0}, {"rope_low_freq_factor": 4.0},
+        {"dropout": 0.1},
+    ],
+)  # fmt: skip
+def test_impossible_llamas_are_refused(values):
+    with pytest.raises(UserError, match=next(reversed(values))):
+        LlamaConfig(**values)
+
+
+def test_a_model_of_before_families_is_a_gpt2():
+    values = resolved(get_configs("gpt2"))
+    del values["family"]
+    assert model_config_from_dict(values, "model.json") == get_configs("gpt2")
+
+
+@pytest.mark.parametrize("family", ["mamba", None, 3])
+def test_another_family_is_named(family):
+    with pytest.raises(UserError, match="model.json: .*family .*this code knows gpt2, llama"):
+        model_config_from_dict(resolved(get_configs("gpt2")) | {"family": family}, "model.json")
+
+
+def test_there_are_presets_of_both_families():
+    assert len(PRESETS) == 27 and "gpt2-nano/lora" in PRESETS and "llama-nano/lora" in PRESETS
+    assert not any(name.endswith("/dropout") for name in PRESETS if get_configs(name).family == "llama")
     nano = get_configs("gpt2-nano")
     assert (nano.n_layer, nano.n_embd) == (3, 128) and nano.init_std > 0.02
 
@@ -76,7 +116,7 @@ def test_there_are_fifteen_presets():
 def test_an_unknown_preset_lists_all(name):
     with pytest.raises(UserError) as caught:
         get_configs(name)
-    assert all(preset in str(caught.value) for preset in PRESETS)
+    assert all(part in str(caught.value) for preset in PRESETS for part in preset.split("/"))
     assert "--config" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -102,7 +142,8 @@ def test_configs_are_frozen():
 
 @pytest.mark.parametrize("name", [*PRESETS, "somewhere/tiny"])
 def test_a_model_config_survives_json(name):
-    config = replace(get_configs("gpt2/lora"), name=name, embedding_rows=50304)
+    preset = get_configs(name if name in PRESETS else "gpt2/lora")
+    config = replace(preset, name=name, embedding_rows=200000)
     assert model_config_from_dict(json.loads(json.dumps(resolved(config))), "model.json") == config
 
 
@@ -215,7 +256,7 @@ BAD = [
     (SFTConfig, ["-n", "a b"], "--name"),
     (SFTConfig, ["-n", "a\nb"], "--name"),
     (SFTConfig, ["-n", ""], "--name"),
-    (SFTConfig, ["--config", "gpt5"], "--config gpt5.*gpt2-medium/lora"),
+    (SFTConfig, ["--config", "gpt5"], "--config gpt5.*gpt2-medium.*/lora"),
     (SFTConfig, ["--config"], "--config"),
     (SFTConfig, ["stray"], "stray"),
     (SFTConfig, ["--skip-bad-rows", "maybe"], "maybe"),
@@ -393,7 +434,7 @@ def test_arguments_come_from_the_command_line_by_default(monkeypatch):
     assert parse_cli(SFTConfig).name == "mine"
 
 
-@pytest.mark.parametrize("config", [GPTConfig, *STAGES])
+@pytest.mark.parametrize("config", [GPTConfig, LlamaConfig, *STAGES])
 def test_every_field_is_described(config, request):
     """The line under a field is its help; `tyro` shows an empty one without complaint."""
     import ast

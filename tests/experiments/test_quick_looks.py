@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from config.user_error import UserError
 from experiments import loss_example, quick_looks
 from experiments.main import QUICK_LOOKS, Parser

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import save_model
 from training.start import describe_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from config.configs import GPTConfig, get_configs
+from config.model_configs import GPTConfig, get_configs
 from config.user_error import UserError
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import is_adapter, merge_lora, round_frozen, share_base

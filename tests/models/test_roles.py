@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.roles import ScalarHead
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 from accelerate.state import AcceleratorState
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from config.user_error import run_main
 from models.gpt import GPT
 from training.start import describe_model

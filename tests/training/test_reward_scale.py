@@ -8,7 +8,7 @@ import torch
 from setups import LetterTokenizer, runtime_on
 from torch import nn
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from config.user_error import UserError
 from models.gpt import GPT, GPTRewardModel
 from training.reward_scale import RewardScale, Spread

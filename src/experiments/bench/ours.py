@@ -22,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
+from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
 from config.devices import choose_dtype
+from config.model_configs import get_configs
 from experiments.bench.bounds import weight_bytes
 from experiments.bench.work import NOT_AN_ID, PRODUCT, Work, median_seconds, peak_gb, run_child
 from models.cpu.packing import pack, packed_linear

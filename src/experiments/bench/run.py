@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from config.configs import get_configs
+from config.model_configs import get_configs
 from config.user_error import UserError
 from experiments.bench.host import TOO_MUCH, Stolen, describe_machine
 from experiments.bench.table import Figures, Row, as_json, gpu_markdown, hosts_markdown, markdown, scaling_markdown

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from config.configs import SFTConfig, get_configs, stage_defaults
+from config.configs import SFTConfig, stage_defaults
 from config.devices import choose_device, choose_dtype
+from config.model_configs import get_configs
 from config.user_error import UserError
 from experiments import markdown
 from experiments.memory.check import STAGES, Case

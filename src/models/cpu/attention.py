@@ -27,13 +27,14 @@ def serves(q: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> bool
 
 
 def one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """What one query per row attends to [B, nh, 1, hd], without gradients; bias [B, 1, 1, S] is added to the scores."""
+    """What the queries of one token per row attend to [B, nh, g, hd], without gradients: g for each head of k and v
+    [B, nh, S, hd]; bias [B, 1, 1, S] is added to the scores."""
     B, nh, S, hd = k.shape
-    q, k_t, v = q.reshape(-1, 1, hd), k.transpose(2, 3).reshape(-1, hd, S), v.reshape(-1, S, hd)
-    scores = torch.baddbmm(q.new_empty(()), q, k_t, beta=0, alpha=hd**-0.5)  # (B * nh, 1, S)
+    q, k_t, v = q.reshape(B * nh, -1, hd), k.transpose(2, 3).reshape(-1, hd, S), v.reshape(-1, S, hd)
+    scores = torch.baddbmm(q.new_empty(()), q, k_t, beta=0, alpha=hd**-0.5)  # (B * nh, g, S)
     if bias is not None:
-        scores.view(B, nh, 1, S).add_(bias)
-    return torch.bmm(scores.softmax(-1), v).view(B, nh, 1, hd)
+        scores.view(B, nh, -1, S).add_(bias)
+    return torch.bmm(scores.softmax(-1), v).view(B, nh, -1, hd)
 
 
 def causal_by_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b [N, out], differentiable; x [N, in], weight [out, in], bias [out]."""
     return _Linear.apply(x, weight, bias)
 

@@ -37,7 +37,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool = F
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, *after)
 
 
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor, packed: Tensor) -> Tensor:
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor) -> Tensor:
     """x W^T + b [N, out] by the packed copy of `weight`, differentiable by x; the bits are those of `F.linear`."""
     return _FrozenLinear.apply(x, weight, bias, packed)
 
@@ -46,7 +46,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, packed):
         ctx.save_for_backward(weight)
-        return packed_linear(x, packed, bias.to(x.dtype))
+        return packed_linear(x, packed, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):

@@ -1,6 +1,6 @@
-"""A LoRA adapter in the form of the PEFT library, merged into the weights of the GPT-2 that it was trained beside.
+"""A LoRA adapter in the form of the PEFT library, merged into the weights of the model that it was trained beside.
 
-Only what merges exactly is read: plain low-rank products on the four projections of a block.
+Only what merges exactly is read: plain low-rank products on the projections of a block.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from config.user_error import UserError
+from models.weights.form import HuggingFaceForm
 from models.weights.pretrained import ADAPTER_CONFIG
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -27,8 +28,6 @@ _PLAIN: dict[str, tuple] = {
     "init_lora_weights": (True, False, "gaussian"),
 }  # fmt: skip
 _REMEDY = "merge it with PEFT, merge_and_unload().save_pretrained(FOLDER), and give that folder"
-_KEY = re.compile(r"base_model\.model\.(?:transformer\.)?(h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))"
-                  r"\.lora_([AB])(?:\.default)?\.weight")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ def read_adapter(folder: Path, name: str) -> Adapter:
     return adapter
 
 
-def merge_adapter(weights: dict[str, Tensor], adapter: Adapter, name: str) -> None:
-    """Add an adapter's products to the weights of a `GPT2LMHeadModel`, in place.
+def merge_adapter(weights: dict[str, Tensor], adapter: Adapter, name: str, form: HuggingFaceForm) -> None:
+    """Add an adapter's products to the weights of a language model by our names, in place.
 
-    PEFT holds A [r, in] and B [out, r]; transformers' Conv1D holds [in, out], whatever `fan_in_fan_out` says.
+    PEFT holds A [r, in] and B [out, r] and we [out, in], whatever `fan_in_fan_out` says.
 
     Raises:
         UserError: the adapter's weights cannot be read or are not those of this model's projections.
@@ -72,15 +71,18 @@ def merge_adapter(weights: dict[str, Tensor], adapter: Adapter, name: str) -> No
         factors = load_file(adapter.folder / _WEIGHTS)
     except (OSError, SafetensorError):
         raise UserError(f"-p {name}: its {_WEIGHTS} is missing or damaged; {_REMEDY}") from None
+    factor = re.compile(
+        rf"base_model\.model\.(?:{re.escape(form.trunk)})?({form.projections})\.lora_([AB])(?:\.default)?\.weight"
+    )
     places: dict[str, dict[str, Tensor]] = {}
     for key, value in factors.items():
-        match = _KEY.fullmatch(key)
+        match = factor.fullmatch(key)
         if match is None:
             raise UserError(f"-p {name}: is an adapter with {key}, which is no factor of a projection; {_REMEDY}")
-        places.setdefault(f"transformer.{match[1]}.weight", {})[match[2]] = value.float()
+        places.setdefault(f"{form.trunk}{match[1]}.weight", {})[match[2]] = value.float()
     for key, pair in places.items():
         a, b, weight = pair.get("A"), pair.get("B"), weights.get(key)
-        shapes = ((adapter.rank, len(weight)), (len(weight.T), adapter.rank)) if weight is not None else None
+        shapes = ((adapter.rank, weight.shape[1]), (len(weight), adapter.rank)) if weight is not None else None
         if a is None or b is None or (a.shape, b.shape) != shapes:
             raise UserError(f"-p {name}: its factors of {key} do not fit its base model {adapter.base}; {_REMEDY}")
-        weights[key] = weight + adapter.scale * (b @ a).T
+        weights[key] = weight + adapter.scale * (b @ a)

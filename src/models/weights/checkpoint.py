@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from config.configs import PRESETS, GPTConfig, model_config_from_dict, resolved
+from config.configs import resolved
+from config.model_configs import PRESETS, ModelConfig, model_config_from_dict
 from config.user_error import UserError
 from models.lora import init_adapters, is_adapter, merge_adapters
 from utils.runs.manifest import check_files
@@ -85,7 +86,12 @@ def describe(folder: Path) -> dict[str, Any]:
     return description
 
 
-def load_model(cls: type[Model], folder: Path, config: GPTConfig | None = None, adapters: str = "keep") -> Model:
+def saved_config(folder: Path) -> ModelConfig:
+    """The config of the model in a folder; UserError where there is none."""
+    return model_config_from_dict(describe(folder)["model"], str(folder / DESCRIPTION))
+
+
+def load_model(cls: type[Model], folder: Path, config: ModelConfig | None = None, adapters: str = "keep") -> Model:
     """Load a model folder into role `cls`.
 
     Args:
@@ -110,11 +116,13 @@ def load_model(cls: type[Model], folder: Path, config: GPTConfig | None = None, 
         wanted = " or ".join(_STAGE_OF_ROLE[r] for r in _STARTS_FROM[cls.role])
         raise UserError(f"{folder}: holds {_STAGE_OF_ROLE[saved_role]}; {wanted} is needed here")
     saved = model_config_from_dict(description["model"], str(folder / DESCRIPTION))
+    if saved.family != cls.family:
+        raise UserError(f"{folder}: holds a model of family {saved.family}; one of {cls.family} is needed here")
     # A model whose sizes came from elsewhere takes the options of any preset.
-    if config is not None and config.family != saved.family and saved.name in PRESETS:
+    if config is not None and config.stem != saved.stem and saved.name in PRESETS:
         raise UserError(
-            f"{folder}: holds a {saved.family}, not a {config.family}; "
-            f"give --config {saved.family} or one of its variants"
+            f"{folder}: holds a {saved.stem}, not a {config.stem}; "
+            f"give --config {saved.stem} or one of its variants"
         )
     config = saved if config is None else saved.with_options(config)
     path = folder / WEIGHTS
@@ -122,6 +130,8 @@ def load_model(cls: type[Model], folder: Path, config: GPTConfig | None = None, 
     state = _read_weights(path)
     remedy = f"does not fit its {DESCRIPTION}; take another checkpoint of the run"
     new_head = saved_role == "lm"
+    if new_head and cls.role != "lm":
+        state = {key: value for key, value in state.items() if key not in cls.only_for_language}
     same_adapters = (saved.lora_rank, saved.lora_alpha) == (config.lora_rank, config.lora_alpha)
     if saved.lora_rank and (adapters == "fresh" or not same_adapters):
         _check_keys(_skeleton(cls, saved), state, f"{path}: {remedy}", new_head)
@@ -132,7 +142,7 @@ def load_model(cls: type[Model], folder: Path, config: GPTConfig | None = None, 
 
 def build(
     cls: type[Model],
-    config: GPTConfig,
+    config: ModelConfig,
     state: dict[str, Tensor],
     complaint: str,
     new_head: bool = False,
@@ -160,7 +170,7 @@ def build(
     return model
 
 
-def _skeleton(cls: type[Model], config: GPTConfig) -> Model:
+def _skeleton(cls: type[Model], config: ModelConfig) -> Model:
     """The module without memory: drawing random numbers for every weight takes longer than reading them."""
     with torch.device("meta"):
         return cls(config)

@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from config.configs import GPTConfig
+from config.model_configs import ModelConfig
 from models.causal_lm import CausalLM
 
 # Rows and columns of the trials: lengths vary from batch to batch, and few tokens take other ways (models.kernels).
@@ -52,7 +52,7 @@ def compile_blocks(module: nn.Module, autocast: Callable[[], AbstractContextMana
 
 
 def _try(
-    trunk: nn.Module, config: GPTConfig, device: torch.device, autocast: Callable[[], AbstractContextManager]
+    trunk: nn.Module, config: ModelConfig, device: torch.device, autocast: Callable[[], AbstractContextManager]
 ) -> None:
     for rows, columns in _TRIALS:
         columns = min(columns, config.block_size)

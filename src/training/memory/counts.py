@@ -15,7 +15,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from config.configs import GPTConfig
+from config.model_configs import ModelConfig
+from models.families import new_model
 from models.lora import freeze_weights, is_adapter, round_frozen
 
 # What one block keeps of each token for its backward pass, in tensors of d channels. Adapters change nothing: without
@@ -47,7 +48,7 @@ TABLE_WORK = 2  # gradients of a token table that trains, [V, d] wide, at the sa
 HEAP_HOLES, HEAP_HOLES_OF_ADAPTERS = {2: 0.4, 4: 0.3}, {2: 0.45, 4: 0.38}
 
 
-def kept_per_token(model: GPTConfig, dtype: torch.dtype, device: str, length: int) -> int:
+def kept_per_token(model: ModelConfig, dtype: torch.dtype, device: str, length: int) -> int:
     """Bytes that one block keeps of one token of a row of `length`, for the backward pass."""
     d, size = model.n_embd, dtype.itemsize
     kept = d * (sum(KEPT_IN_PRODUCT_TYPE.values()) * size + sum(KEPT_WIDE.values()) * 4)
@@ -61,12 +62,12 @@ def kept_per_token(model: GPTConfig, dtype: torch.dtype, device: str, length: in
     return kept
 
 
-def stream_per_token(model: GPTConfig) -> int:
+def stream_per_token(model: ModelConfig) -> int:
     """Bytes of one token's residual stream, which is what a recomputed block keeps."""
     return 4 * model.n_embd
 
 
-def blocks_that_keep(model: GPTConfig, method: str) -> int:
+def blocks_that_keep(model: ModelConfig, method: str) -> int:
     """Blocks whose tensors a backward pass needs: those from the lowest one that trains upwards."""
     return {"frozen": 0, "last_block": 1}.get(method, model.n_layer)
 
@@ -91,14 +92,14 @@ class Weights:
 
 
 @lru_cache(maxsize=64)
-def count_weights(role: type[nn.Module], model: GPTConfig, method: str, dtype: torch.dtype) -> Weights:
+def count_weights(role: str, model: ModelConfig, method: str, dtype: torch.dtype) -> Weights:
     """Build the model without memory, freeze it as `training.start` would, and count.
 
     Args:
-        role: GPT or one of its roles. method: a method of `freeze_weights`, or "frozen". dtype: of the products.
+        role: "lm", "critic" or "reward". method: a method of `freeze_weights`, or "frozen". dtype: of the products.
     """
     with torch.device("meta"):
-        module = role(model)
+        module = new_model(model, role)
     if method == "frozen":
         module.requires_grad_(False)
     else:

@@ -18,11 +18,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from config.configs import GPTConfig, PPOConfig, RMConfig, RunConfig, SFTConfig
+from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig
 from config.devices import TORCH_TYPE
-from models.gpt import GPT, GPTCritic, GPTRewardModel
+from config.model_configs import ModelConfig
 from models.kernels import cache_dtype
 from models.vocabulary import BLOCK, slice_size
 from training.memory import counts
@@ -43,18 +42,21 @@ class Sources:
     model. notes: one line each.
     """
 
-    sft: GPTConfig
-    reward: GPTConfig | None = None
+    sft: ModelConfig
+    reward: ModelConfig | None = None
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Role:
-    """One model of a run: `method` of freezing ("frozen" for one that only looks), whether its base equals the first's,
-    whether it samples, whether log-probabilities are taken of it."""
+    """One model of a run.
 
-    kind: type[nn.Module]
-    config: GPTConfig
+    kind: "lm", "critic" or "reward". method: of freezing ("frozen" for one that only looks). same_base: whether its
+    base equals the first's. samples: whether it does. logprobs: whether log-probabilities are taken of it.
+    """
+
+    kind: str
+    config: ModelConfig
     method: str = "frozen"
     same_base: bool = True
     samples: bool = False
@@ -141,20 +143,20 @@ def roles_of(config: RunConfig, sources: Sources) -> list[Role]:
     method = freeze_method(config, trains)
     plain = replace(sources.sft, lora_rank=0)
     if isinstance(config, SFTConfig):
-        return [Role(GPT, trains, method, samples=True, logprobs=True)]
+        return [Role("lm", trains, method, samples=True, logprobs=True)]
     trains = replace(trains, dropout=0.0)
     if isinstance(config, RMConfig):
-        return [Role(GPT, plain, samples=True), Role(GPTRewardModel, trains, method)]
+        return [Role("lm", plain, samples=True), Role("reward", trains, method)]
     reward = sources.reward
     # A reward model that trained all its weights has a base of its own, and so has a critic that starts from it.
     same = reward is None or reward.lora_rank > 0
     kept = reward is None or (reward.lora_rank, reward.lora_alpha) == (trains.lora_rank, trains.lora_alpha)
-    reference = Role(GPT, plain, logprobs=True)
-    actor = Role(GPT, trains, method, samples=True, logprobs=True)
-    critic = Role(GPTCritic, trains, method, same and kept)
+    reference = Role("lm", plain, logprobs=True)
+    actor = Role("lm", trains, method, samples=True, logprobs=True)
+    critic = Role("critic", trains, method, same and kept)
     if reward is None or (config.reward_fn and not config.reward_fn_weight):
         return [reference, actor, critic]
-    return [reference, Role(GPTRewardModel, replace(reward, dropout=0.0), same_base=same), actor, critic]
+    return [reference, Role("reward", replace(reward, dropout=0.0), same_base=same), actor, critic]
 
 
 @dataclass(frozen=True)

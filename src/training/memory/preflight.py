@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from config.configs import RunConfig, flag_of, get_configs
+from config.configs import RunConfig, flag_of
+from config.model_configs import get_configs
 from config.terminal import outlive_terminal
 from config.user_error import UserError
 from training.memory.device import available_bytes, base_bytes, target
@@ -153,7 +154,7 @@ def variants(config: RunConfig, planner: Planner) -> Iterator[dict[str, Any]]:
     if half:
         yield half
     preset = get_configs(config.config)
-    lora = {} if preset.lora_rank else {"config": f"{preset.family}/lora"}
+    lora = {} if preset.lora_rank else {"config": f"{preset.stem}/lora"}
     if lora:
         if config.freeze != "auto":
             lora["freeze"] = "auto"
@@ -210,7 +211,7 @@ def out_of_memory(config: RunConfig, run: Path) -> str:
     elif not config.activation_checkpointing:
         change = "add --activation-checkpointing"
     else:
-        family = get_configs(config.config).family
+        family = get_configs(config.config).stem
         return f"out of memory: start again with a lower --max-length, or --config {family}/lora; {kept}"
     go_on = f"go on with --resume {run}" if saved else "start again"
     return f"out of memory: {change}, and {go_on}; {kept}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from config.configs import PRESETS, GPTConfig, PPOConfig, RunConfig, SFTConfig, get_configs, model_config_from_dict
+from config.configs import PPOConfig, RunConfig, SFTConfig
+from config.model_configs import HUB_NAMES, PRESETS, ModelConfig, get_configs, model_config_from_dict
 from config.user_error import UserError
 from models.weights.checkpoint import DESCRIPTION, describe
 from models.weights.huggingface import describe_pretrained
 from models.weights.pretrained import our_checkpoint
 from training.memory.plan import Sources
-from training.start import hub_source, pretrained_tokenizer, reward_source, saved_by
+from training.start import check_family, hub_source, pretrained_tokenizer, reward_source, saved_by
 from training.storage.resuming import Resumption
 from utils.hub import is_hub_name
 from utils.runs.finding import runs_named
@@ -38,7 +39,7 @@ def plan_sources(config: RunConfig, resumption: Resumption | None = None) -> Sou
     return Sources(sft, reward, tuple(notes))
 
 
-def _saved(argument: str, flag: str, config: RunConfig, notes: list[str]) -> GPTConfig | None:
+def _saved(argument: str, flag: str, config: RunConfig, notes: list[str]) -> ModelConfig | None:
     """The model config that a checkpoint was saved with; None, and a note, when a plan is made ahead of it."""
     try:
         folder = saved_by("train_rm.py" if flag == "-c" else "train_sft.py", argument, config.runs_dir, flag)
@@ -48,18 +49,18 @@ def _saved(argument: str, flag: str, config: RunConfig, notes: list[str]) -> GPT
         notes.append(f"{flag} {argument} is not there yet: planned with the sizes of {config.config}")
         return None
     saved = _described(folder)
-    if config.plan and saved.name in PRESETS and saved.family != get_configs(config.config).family:
+    if config.plan and saved.name in PRESETS and saved.stem != get_configs(config.config).stem:
         # The default means the demo's model, where there is one; whoever asks about another preset does not.
-        notes.append(f"{flag} {argument} holds a {saved.family}: planned with the sizes of {config.config}")
+        notes.append(f"{flag} {argument} holds a {saved.stem}: planned with the sizes of {config.config}")
         return None
     return saved
 
 
-def _described(folder: Path) -> GPTConfig:
+def _described(folder: Path) -> ModelConfig:
     return model_config_from_dict(describe(folder)["model"], str(folder / DESCRIPTION))
 
 
-def _sft_sources(config: SFTConfig, preset: GPTConfig, resumption: Resumption | None) -> Sources:
+def _sft_sources(config: SFTConfig, preset: ModelConfig, resumption: Resumption | None) -> Sources:
     if resumption is not None:
         return Sources(_described(resumption.checkpoint).with_options(preset))
     if config.pretrain == "scratch":
@@ -75,7 +76,8 @@ def _sft_sources(config: SFTConfig, preset: GPTConfig, resumption: Resumption | 
         if typed_path(source).exists():
             raise
         missing = f"-p {config.pretrain} is not on this disk: planned with the sizes of {config.config}"
-        return Sources(preset, notes=() if source == preset.family else (missing,))
+        return Sources(preset, notes=() if source == HUB_NAMES[preset.stem] else (missing,))
+    check_family(found, preset)
     tokenizer, note = pretrained_tokenizer(config, found)
     notes = tuple(filter(None, (found.note, note))) if config.plan else ()  # a run tells them where it loads the model
     return Sources(found.sizes(tokenizer.vocab_size).with_options(preset), notes=notes)

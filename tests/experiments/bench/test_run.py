@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.configs import get_configs
+from config.model_configs import get_configs
 from config.user_error import UserError
 from experiments.bench import bounds as bench_bounds
 from experiments.bench import host as bench_host

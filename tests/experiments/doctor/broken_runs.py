@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 from torch import Tensor
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from config.user_error import UserError, run_main
 from experiments.demo.run import GOLD
 from experiments.doctor.record import read_run

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config.configs import get_configs
+from config.model_configs import get_configs
 from models import kernels
 from models.cpu.packing import serves
 from models.decoding import DecodingLinear

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.configs import get_configs
+from config.model_configs import get_configs
 from config.user_error import UserError
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.lora import is_adapter, merge_lora

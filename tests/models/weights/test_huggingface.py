@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from config.configs import get_configs
+from config.model_configs import get_configs
 from config.user_error import UserError
 from models.cache import KVCache
 from models.generation import generate

@@ -150,8 +150,8 @@ KINDS = {
     "what is left of a list of parts": (write("pytorch_model.bin.index.json", '{"weight_map": {"a": "b.bin"}}'), ""),
     "weights of another name": (write("foo.safetensors", "x", instead=True), "foo.safetensors is .* not read; copy"),
     "a link to weights that are gone": (link_to_nothing, "model.safetensors is a link to nothing, .*; copy the file"),
-    "a llama": (other(LlamaForCausalLM(LlamaConfig(**OTHER))), "holds a llama model; a GPT-2 is needed"),
-    "a bert": (other(BertModel(BertConfig(**OTHER))), "holds a bert model; a GPT-2 is needed"),
+    "a llama": (other(LlamaForCausalLM(LlamaConfig(**OTHER))), "holds a LLaMA; a GPT-2 is needed"),
+    "a bert": (other(BertModel(BertConfig(**OTHER))), "holds a bert model; a GPT-2 or a LLaMA is needed"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no model.safetensors or .*; copy the weights too"),
     "a broken download": (
         lambda folder: (folder / WEIGHTS).rename(folder / f"{WEIGHTS}.incomplete"),

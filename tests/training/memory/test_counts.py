@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from config.configs import GPTConfig
+from config.model_configs import GPTConfig
 from models.gpt import GPT, GPTCritic, GPTRewardModel
 from models.lora import freeze_weights, round_frozen
 from training.memory.counts import blocks_that_keep, count_weights, kept_per_token, stream_per_token
@@ -86,7 +86,7 @@ def test_weights_are_those_of_real_models(method, cls, dtype) -> None:
     else:
         freeze_weights(model, method)
     round_frozen(model, TYPES[dtype])
-    counted = count_weights(cls, config, method, TYPES[dtype])
+    counted = count_weights(cls.role, config, method, TYPES[dtype])
     assert counted.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
     assert counted.trained == sum(p.numel() for p in trained)

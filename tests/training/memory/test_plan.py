@@ -6,7 +6,8 @@ import pytest
 import torch
 from setups import LetterTokenizer
 
-from config.configs import GPTConfig, PPOConfig, RMConfig, SFTConfig, get_configs, stage_defaults
+from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
+from config.model_configs import GPTConfig, get_configs
 from models.cache import KVCache
 from models.generation import generate
 from models.gpt import GPT, GPTRewardModel

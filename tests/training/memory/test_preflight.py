@@ -12,7 +12,8 @@ import torch
 from scripts import call, call_bare, newest, save_start
 
 from config.command_line import parse_cli
-from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, get_configs, stage_defaults
+from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
+from config.model_configs import get_configs
 from config.user_error import UserError
 from training.memory import device as device_memory
 from training.memory import preflight
