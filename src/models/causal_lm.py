@@ -8,7 +8,7 @@ Shapes: B rows, L tokens of a row, N chosen columns, d channels, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -125,11 +125,11 @@ class CausalLM(nn.Module):
         h = self.hidden(ids, att, right_padded=right_padded, at=at)
         return self.lm_head(h) if targets is None else self.token_loss_sum(h, targets)
 
-    def generate(self, prompt: Tensor, max_new_tokens: int, eos_id: int, **sampling) -> Tensor:
+    def generate(self, prompt: Tensor, max_new_tokens: int, eos_id: int | Sequence[int], **sampling) -> Tensor:
         """Continue one prompt [P] of token ids; returns the new ids [n], EOS included. See `batch_generate`."""
         return self.batch_generate([prompt], max_new_tokens, eos_id, **sampling).row(0)
 
-    def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int, **sampling) -> Generation:
+    def batch_generate(self, prompts: list, max_new_tokens: int, eos_id: int | Sequence[int], **sampling) -> Generation:
         """Continue prompts of mixed length. See `models.generation.generate`."""
         return generate(self, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
 

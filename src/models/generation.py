@@ -60,7 +60,7 @@ def generate(
     prompts: Sequence[np.ndarray | Tensor | list[int]],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     pad_id: int | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -74,7 +74,8 @@ def generate(
         model: a language model; its train/eval mode is put back afterwards (dropout is off while sampling).
         prompts: B prompts of at least one token each.
         max_new_tokens: responses end here at the latest; prompt and response together must fit the context.
-        eos_id: the id that ends a row. pad_id: what stands behind it (default: the first id outside the vocabulary).
+        eos_id: the id that ends a row, or several that do (Llama 3 has three).
+        pad_id: what stands behind it (default: the first id outside the vocabulary).
         temperature: logits are divided by it; 0 is greedy.
         top_k: sample among the k most likely ids only (and those as likely as the k-th); 0: all.
         top_p: sample among the smallest set of most likely ids with at least this mass; 1: all. PPO uses neither: it
@@ -110,6 +111,7 @@ def generate(
     n = torch.full((B,), max_new_tokens, dtype=torch.long, device=device)
     ended, at_string = (torch.zeros(B, dtype=torch.bool, device=device) for _ in range(2))
 
+    ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
     rows = torch.arange(B, device=device)  # which rows of the batch are still in work
     alive = torch.ones(B, dtype=torch.bool, device=device)
     was_training = model.training
@@ -121,7 +123,7 @@ def generate(
             token, logp = sample(logits, temperature, top_k, top_p, None if uniforms is None else uniforms[rows, t])
             responses[rows, t] = torch.where(alive, token, pad_id)
             logprobs[rows, t] = torch.where(alive, logp, 0.0)
-            ended[rows] |= alive & (token == eos_id)
+            ended[rows] |= alive & torch.isin(token, ends)
             if stop is not None:
                 at_string[rows] |= alive & ~ended[rows] & _reached(stop, responses[rows, : t + 1], alive)
             stopped = alive & (ended | at_string)[rows]

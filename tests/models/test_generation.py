@@ -446,3 +446,15 @@ def test_restricted_sampling_through_generate(model, prompts):
         g = generate(model, prompts, max_new_tokens=T, eos_id=EOS, seeds=SEEDS, **option)
         assert torch.equal(g.responses, greedy.responses)
         assert not g.logprobs.any()  # one candidate: certainty
+
+
+def test_any_of_several_ends_ends_a_row(model, prompts):
+    """As a row goes on where only one of them ends it, it is cut where any of them first stands."""
+    one = generate(model, prompts, max_new_tokens=T, eos_id=EOS, seeds=SEEDS)
+    other = int(one.row(0)[len(one.row(0)) // 2])  # in the middle of a response
+    both = generate(model, prompts, max_new_tokens=T, eos_id=[EOS, other], seeds=SEEDS)
+    for b in range(len(prompts)):
+        ids = one.row(b).tolist()
+        cut = next((i + 1 for i, token in enumerate(ids) if token in (EOS, other)), len(ids))
+        assert both.row(b).tolist() == ids[:cut] and both.ended[b] == (ids[cut - 1] in (EOS, other))
+    assert both.n[0] < one.n[0]

@@ -1,4 +1,4 @@
-"""LLaMA against transformers' own, in all the shapes it comes in; what every family must keep is in test_families.py."""
+"""LLaMA against transformers, in all the shapes it comes in; what all families keep is tested where GPT-2 is."""
 
 import json
 import math
