@@ -12,6 +12,7 @@ overoptimisation    proxy and gold reward over the distance from SFT, of a PPO r
 doctor     what is wrong with a run of any stage, from its figures, and what to change
 memory     what every preset and stage needs on a GPU; --check: the plan against measured runs
 bench      speed and memory beside transformers and TRL (what `make bench` runs)
+gpu        all that only a GPU can tell, in minutes: tests, demo, speed, memory, transformers beside it, profiles
 soak       PPO killed at random moments and gone on with: the bits of an undisturbed run, steady memory
 """
 
@@ -28,7 +29,7 @@ from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
 FILES = ("export", "soak")
-ROOMS = ("overoptimisation", "doctor", "memory", "bench")
+ROOMS = ("overoptimisation", "doctor", "memory", "bench", "gpu")
 TASKS = {
     **{task: ("quick_looks", f"look_at_{task}") for task in QUICK_LOOKS},
     **{task: ("demo.run", f"run_{task}") for task in ("demo", "results")},

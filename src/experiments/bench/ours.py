@@ -5,10 +5,11 @@ Started by run.py as a process of its own, `python ours.py WORK`, so that peak m
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -21,6 +22,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
 from config.devices import choose_dtype
@@ -28,8 +30,8 @@ from config.model_configs import get_configs
 from experiments.bench.bounds import weight_bytes
 from experiments.bench.work import NOT_AN_ID, PRODUCT, Work, median_seconds, peak_gb, run_child
 from models.cpu.packing import pack, packed_linear
+from models.families import load_checkpoint, new_model
 from models.generation import generate
-from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import save_model
 from training.engine.runtime import Runtime
 from training.sampling import Sampler
@@ -67,9 +69,10 @@ def made_up_rows(stage: str, ids: np.ndarray, prompt: int) -> Rows:
 
 
 def made_up_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of any size, so that no vocabulary has to be downloaded: single bytes, then pairs of bytes."""
-    tokens = [bytes([a]) for a in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
-    return TiktokenTokenizer("made-up", {token: i for i, token in enumerate(tokens[: vocab_size - 1])})
+    """A byte-level BPE of any size, so that no vocabulary has to be downloaded: single bytes, then pairs and triples of
+    bytes."""
+    tokens = (bytes(word) for length in (1, 2, 3) for word in itertools.product(range(256), repeat=length))
+    return TiktokenTokenizer("made-up", {token: i for i, token in enumerate(itertools.islice(tokens, vocab_size - 1))})
 
 
 def endless(tokenizer: Tokenizer) -> Tokenizer:
@@ -115,41 +118,74 @@ def profiled(work: Work, once: Callable[[], Any]) -> dict[str, Any]:
 def sampling(work: Work) -> dict[str, Any]:
     """Tokens per second of `generate`, all weights in half precision."""
     torch.manual_seed(0)
-    model = frozen(GPT(get_configs(work.preset)).to(work.device, half_type(work.device)))
+    model = frozen(new_model(get_configs(work.preset)).to(work.device, half_type(work.device)))
+    once = prepared_sampling(work, model)
+    return {"value": work.batch * work.new / median_seconds(work, once)} | profiled(work, once)
+
+
+def prepared_sampling(work: Work, model: nn.Module) -> Callable[[], None]:
+    """What samples the work's responses, all of them in full length, from a model that is on its device."""
     prompts = random_ids(work.batch, work.prompt, model.config.vocab_size)
 
     def once() -> None:
         generate(model, prompts, max_new_tokens=work.new, eos_id=NOT_AN_ID, seeds=range(work.batch))
         synchronise(work.device)
 
-    return {"value": work.batch * work.new / median_seconds(work, once)} | profiled(work, once)
+    return once
+
+
+STAGES: dict[str, type[RunConfig]] = {"sft": SFTConfig, "rm": RMConfig, "ppo": PPOConfig}
+
+
+def stage_config(work: Work) -> RunConfig:
+    """The recipe of the work's stage and preset, cut to the work's rows."""
+    config = stage_defaults(STAGES[work.kind], work.preset)
+    own = {}
+    if work.kind == "ppo":
+        own = dict(ppo_epochs=work.epochs, minibatches=1, response_length=work.new, prompt_length=work.prompt)
+        own |= dict(temperature=1.0, iterations=work.warmup + work.repeats + work.profiled)
+    return replace(config, **own, **steps_of(config, work))
 
 
 def training_step(work: Work) -> dict[str, Any]:
     """Tokens per second of an SFT step, where every token but the first is a target, or of a reward-model step on pairs
     of responses: one optimizer step on every row there is."""
-    ranks = work.kind == "rm"
-    config = stage_defaults(RMConfig if ranks else SFTConfig, work.preset)
-    config = replace(config, **steps_of(config, work))
+    config, options = stage_config(work), get_configs(work.preset)
     runtime = Runtime(config.device, config.dtype, config.seed)
-    options = get_configs(work.preset)
-    model = freeze((GPTRewardModel if ranks else GPT)(options), config, runtime.matrix_dtype)
-    tokenizer = made_up_tokenizer(options.vocab_size)
-    ids = random_ids((1 + ranks) * work.batch, work.prompt + work.new, options.vocab_size)
-    data = made_up_rows(work.kind, ids, work.prompt)
+    model = freeze(new_model(options, "reward" if work.kind == "rm" else "lm"), config, runtime.matrix_dtype)
     # The SFT model only measures the reward's scale, which no step does: a single block stands in for it.
-    models = [model, GPT(replace(options, n_layer=1, lora_rank=0))] if ranks else [model]
+    beside = [new_model(replace(options, n_layer=1, lora_rank=0))] if work.kind == "rm" else []
     with tempfile.TemporaryDirectory() as folder:
-        trainer_type = RewardModelTrainer if ranks else SFTTrainer
-        trainer = trainer_type(config, *models, tokenizer, data, data, Path(folder), runtime, {})
+        once = prepared_step(work, config, runtime, [model, *beside], Path(folder))
+        return {"value": step_tokens(work) / median_seconds(work, once)} | profiled(work, once)
 
-        def once() -> None:
-            figures = trainer.train_step(np.arange(work.batch))
-            if not np.isfinite(float(figures["train/loss"])):
-                raise FloatingPointError("the loss is not finite")
-            synchronise(work.device)
 
-        return {"value": ids.size / median_seconds(work, once)} | profiled(work, once)
+def step_tokens(work: Work) -> int:
+    """Tokens behind an optimizer step of SFT, or of a reward model on pairs."""
+    return (2 if work.kind == "rm" else 1) * work.batch * (work.prompt + work.new)
+
+
+def prepared_step(
+    work: Work, config: RunConfig, runtime: Runtime, models: Sequence[nn.Module], folder: Path
+) -> Callable[[], None]:
+    """What takes one optimizer step on made-up rows.
+
+    models: the one that trains; for a reward model the SFT model, too.
+    """
+    vocab_size = models[0].config.vocab_size
+    tokenizer = made_up_tokenizer(vocab_size)
+    length = work.prompt + work.new
+    data = made_up_rows(work.kind, random_ids(step_tokens(work) // length, length, vocab_size), work.prompt)
+    trainer_type = RewardModelTrainer if work.kind == "rm" else SFTTrainer
+    trainer = trainer_type(config, *models, tokenizer, data, data, folder, runtime, {})
+
+    def once() -> None:
+        figures = trainer.train_step(np.arange(work.batch))
+        if not np.isfinite(float(figures["train/loss"])):
+            raise FloatingPointError("the loss is not finite")
+        synchronise(work.device)
+
+    return once
 
 
 @torch.no_grad()
@@ -159,8 +195,8 @@ def write_checkpoints(work: Work, folder: Path) -> None:
     options = get_configs(work.preset)
     tokenizer = made_up_tokenizer(options.vocab_size)
     description = {"stage": "sft", "tokenizer": tokenizer.identity(), "template": PromptTemplate().to_dict()}
-    save_model(GPT(replace(options, lora_rank=0)), folder / "sft", description)
-    model = GPTRewardModel.from_checkpoint(folder / "sft", options, adapters="fresh")
+    save_model(new_model(replace(options, lora_rank=0)), folder / "sft", description)
+    model = load_checkpoint(folder / "sft", "reward", options, adapters="fresh")
     for name, parameter in model.named_parameters():
         if not options.lora_rank or name.endswith("lora_B"):
             parameter.add_(0.01 * torch.randn_like(parameter))  # trained: its trunk is the SFT model's no more
@@ -174,35 +210,41 @@ def ppo(work: Work) -> dict[str, Any]:
 
     The checkpoints to start from are made by a process of their own (`write`), whose memory does not count.
     """
-    config = stage_defaults(PPOConfig, work.preset)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_in_a_process_of_its_own(work, folder)
-        config = replace(
-            config, actor=str(folder / "sft"), critic=str(folder / "rm"), ppo_epochs=work.epochs, minibatches=1,
-            response_length=work.new, prompt_length=work.prompt, temperature=1.0,
-            iterations=work.warmup + work.repeats + work.profiled, **steps_of(config, work),
-        )  # fmt: skip
+        config = replace(stage_config(work), actor=str(folder / "sft"), critic=str(folder / "rm"))
         runtime = Runtime(config.device, config.dtype, config.seed)
         roles = ppo_start(config, None, runtime.matrix_dtype)
-        tokenizer = endless(load_tokenizer(roles.sft))
-        ids = random_ids(work.batch * config.iterations, work.prompt, tokenizer.vocab_size)
-        prompts = made_up_rows("ppo", ids, work.prompt)
-        trainer = PPOTrainer(
-            config, roles.actor, roles.critic, runtime.place(roles.reference), runtime.place(roles.reward_model),
-            tokenizer, prompts, prompts, folder, runtime, {},
-        )  # fmt: skip
-        iterations = iter(range(1, config.iterations + 1))
+        placed = (runtime.place(roles.reference), runtime.place(roles.reward_model))
+        models = (roles.actor, roles.critic, *placed)
         parts: dict[str, float] = {}
-
-        def once() -> None:
-            figures = trainer.iteration(next(iterations))
-            synchronise(work.device)
-            if figures["train/optimizer_steps"] != work.epochs:
-                raise RuntimeError(f"{figures['train/optimizer_steps']} optimizer steps, expected {work.epochs}")
-            parts.update({f"time/{phase}_s": figures[f"time/{phase}_s"] for phase in trainer.phases.total})
-
+        once = prepared_ppo(work, config, runtime, models, load_tokenizer(roles.sft), folder, parts)
         return {"value": median_seconds(work, once), "parts": dict(parts)} | profiled(work, once)
+
+
+def prepared_ppo(
+    work: Work, config: PPOConfig, runtime: Runtime, models: Sequence[nn.Module], tokenizer: Tokenizer, folder: Path,
+    parts: dict[str, float],
+) -> Callable[[], None]:  # fmt: skip
+    """What does one PPO iteration after another on made-up prompts, and notes the seconds of its phases in `parts`.
+
+    models: actor, critic, reference, reward model; the last two on their device.
+    """
+    tokenizer = endless(tokenizer)
+    ids = random_ids(work.batch * config.iterations, work.prompt, tokenizer.vocab_size)
+    prompts = made_up_rows("ppo", ids, work.prompt)
+    trainer = PPOTrainer(config, *models, tokenizer, prompts, prompts, folder, runtime, {})
+    iterations = itertools.count(1)
+
+    def once() -> None:
+        figures = trainer.iteration(next(iterations))
+        synchronise(work.device)
+        if figures["train/optimizer_steps"] != work.epochs:
+            raise RuntimeError(f"{figures['train/optimizer_steps']} optimizer steps, expected {work.epochs}")
+        parts.update({f"time/{phase}_s": figures[f"time/{phase}_s"] for phase in trainer.phases.total})
+
+    return once
 
 
 def write_in_a_process_of_its_own(work: Work, folder: Path) -> None:
@@ -220,7 +262,7 @@ def rollout(work: Work) -> dict[str, Any]:
     config = stage_defaults(PPOConfig, work.preset)
     runtime = Runtime(work.device, "auto", 0)
     tokenizer = get_tokenizer("demo")
-    model = frozen(GPT(get_configs(work.preset)))
+    model = frozen(new_model(get_configs(work.preset)))
     prompts = load_dataset(config.dataset, "ppo", "train", tokenizer, model.config.block_size - config.response_length)
     chosen = [prompts[i] for i in range(work.batch)]
     sampler = Sampler(tokenizer, runtime, config.temperature, config.response_length, config.batch_size)
