@@ -41,7 +41,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., d] in x's type. In fp32 inside: squares overflow fp16."""
+        """x [..., d] -> [..., d] in x's type. In fp32 inside, since squares overflow fp16, and rounded before the weight
+        as in transformers."""
+        if x.dtype == torch.float32:  # nothing is rounded, and it is one operation on a GPU
+            return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
 
 
@@ -70,14 +73,19 @@ _wave_numbers = lru_cache(maxsize=64)(wave_numbers)
 
 
 def rotation(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, L, hd / 2] (or [1, 1, L, hd / 2]) of the angles at positions [B, L] (or [L]), fp32."""
+    """What `rotate` turns channels by at positions [B, L] (or [L]): (cos, cos) and (-sin, sin) of the angles, each
+    [B, 1, L, hd] (or [1, 1, L, hd]) in fp32."""
     angles = positions.float()[..., None] * _wave_numbers(config, positions.device)
     angles = angles.view(-1, 1, *angles.shape[-2:])
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, nh, L, hd] with each pair of channels (i, i + hd / 2) turned, in x's type: see `rotation`."""
+    """x [B, nh, L, hd] with each pair of channels (i, i + hd / 2) turned, in x's type: see `rotation`.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin).
+    """
     return _Rotate.apply(x, cos, sin)
 
 
@@ -87,14 +95,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        a, b = grad.chunk(2, -1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), -1).to(grad.dtype), None, None
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class LlamaAttention(nn.Module):

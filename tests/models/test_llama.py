@@ -158,7 +158,8 @@ def test_angles_are_taken_in_fp32_whatever_becomes_of_the_model():
     cos, sin = rotation(model.config, torch.arange(CONTEXT))
     assert cos.dtype == sin.dtype == torch.float32
     exact = torch.arange(CONTEXT).double()[:, None] * 1e4 ** (-torch.arange(0, 12, 2).double() / 12)
-    torch.testing.assert_close(cos[0, 0].double(), exact.cos(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(cos[0, 0].double(), exact.cos().repeat(1, 2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sin[0, 0, :, 6:].double(), exact.sin(), atol=1e-4, rtol=0)
 
 
 def test_rotations_follow_their_formula():
@@ -167,7 +168,8 @@ def test_rotations_follow_their_formula():
     x, positions = torch.randn(1, 2, 5, 12, dtype=torch.float64), torch.tensor([0, 3, 4, 40, 63])
     cos, sin = (t.double() for t in rotation(config, positions))
     found = rotate(x, cos, sin)
-    pairs = torch.complex(x[..., :6], x[..., 6:]) * torch.polar(torch.ones(()).double(), torch.atan2(sin, cos))
+    angles = torch.atan2(sin, cos)[..., 6:]
+    pairs = torch.complex(x[..., :6], x[..., 6:]) * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(found, torch.cat((pairs.real, pairs.imag), -1))
     far = [rotate(x, *(t.double() for t in rotation(config, positions + s))) for s in (0, 1)]
     scores = [y @ y.transpose(2, 3) for y in far]
@@ -176,7 +178,8 @@ def test_rotations_follow_their_formula():
 
 def test_a_rotation_has_the_gradient_of_its_formula():
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    cos, sin = torch.rand(1, 1, 4, 3, dtype=torch.float64), torch.rand(1, 1, 4, 3, dtype=torch.float64)
+    angles = torch.rand(1, 1, 4, 3, dtype=torch.float64)
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), x)
 
 
