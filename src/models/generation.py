@@ -4,9 +4,8 @@ Shapes: B prompts, P padded prompt width, T longest response, V vocabulary.
 
 All rows write the same cache column at each step. The model reads the prompts right-padded, where causal attention
 needs no mask; what is behind a shorter prompt stays in the cache and is hidden from every step. A row stops at EOS;
-once a quarter of the rows still in work have stopped, the stopped ones are dropped from the batch and the cache, so at
-most a quarter of any step's work is spent on rows that have ended. The loop ends when all have. Stop strings end a row
-like EOS.
+once a quarter of the rows still in work have stopped (on a GPU half of them), the stopped ones are dropped from the
+batch and the cache. The loop ends when all have. Stop strings end a row like EOS.
 
 Every row draws from a random stream of its own, so that what a row says depends on its seed and not on its batch mates.
 """
@@ -114,6 +113,8 @@ def generate(
     ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
     rows = torch.arange(B, device=device)  # which rows of the batch are still in work
     alive = torch.ones(B, dtype=torch.bool, device=device)
+    # Other numbers of rows mean another recording on a GPU (models.graphs), which takes as long as some steps.
+    asked_every, kept_above = (1, 0.75) if device.type != "cuda" else (8, 0.5)
     was_training = model.training
     model.eval()
     try:
@@ -129,10 +130,13 @@ def generate(
             stopped = alive & (ended | at_string)[rows]
             n[rows] = torch.where(stopped, t + 1, n[rows])
             alive = alive & ~stopped
-            left = int(alive.sum())
-            if left == 0 or t + 1 == max_new_tokens:
+            if t + 1 == max_new_tokens:
                 break
-            if left <= 0.75 * len(rows):
+            # Asking a GPU makes it wait; rows that have ended meanwhile are worked on for nothing.
+            left = int(alive.sum()) if (t + 1) % asked_every == 0 else len(rows)
+            if left == 0:
+                break
+            if left <= kept_above * len(rows):
                 keep = alive.nonzero().squeeze(1)
                 rows, token, alive = rows[keep], token[keep], alive[keep]
                 decoder.keep_rows(keep)

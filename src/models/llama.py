@@ -41,8 +41,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., d] in x's type. In fp32 inside, since squares overflow fp16, and rounded before the weight
-        as in transformers."""
+        """x [..., d] -> [..., d] in x's type. In fp32 inside, since squares overflow fp16.
+
+        Rounded before the weight comes in, as in transformers.
+        """
         if x.dtype == torch.float32:  # nothing is rounded, and it is one operation on a GPU
             return F.rms_norm(x, self.weight.shape, self.weight.float(), self.eps)
         return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
