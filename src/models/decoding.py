@@ -62,7 +62,7 @@ class FixedCache:
 class Decoder(ABC):
     """Steps of a model in eval mode whose cache holds the prompts (`model.hidden(prompts, att, cache)`).
 
-    On a GPU a step is recorded once and replayed (`models.graphs`); for that all it reads and writes stays in place.
+    Where `models.graphs` serves, a step is recorded once and replayed; for that all it reads and writes stays in place.
     """
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
@@ -100,7 +100,7 @@ class Decoder(ABC):
     def step(self, token: Tensor) -> Tensor:
         """Logits [B, V] fp32 after one more token [B] per row; in half precision up to a constant per row.
 
-        On a GPU they are valid until the next step.
+        Of a recorded step they are valid until the next.
         """
         with torch.autocast(token.device.type, enabled=False):
             if self.fixed:

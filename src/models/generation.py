@@ -4,8 +4,8 @@ Shapes: B prompts, P padded prompt width, T longest response, V vocabulary.
 
 All rows write the same cache column at each step. The model reads the prompts right-padded, where causal attention
 needs no mask; what is behind a shorter prompt stays in the cache and is hidden from every step. A row stops at EOS;
-once a quarter of the rows still in work have stopped (on a GPU half of them), the stopped ones are dropped from the
-batch and the cache. The loop ends when all have. Stop strings end a row like EOS.
+once a quarter of the rows still in work have stopped, the stopped ones are dropped from the batch and the cache. The
+loop ends when all have. Stop strings end a row like EOS.
 
 Every row draws from a random stream of its own, so that what a row says depends on its seed and not on its batch mates.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models import graphs
 from models.cache import KVCache
 from models.kernels import cache_dtype, product_dtype
 from models.stop_strings import StopStrings
@@ -113,8 +114,9 @@ def generate(
     ends = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
     rows = torch.arange(B, device=device)  # which rows of the batch are still in work
     alive = torch.ones(B, dtype=torch.bool, device=device)
-    # Other numbers of rows mean another recording on a GPU (models.graphs), which takes as long as some steps.
-    asked_every, kept_above = (1, 0.75) if device.type != "cuda" else (8, 0.5)
+    asked_every = _asked_every(device)
+    # Other numbers of rows mean another recording, which takes as long as some steps.
+    kept_above = 0.5 if graphs.serves(device) else 0.75
     was_training = model.training
     model.eval()
     try:
@@ -132,7 +134,7 @@ def generate(
             alive = alive & ~stopped
             if t + 1 == max_new_tokens:
                 break
-            # Asking a GPU makes it wait; rows that have ended meanwhile are worked on for nothing.
+            # Rows that have ended and were not asked about are worked on for nothing.
             left = int(alive.sum()) if (t + 1) % asked_every == 0 else len(rows)
             if left == 0:
                 break
@@ -145,6 +147,11 @@ def generate(
         model.train(was_training)
     width = int(n.max())
     return Generation(prompt_ids, att.sum(1), responses[:, :width], n, ended, at_string, logprobs[:, :width])
+
+
+def _asked_every(device: torch.device) -> int:
+    """Tokens between two questions whether rows have ended: a GPU works off its queue before it can answer."""
+    return 1 if device.type == "cpu" else 8
 
 
 def _read(model: nn.Module, prompts: Sequence[np.ndarray], cache: KVCache) -> Tensor:

@@ -3,7 +3,6 @@
 On a GPU these lines are all there is, and nobody needs to read further. The faster forms are in `models.cpu`; each says
 when it serves, what it gains and how that was measured. RLHF_PLAIN=attention,linear,gelu,packing (any of them, or
 `all`) in the environment leaves a form out, to compare: `python src/experiments/main.py -t bench --kernels` does.
-RLHF_PLAIN=graphs does so with the CUDA graphs of `models.graphs`.
 
 Shapes: B rows, nh heads, nkv heads of keys and values, L queries, S keys, hd channels per head, N rows of a product.
 """
@@ -28,7 +27,7 @@ KERNELS = ("attention", "linear", "gelu", "packing")
 def plain_kernels(setting: str) -> set[str]:
     """The kernels that a value of RLHF_PLAIN leaves out."""
     names = {name.strip() for name in setting.split(",")} - {""}
-    return names - {"all"} | {*KERNELS, "graphs"} if "all" in names else names
+    return names - {"all"} | set(KERNELS) if "all" in names else names
 
 
 PLAIN = plain_kernels(os.environ.get("RLHF_PLAIN", ""))
@@ -40,8 +39,8 @@ def check_plain() -> None:
     Raises:
         UserError: RLHF_PLAIN names a kernel that is not there.
     """
-    if unknown := sorted(PLAIN - {*KERNELS, "graphs"}):
-        raise UserError(f"RLHF_PLAIN={','.join(unknown)}: choose from {', '.join(KERNELS)}, graphs, or all")
+    if unknown := sorted(PLAIN - set(KERNELS)):
+        raise UserError(f"RLHF_PLAIN={','.join(unknown)}: choose from {', '.join(KERNELS)}, or all")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models import generation
 from models.decoding import Decoder
 from models.generation import Generation, _row_uniforms, generate, sample
 from models.gpt import GPT, GPTActor
@@ -458,3 +459,14 @@ def test_any_of_several_ends_ends_a_row(model, prompts):
         cut = next((i + 1 for i, token in enumerate(ids) if token in (EOS, other)), len(ids))
         assert both.row(b).tolist() == ids[:cut] and both.ended[b] == (ids[cut - 1] in (EOS, other))
     assert both.n[0] < one.n[0]
+
+
+@pytest.mark.parametrize("every", [3, 8, 100])
+def test_rows_that_are_seldom_asked_say_the_same(model, prompts, monkeypatch, every):
+    """As on a GPU, where to ask is to wait: a row that has ended is worked on for nothing, and says no more."""
+    expected = generate(model, prompts, max_new_tokens=T, eos_id=EOS, seeds=SEEDS)
+    monkeypatch.setattr(generation, "_asked_every", lambda device: every)
+    found = generate(model, prompts, max_new_tokens=T, eos_id=EOS, seeds=SEEDS)
+    for field in ("responses", "n", "ended"):
+        assert torch.equal(getattr(found, field), getattr(expected, field)), field
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)  # batches of other sizes round
