@@ -62,6 +62,7 @@ ROOMS = {
     "experiments/bench": "speed and memory beside other libraries",
     "experiments/demo": "`make demo` and the tables of its results",
     "experiments/doctor": "what is wrong with a run",
+    "experiments/gpu": "all that only a GPU can tell, in one command",
     "experiments/memory": "the plan of memory, and the plan held against measured runs",
     "experiments/overoptimisation": "proxy and gold reward over the distance from SFT",
 }

@@ -155,6 +155,7 @@ def as_table(found: dict[str, dict[str, Any]], card: Card) -> str:
     head = "preset | work | seconds | tokens/s | MFU | peak GB | reserved GB | planned GB | planned / peak"
     rates = (
         f"MFU of {card.peak_flops / 1e12:,.3g} TFLOP/s (measured: {card.measured_flops / 1e12:,.3g}); copies at "
-        f"{card.copy_rate / 1e12:.3g} TB/s; cap {card.memory_gb:g} GB."
+        f"{card.copy_rate / 1e12:.3g} TB/s; cap {card.memory_gb:g} GB. "
+        "Tokens of sampling and PPO are those of the responses."
     )
     return f"{table(head + ' | ms a step | of the bandwidth', lines)}\n\n{rates}"

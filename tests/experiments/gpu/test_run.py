@@ -32,7 +32,8 @@ DEMO = {"systems": {name: {"gold": 1.0, "win_rate": 0.9, "kl": 3.0} for name in 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The hardware's own rates take seconds to measure on a CPU."""
+    """The hardware's own rates take seconds to measure on a CPU; and what the command sets is put back."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(Card, "measured_flops", 1e12)
     monkeypatch.setattr(Card, "copy_rate", 1e10)
     monkeypatch.setattr(Card, "seconds", lambda self, once, *_, **__: (once(), 0.5)[1])
