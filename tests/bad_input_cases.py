@@ -12,7 +12,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.gpt import GPT
+from utils.chat_templates import NAMED
 from utils.runs.manifest import MANIFEST, write_manifest
 from utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
 
@@ -433,6 +434,9 @@ FLAGS = [
     Case("a precision that the device lacks", "sft --dtype fp16"),
     Case("a file where runs should go", "sft --runs-dir FILE", content(b"")),
     Case("a tokenizer that does not exist", "sft --tokenizer gpt5"),
+    Case("a template whose marks the tokenizer does not have", "sft --template chatml"),
+    Case("a template of its own where the tokenizer has none", "sft -p sft_tiny --template own"),
+    Case("a template that does not exist", "sft --template alpaca"),
     Case("adapters to train where there are none", "sft --freeze lora"),
 ]
 
@@ -518,6 +522,12 @@ CHECKPOINTS = [
     Case("PPO's critic where a reward model belongs", SCORE,
          copy_of("ppo_tiny", lambda f: None, part="final/critic")),
     Case("a reward model with another tokenizer", SCORE, copy_of("rm_tiny", swap_tokens)),
+    Case("a reward model with another prompt template", SCORE,
+         copy_of("rm_tiny", description(lambda d: d["template"].update(human="\n\nPerson: ")))),
+    Case("a prompt template with marks that are none", FROM,
+         copy_of("sft_tiny", description(lambda d: d["template"].update(marks={"end": "</s>"})))),
+    Case("a prompt template with marks of another tokenizer", FROM,
+         copy_of("sft_tiny", description(lambda d: d["template"].update(marks=asdict(NAMED["chatml"]))))),
     Case("a reward model of other sizes", SCORE, copy_of("rm_tiny", deeper)),
     Case("a reward model whose record of held-out accuracy is no record", SCORE,
          copy_of("rm_tiny", description(lambda d: d.update(held_out="good")))),
@@ -550,6 +560,11 @@ def config(**changes: Any) -> Callable[[Path], None]:
     return description(lambda d: d.update(changes), "config.json")
 
 
+def chat(template: str) -> Callable[[Path], None]:
+    """Have a folder's tokenizer write dialogues as this Jinja does."""
+    return lambda folder: (folder / "chat_template.jinja").write_text(template)
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 548105171\n"
 
 THEIRS = [
@@ -576,6 +591,12 @@ THEIRS = [
     Case("the folder around the model", "sft -p HERE", theirs()),
     Case("untied by config.json alone", FROM, theirs(config(tie_word_embeddings=False))),
     Case("an adapter that is more than LoRA", FROM, theirs(adapter)),
+    Case("a chat template that cannot be taken apart", FROM, theirs(chat("{{ messages | length }}"))),
+    Case("a chat template that ends replies with nothing special", FROM,
+         theirs(chat("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"))),
+    Case("a chat template that is no Jinja", FROM, theirs(chat("{% for m in messages %}"))),
+    Case("a chat template that cannot be taken apart, in a quick look", "main -t gpt -m MODEL --prompt a",
+         theirs(chat("{{ messages | length }}")), 0),
     Case("the folder of runs", "sft -p RUNS"),
     Case("a reward model from a model in their form", "rm -p MODEL", theirs()),
     Case("PPO from a model in their form", "ppo -a gpt2 -c rm_tiny"),

@@ -148,6 +148,10 @@ class SFTConfig(RunConfig):
     preset's name), a Hugging Face name or folder, or one of our runs or checkpoints."""
     tokenizer: str = "auto"
     """auto, gpt2, demo, or a folder or hub name with a Hugging Face tokenizer. auto: the pre-trained model's own."""
+    template: Literal["auto", "own", "human-assistant", "chatml", "llama3", "zephyr"] = "auto"
+    """How dialogues are written for the model: as text (human-assistant), or with special tokens that its tokenizer
+    has. own: as its own chat template says. auto: that for a chat model in Hugging Face's form, that of the checkpoint
+    for a run of ours, human-assistant else. Later stages keep it."""
     freeze: Literal["auto", "none", "lora", "last_block"] = "auto"
     """What stays fixed: auto is lora for a LoRA preset and none otherwise."""
     epochs: int = 1

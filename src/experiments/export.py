@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,11 +32,11 @@ from inference.answers import TextModel
 from inference.systems import load_reward_model, run_around
 from models.generation import generate
 from models.weights.checkpoint import describe
+from utils.chat_templates import chat_template
 from utils.runs.durable import Disk
 from utils.runs.finding import find_checkpoint
 from utils.runs.folder import typed_path
 from utils.runs.origins import without_folders
-from utils.template import PromptTemplate
 from utils.tokenizers.huggingface import quiet_transformers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,50 +55,6 @@ _TEXTS = (
     "x<|endoftext|>y", "[INST] <s> </s> <|im_end|>", "Zo\u00eb \u4e2d\u6587 \u0639\u0631\u0628\u064a", "e\u0301",
     "\u2764\ufe0f \U0001f468\u200d\U0001f469", "\u00a0\u2003\u3000", "\x00\x07", "3.14e-10", "def f(x):\n    return x",
 )  # fmt: skip
-
-_CHAT = """\
-{%- if messages[0]['role'] in ['system', 'developer'] -%}
-  {%- set start = 1 -%}
-{%- else -%}
-  {%- set start = 0 -%}
-{%- endif -%}
-{%- if messages | length == start -%}
-  {{- raise_exception('There is no turn of the user.') -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {%- set text = namespace(value='') -%}
-  {%- if message['content'] is string -%}
-    {%- set text.value = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] != 'text' -%}
-        {{- raise_exception('Only text can be read, not ' ~ part['type'] ~ '.') -}}
-      {%- endif -%}
-      {%- set text.value = text.value ~ part['text'] -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set content = text.value | trim -%}
-  {%- if loop.index0 < start -%}
-    {{- content -}}
-  {%- elif message['role'] != ['user', 'assistant'][(loop.index0 - start) % 2] -%}
-    {{- raise_exception('Turns are those of user, assistant, user, ... after at most one system message.') -}}
-  {%- elif message['role'] == 'user' -%}
-    {{- HUMAN ~ content -}}
-  {%- else -%}
-    {{- ASSISTANT ~ PREFIX ~ content -}}
-    {%- if loop.last -%}
-      {%- if add_generation_prompt -%}
-        {{- raise_exception('A reply follows a turn of the user; the last turn is the assistant\\'s.') -}}
-      {%- endif -%}
-      {{- eos_token -}}
-    {%- endif -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- ASSISTANT -}}
-{%- endif -%}
-"""
-
 
 def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     """Write a language model or a reward model of ours as a folder of `transformers`."""
@@ -227,15 +182,6 @@ def _replacing(target: Path, argument: str) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-def chat_template(template: PromptTemplate) -> str:
-    """Jinja that writes messages as `PromptTemplate.format` writes turns, a system message before them.
-
-    A dialogue that ends with a reply gets the EOS behind it, as in training and for a reward model.
-    """
-    strings = {"HUMAN": template.human, "ASSISTANT": template.assistant, "PREFIX": template.response_prefix}
-    return re.sub("|".join(strings), lambda name: repr(strings[name[0]]), _CHAT)
-
-
 @dataclass(frozen=True)
 class Export:
     """What is exported.
@@ -318,19 +264,25 @@ class Export:
         _must(tokenizer.model_max_length == self.longest_text, "the tokenizer does not know the context")
         side = "right" if self.is_reward else "left"
         _must(tokenizer.padding_side == side, f"the tokenizer does not pad on the {side}")
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        has_prefix = ours.encode(" a") == ours.encode("a")  # it takes a first space for the prefix that it puts there
         for text in _TEXTS:
             ids = ours.encode(text)
+            text = text.removeprefix(" ") if has_prefix else text
             _must(tokenizer(text, split_special_tokens=True)["input_ids"] == ids, f"{text!r} gets other ids")
-            plain = not any(token in text for token in tokenizer.all_special_tokens)
+            plain = not any(token in text for token in special)
             _must(not plain or tokenizer(text)["input_ids"] == ids, f"{text!r} gets other ids")
             _must(tokenizer.decode(ids) == ours.decode(ids), f"{text!r} comes back as another text")
         for turns in [(question,) for question in _QUESTIONS] + [_DIALOGUE]:
             for system in ("", " Be brief.\n"):
                 chat = _messages(turns, system)
-                told = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-                _must(told == system.strip() + template.format(turns), "the chat template writes another prompt")
-        ended = tokenizer.apply_chat_template(_messages(_DIALOGUE[:2]), tokenize=False)
-        wanted = template.format(_DIALOGUE[:1]) + template.response(_DIALOGUE[1]) + tokenizer.eos_token
+                told = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+                prompt = template.prompt_of_turns([(message["role"], message["content"]) for message in chat])
+                wanted = template.encode_prompts(ours, [prompt])[0]
+                _must(told == wanted, "the chat template writes another prompt")
+        ended = tokenizer.apply_chat_template(_messages(_DIALOGUE[:2]), return_dict=False)
+        wanted = template.encode_prompts(ours, [template.format(_DIALOGUE[:1])])[0]
+        wanted += template.encode_responses(ours, [template.response(_DIALOGUE[1])])[0]
         _must(ended == wanted, "the chat template writes another dialogue")
 
     def _check_tokens(self, model: Any, tokenizer: Any) -> str:
@@ -339,7 +291,7 @@ class Export:
         eos_id, pad_id = ours.tokenizer.eos_id, ours.tokenizer.pad_id
         _must(model.generation_config.eos_token_id == eos_id, "generation ends at another id")
         texts = [ours.template.format([question]) for question in _QUESTIONS]
-        prompts = [ids[-(context // 2) :] for ids in ours.tokenizer.encode_batch(texts)]
+        prompts = [ids[-(context // 2) :] for ids in ours.template.encode_prompts(ours.tokenizer, texts)]
         limit = min(32, context - max(map(len, prompts)))
         answers = generate(ours.model, prompts, max_new_tokens=limit, eos_id=eos_id, pad_id=pad_id, temperature=0.0)
         batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
@@ -371,8 +323,9 @@ class Export:
         found = model(**batch).logits[:, 0]  # (B,)
         wanted = []
         for question, reply in zip(_QUESTIONS, replies):
-            text = ours.template.format([question]) + ours.template.response(reply)
-            ids = torch.tensor([[*ours.tokenizer.encode(text), ours.tokenizer.eos_id][-context:]])
+            asked = ours.template.encode_prompts(ours.tokenizer, [ours.template.format([question])])[0]
+            said = ours.template.encode_responses(ours.tokenizer, [ours.template.response(reply)])[0]
+            ids = torch.tensor([[*asked, *said][-context:]])
             wanted.append(ours.model(ids, torch.ones_like(ids, dtype=torch.bool)))
         scores = torch.cat(wanted)
         off = self._distance(found, scores, max(1.0, float(scores.abs().max())), "scores")
@@ -434,6 +387,9 @@ def _card(export: Export, name: str, checkpoint: Path, description: dict[str, An
         "commit": record.get("commit"),
     }
     template = export.source.template
+    marks = template.marks
+    written = template.format(["..."]) if marks is None else marks.prompt([("user", "...")])
+    told_of_system = "as plain text before it (none was trained on)" if marks is None else "in the same form"
     parts = [
         "---",
         f"library_name: transformers\npipeline_tag: text-{'classification' if export.is_reward else 'generation'}",
@@ -447,8 +403,8 @@ def _card(export: Export, name: str, checkpoint: Path, description: dict[str, An
         parts.append(table("figure | step | value", figures))
     parts.append("\n## Use\n\n```python\n" + _USE[export.is_reward].format(name=name) + "```\n")
     parts.append(
-        f"The context is {export.source.context} tokens. A prompt is written {template.format(['...'])!r}; the chat "
-        "template does so, with a system message as plain text before it (none was trained on). For a longer prompt "
+        f"The context is {export.source.context} tokens. A prompt is written {written!r}; the chat template does so, "
+        f"with a system message {told_of_system}. For a longer prompt "
         f"`truncation=True` cuts its start off{export.told_of_room()}. A text with the EOS token written in it is read "
         "as its end, as everywhere in transformers; `split_special_tokens=True` prevents that.\n"
     )

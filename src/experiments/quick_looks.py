@@ -25,11 +25,12 @@ from config.user_error import UserError
 from experiments.graded_answers import text_model
 from experiments.loss_example import loss_example
 from inference.answers import Answer, Machine, TextModel, score_answers
-from inference.systems import System, run_around
+from inference.systems import System, run_around, template_of
 from models.generation import generate
 from models.weights.checkpoint import describe
 from models.weights.huggingface import describe_pretrained
 from models.weights.pretrained import our_checkpoint, told_of
+from utils.chat_templates import template_at_hand
 from utils.data.batching import collate_ranked, collate_sft, left_pad
 from utils.data.rows import STAGES
 from utils.data.splits import SPLITS
@@ -71,7 +72,7 @@ def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     source = load_language_model(flags.model, flags.runs_dir)
     tokenizer, context = source.tokenizer, source.context
     texts = [_prompt_text(text, source.template, flags.raw) for text in flags.prompt or [_PROMPT]]
-    prompts = tokenizer.encode_batch(texts)
+    prompts = tokenizer.encode_batch(texts) if flags.raw else source.template.encode_prompts(tokenizer, texts)
     longest = max(map(len, prompts))
     room = max(0, context - longest)
     if not room:
@@ -85,7 +86,7 @@ def look_at_gpt(parser: argparse.ArgumentParser, rest: list[str]) -> int:
         print(f"note: {world_in_a_line()}", file=sys.stderr)
     rows = [prompt for prompt in prompts for _ in range(flags.count)]
     generation = generate(
-        source.model.to(choose_device(flags.device)), rows, max_new_tokens=limit, eos_id=tokenizer.eos_id,
+        source.model.to(choose_device(flags.device)), rows, max_new_tokens=limit, eos_id=tokenizer.ends,
         pad_id=tokenizer.pad_id, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
         seeds=row_seeds(flags.seed, 0, len(rows)),
     )  # fmt: skip
@@ -139,10 +140,12 @@ def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
         raise UserError(f"-m {flags.model}: {folder} holds no reward model; give a run of train_rm.py")
     source = text_model(folder, "reward")
     tokenizer, context = source.tokenizer, source.context
-    prompt = tokenizer.encode(_prompt_text(flags.prompt, source.template))
+    asked = _prompt_text(flags.prompt, source.template)
+    prompt = source.template.encode_prompts(tokenizer, [asked])[0]
     answers = []
     for text in flags.response:
-        response = tokenizer.encode(source.template.response(text)) + [tokenizer.eos_id] * (not flags.no_eos)
+        response = source.template.encode_responses(tokenizer, [source.template.response(text)])[0]
+        response = response[:-1] if flags.no_eos else response
         length = len(prompt) + len(response)
         if not response:
             raise UserError("--response: is empty, and with --no-eos there is nothing to score")
@@ -154,7 +157,7 @@ def look_at_reward(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     is_normalised = (description.get("normalised") or {}).get("step") == description.get("step")
     scale = "SFT samples had mean 0 and deviation 1" if is_normalised else "not normalised after its last step"
     print(f"{folder}: {scale}")
-    print(_paint(tokenizer.decode(prompt).strip(), _DIM))
+    print(_paint(asked.strip(), _DIM))
     for score, answer in sorted(zip(scores, answers), key=lambda item: -item[0]):
         last = int(answer.ids[-1])
         token = "EOS" if last == tokenizer.eos_id else repr(tokenizer.decode([last]))
@@ -179,9 +182,10 @@ def look_at_dataset(parser: argparse.ArgumentParser, rest: list[str]) -> int:
     stage = "text" if flags.dataset == "demo-text" else flags.stage
     open_source(flags.dataset, stage)  # a name that is wrong is told before a tokenizer is looked for
     own = "demo" if flags.dataset in ("demo", "demo-text") else "gpt2"
-    tokenizer = find_tokenizer(own if flags.tokenizer == "auto" else flags.tokenizer, flags.runs_dir)
+    tokenizer, template = tokenizer_and_template(own if flags.tokenizer == "auto" else flags.tokenizer, flags.runs_dir)
     limit = flags.max_length or (192 if tokenizer.kind == "demo" else 1024)
-    data = load_dataset(flags.dataset, stage, flags.split, tokenizer, limit, skip_bad_rows=flags.skip_bad_rows)
+    options = {"skip_bad_rows": flags.skip_bad_rows, "template": template}
+    data = load_dataset(flags.dataset, stage, flags.split, tokenizer, limit, **options)
     print(data.report.summary())
     examples = [data[i] for i in range(min(flags.rows, len(data)))]
     names = [f"{'prompt' if stage == 'ppo' else 'row'} {i}" for i in range(len(examples))]
@@ -211,23 +215,25 @@ _LEGEND = "shown as prompt|response[EOS][PAD x count]"
 
 
 def render_row(ids: Tensor, att: Tensor, start: int, tokenizer: Tokenizer) -> str:
-    r"""One row of a batch as a line of text, line breaks as \n; every token is shown and nothing else.
+    r"""One row of a batch as a line of text, line breaks as \n; every token is shown in its place and nothing else.
 
     Args:
         ids: [L] int64. att: [L] bool, real tokens; the padding is on one side.
         start: column in which the response starts. tokenizer: of the ids.
     """
     is_response = torch.arange(len(ids)) >= start
-    is_eos = (ids == tokenizer.eos_id) & att
 
     def text(wanted: Tensor, style: str) -> str:
-        return _paint(tokenizer.decode(ids[wanted & att & ~is_eos]).replace("\n", "\\n"), style)
+        row = ids[wanted & att]
+        ends = (row == tokenizer.eos_id).nonzero().flatten().tolist()
+        pieces = torch.tensor_split(row, [end + 1 for end in ends])
+        texts = [tokenizer.decode(piece).replace("\n", "\\n") for piece in pieces]
+        return _paint("[EOS]", _REVERSED).join(text and _paint(text, style) for text in texts)
 
     padding = int((~att).sum())
     pad = _paint(f"[PAD x {padding}]", _GREY) if padding else ""
-    eos = _paint("[EOS]", _REVERSED) * int(is_eos.sum())
     response = text(is_response, _GREEN) if start < len(ids) else ""
-    line = f"{text(~is_response, _DIM)}|{response}{eos}"
+    line = f"{text(~is_response, _DIM)}|{response}"
     return pad + line if padding and not att[0] else line + pad
 
 
@@ -256,12 +262,17 @@ def look_at_tokenizer(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
     """A tokenizer by name or folder, or that of a run or checkpoint; UserError where there is none of that name."""
+    return tokenizer_and_template(argument, runs_dir)[0]
+
+
+def tokenizer_and_template(argument: str, runs_dir: str) -> tuple[Tokenizer, PromptTemplate]:
+    """`find_tokenizer`, and the template of the model that it is of."""
     if argument in ("gpt2", "demo"):
-        return get_tokenizer(argument)
+        return get_tokenizer(argument), PromptTemplate()
     folder = typed_path(argument)
     is_tokenizer = has_tokenizer(folder) or (folder / SAVED_FOLDER).exists()
     if is_tokenizer and not (folder / "model.json").is_file():
-        return get_tokenizer(folder)
+        return _with_template(get_tokenizer(folder))
     try:
         checkpoint = our_checkpoint(argument, runs_dir, "--tokenizer")
     except UserError as error:
@@ -269,13 +280,21 @@ def find_tokenizer(argument: str, runs_dir: str) -> Tokenizer:
             raise
         raise UserError(f"{error}; gpt2 and demo are known by name") from None
     if checkpoint is not None:
-        return load_tokenizer(checkpoint)
+        return load_tokenizer(checkpoint), template_of(checkpoint, f"--tokenizer {argument}")
     if not folder.is_dir():
-        return get_tokenizer(argument)
+        return _with_template(get_tokenizer(argument))
     with told_of(f"--tokenizer {argument}", argument):
         tokenizer, note = describe_pretrained(argument).tokenizer(f"--tokenizer {argument}")
     print(note or f"{argument}: the tokenizer of its base model")
-    return tokenizer
+    return _with_template(tokenizer)
+
+
+def _with_template(tokenizer: Tokenizer) -> tuple[Tokenizer, PromptTemplate]:
+    """A tokenizer in Hugging Face's form as its model is asked, and how."""
+    template, tokenizer, note = template_at_hand(tokenizer)
+    if note:
+        print(note)
+    return tokenizer, template
 
 
 def look_at_loss(parser: argparse.ArgumentParser, rest: list[str]) -> int:

@@ -157,6 +157,8 @@ class Answering:
             "tokenizer": source.tokenizer.identity()["sha256"], "dtype": self.machine.dtype, **asdict(self.sampling),
             "prompts": hashlib.sha256(json.dumps([row.tolist() for row in rows]).encode()).hexdigest(),
         }  # fmt: skip
+        if len(source.tokenizer.stop_ids) > 1:
+            identity["stop_ids"] = source.tokenizer.stop_ids
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         arrays = read_arrays(self.cache, key)
         if arrays is None:

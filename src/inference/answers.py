@@ -77,8 +77,9 @@ class TextModel:
         return weights_digest(self.model)
 
     def same_tokens(self, other: TextModel) -> bool:
-        """Whether ids mean the same to both."""
-        return self.tokenizer.identity()["sha256"] == other.tokenizer.identity()["sha256"]
+        """Whether the same ids are the same dialogue to both."""
+        own, others = self.tokenizer.identity(), other.tokenizer.identity()
+        return self.template == other.template and all(own[key] == others[key] for key in ("sha256", "eos_id"))
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def prompt_tokens(source: TextModel, prompts: Sequence[str], max_new_tokens: int
         raise UserError(
             f"--max-new-tokens {max_new_tokens}: the context is {source.context} tokens, prompt included; give fewer"
         )
-    rows = [np.array(ids) for ids in source.tokenizer.encode_batch(list(prompts))]
+    rows = [np.array(ids) for ids in source.template.encode_prompts(source.tokenizer, list(prompts))]
     return [ids[-room:] for ids in rows], sum(len(ids) > room for ids in rows)
 
 
@@ -153,7 +154,7 @@ def sample_answers(
         with machine.autocast():
             generation = generate(
                 model, [rows[i] for i in part], max_new_tokens=sampling.max_new_tokens,
-                eos_id=source.tokenizer.eos_id, pad_id=source.tokenizer.pad_id, temperature=sampling.temperature,
+                eos_id=source.tokenizer.ends, pad_id=source.tokenizer.pad_id, temperature=sampling.temperature,
                 seeds=[seeds[i] for i in part],
             )  # fmt: skip
         for b, i in enumerate(part):
@@ -248,9 +249,9 @@ def score_answers(rm: TextModel, answers: Sequence[Answer], machine: Machine, na
     if own_ids:
         rows = [(a.prompt_ids, a.ids) for a in answers]
     else:  # as training joins texts: tokenised apart, an EOS behind
-        asked = rm.tokenizer.encode_batch([rm.template.prompt(a.prompt) for a in answers])
-        said = rm.tokenizer.encode_batch([rm.template.response(a.text) for a in answers])
-        rows = [(np.array(p), np.array([*r, rm.tokenizer.eos_id])) for p, r in zip(asked, said, strict=True)]
+        asked = rm.template.encode_prompts(rm.tokenizer, [rm.template.prompt(a.prompt) for a in answers])
+        said = rm.template.encode_responses(rm.tokenizer, [rm.template.response(a.text) for a in answers])
+        rows = [(np.array(p), np.array(r)) for p, r in zip(asked, said, strict=True)]
     # The prompt of a long row loses its beginning, and an answer that fills the context alone its end.
     rows = [(prompt, ids[: rm.context - 1]) for prompt, ids in rows]
     examples = [SFTExample(prompt[-(rm.context - len(ids)) :], ids) for prompt, ids in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from models.families import load_checkpoint, load_pretrained
 from models.weights.checkpoint import describe
 from models.weights.huggingface import describe_pretrained
 from models.weights.pretrained import our_checkpoint, told_of
+from utils.chat_templates import template_at_hand
 from utils.runs.finding import find_checkpoint
 from utils.runs.folder import typed_path
 from utils.runs.origins import find_origin
@@ -65,25 +66,26 @@ class System:
         """The prompt template it was trained with; None for a file."""
         if self.kind == "file":
             return None
-        return PromptTemplate() if self.kind == "huggingface" else template_of(Path(self.source), self.flag)
+        return self._pretrained[1] if self.kind == "huggingface" else template_of(Path(self.source), self.flag)
 
     def load(self) -> TextModel:
         """The language model behind it; UserError where it cannot be loaded."""
         tokenizer, template = self.tokenizer(), self.template()
         if self.kind != "huggingface":
             return TextModel(load_checkpoint(self.source).eval(), tokenizer, template)
-        print("".join(f"{line}\n" for line in self._pretrained[1:] if line), end="")
+        print("".join(f"{line}\n" for line in self._pretrained[2:] if line), end="")
         with told_of(self.flag, self.source):
             model = load_pretrained(self.source, vocab_size=tokenizer.vocab_size)
         return TextModel(model.eval(), tokenizer, template)
 
     @cached_property
-    def _pretrained(self) -> tuple[Tokenizer, str, str]:
-        """Of a Hugging Face model: its tokenizer, and what is to be told about the model and about its tokenizer."""
+    def _pretrained(self) -> tuple[Tokenizer, PromptTemplate, str, str, str]:
+        """Of a Hugging Face model: its tokenizer and template, and what is to be told about the model and these two."""
         with told_of(self.flag, self.source):
             found = describe_pretrained(self.source)
             tokenizer, note = found.tokenizer(self.flag)
-        return tokenizer, found.note, note
+        template, tokenizer, unread = template_at_hand(tokenizer)
+        return tokenizer, template, found.note, note, unread
 
 
 def find_systems(
@@ -168,16 +170,20 @@ def template_of(checkpoint: Path, flag: str) -> PromptTemplate:
 
 
 def common_template(systems: Sequence[System]) -> PromptTemplate:
-    """The one template of all systems, else a UserError: in different forms they would answer different prompts."""
+    """The template for the texts of all systems; what each of them reads of it is its own.
+
+    UserError where the texts differ: in different forms they would answer different prompts.
+    """
     found = {system.name: template for system in systems if (template := system.template()) is not None}
-    first = next(iter(found.values()), PromptTemplate())
-    other = next((name for name, template in found.items() if template != first), None)
+    texts = {name: replace(template, marks=None) for name, template in found.items()}
+    first = next(iter(texts.values()), PromptTemplate())
+    other = next((name for name, template in texts.items() if template != first), None)
     if other:
         raise UserError(
             f"{next(iter(found))} and {other} were trained with different prompt templates; compare answers that each "
             "gave in its own form, with --system NAME=FILE.jsonl"
         )
-    return first
+    return next((template for template in found.values() if template.marks is not None), first)
 
 
 def run_around(checkpoint: Path) -> tuple[Path, dict[str, Any]]:

@@ -22,6 +22,7 @@ from training.sampling import MicroBatch, SampledRows, Sampler
 from utils.data.batching import micro_batches
 from utils.loss import Moments, masked_moments, masked_whiten
 from utils.reward_function import NonFiniteReward
+from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 ScoreTexts = Callable[[Sequence[str], Sequence[str]], list[float]]
@@ -113,8 +114,10 @@ class Rollouts:
         config: PPOConfig,
         tokenizer: Tokenizer,
         runtime: Runtime,
+        template: PromptTemplate | None = None,
     ) -> None:
         self.policy = policy
+        self.template = template or PromptTemplate()
         self.actor = runtime.unwrap(policy).actor
         self.reference = reference
         self.reward_model = reward_model
@@ -181,5 +184,5 @@ class Rollouts:
 
     def texts(self, experience: Experience) -> tuple[list[str], list[str]]:
         """Prompts and responses as text, without EOS."""
-        decode = self.tokenizer.decode
-        return [decode(p) for p in experience.prompts()], [decode(r) for r in experience.responses()]
+        prompts = [self.template.decode_prompt(self.tokenizer, p) for p in experience.prompts()]
+        return prompts, [self.tokenizer.decode(r) for r in experience.responses()]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,15 @@ from utils.data.batching import RankedBatch
 from utils.dataset import SFTDataset
 from utils.loss import kl_k1, masked_sum, penalise_missing_eos
 from utils.metrics import ranking_report, text_degeneracy
+from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 _SHOWN, _TOP_TOKENS = 8, 3
 
 
 def answer_prompts(
-    model: nn.Module, validation: SFTDataset, config: SFTConfig, tokenizer: Tokenizer, runtime: Runtime
+    model: nn.Module, validation: SFTDataset, config: SFTConfig, tokenizer: Tokenizer, runtime: Runtime,
+    template: PromptTemplate | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """`sample_answers` to the first held-out prompts at temperature 0.7, cut so that --sample-tokens fit behind them;
     nothing of texts without prompts."""
@@ -41,6 +44,7 @@ def answer_prompts(
     if not prompts:
         return {}, []
     sampler = Sampler.of(config, tokenizer, runtime, 0.7, config.sample_tokens)
+    sampler = replace(sampler, template=template or PromptTemplate())
     seeds = loop.row_seeds(config.seed, loop.SFT_SAMPLES, len(prompts))
     return sample_answers(model, prompts, seeds, sampler)
 
@@ -51,7 +55,8 @@ def sample_answers(
     """One sampled answer to each prompt: figures resp/* (does the model end what it says?), rows for samples.jsonl."""
     rows = sampler.sample(model, prompts, seeds)
     decode, responses = sampler.tokenizer.decode, rows.responses(with_eos=False)
-    shown = [{"prompt": decode(p), "response": decode(r)} for p, r in zip(prompts[:_SHOWN], responses)]
+    asked = [sampler.template.decode_prompt(sampler.tokenizer, p) for p in prompts[:_SHOWN]]
+    shown = [{"prompt": p, "response": decode(r)} for p, r in zip(asked, responses)]
     figures = {
         "resp/eos_rate": float(rows.ended.float().mean()),
         "resp/len_mean": float(rows.n.float().mean()),

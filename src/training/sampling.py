@@ -22,6 +22,7 @@ from config.configs import RunConfig
 from models.generation import Generation, generate
 from training.engine.runtime import Runtime
 from utils.loss import response_mask
+from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 SFT_SAMPLES = 64  # held-out prompts at most that an SFT evaluation answers
@@ -172,6 +173,7 @@ class Sampler:
     batch_size: int
     max_tokens: int = 0
     recomputes: bool = False
+    template: PromptTemplate = PromptTemplate()  # of the prompts, for their texts
 
     @classmethod
     def of(

@@ -18,6 +18,7 @@ from models.weights.checkpoint import describe
 from models.weights.huggingface import Pretrained, describe_pretrained
 from models.weights.pretrained import our_checkpoint
 from training.storage.resuming import Resumption
+from utils.chat_templates import AUTO, PLAIN, choose_template
 from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer, get_tokenizer, load_tokenizer, tokenizer_note
 
@@ -73,17 +74,22 @@ def sft_start(config: SFTConfig, resumption: Resumption | None) -> tuple[nn.Modu
         own = "demo" if preset.stem.endswith("-nano") else "gpt2"
         tokenizer = get_tokenizer(own if config.tokenizer == "auto" else config.tokenizer)
         sizes = replace(preset, vocab_size=tokenizer.vocab_size, embedding_rows=tokenizer.vocab_size)
-        return new_model(sizes), tokenizer, PromptTemplate(), "scratch"
+        template, tokenizer = choose_template(PLAIN if config.template == AUTO else config.template, tokenizer)
+        return new_model(sizes), tokenizer, template, "scratch"
     folder = our_checkpoint(config.pretrain, config.runs_dir, "-p") if config.pretrain != "huggingface" else None
     if folder is not None:
         model = load_checkpoint(folder, config=preset, adapters="fresh")
-        return model, load_tokenizer(folder), template_of(folder), str(folder)
+        tokenizer, template = load_tokenizer(folder), template_of(folder)
+        if config.template != AUTO:
+            template, tokenizer = choose_template(config.template, tokenizer)
+        return model, tokenizer, template, str(folder)
     found = describe_pretrained(hub_source(config))
     check_family(found, preset)
     tokenizer, note = pretrained_tokenizer(config, found)
-    for line in filter(None, (found.note, note)):
+    template, tokenizer = choose_template(config.template, tokenizer)
+    for line in filter(None, (found.note, note, template.note)):
         print(line)
-    return load_pretrained(found.name, preset, tokenizer.vocab_size), tokenizer, PromptTemplate(), found.name
+    return load_pretrained(found.name, preset, tokenizer.vocab_size), tokenizer, template, found.name
 
 
 def check_family(found: Pretrained, preset: ModelConfig) -> None:
@@ -177,6 +183,11 @@ def ppo_start(config: PPOConfig, resumption: Resumption | None, dtype: torch.dty
     if rm is not None and load_tokenizer(sft).identity()["sha256"] != load_tokenizer(rm).identity()["sha256"]:
         raise UserError(
             f"-c {config.critic}: its tokenizer is not that of -a {config.actor}; train the reward model from that one"
+        )
+    if rm is not None and template_of(sft) != template_of(rm):
+        raise UserError(
+            f"-c {config.critic}: has another prompt template than -a {config.actor}; train the reward model from that "
+            "one"
         )
     reference = frozen(load_checkpoint(sft, config=replace(options, lora_rank=0)), dtype)
     reward_model = frozen(load_checkpoint(rm, "reward"), dtype) if rm and needs_reward_model else None

@@ -52,6 +52,7 @@ from utils.loss import (
 )  # fmt: skip
 from utils.metrics import right_and_all_pairs
 from utils.runs.metrics_log import MetricsLog
+from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 
@@ -152,7 +153,9 @@ class SFTTrainer:
     def sample(self) -> dict[str, float]:
         """Sample answers to held-out prompts: does the model end what it says?"""
         model = self.runtime.unwrap(self.model)
-        figures, shown = answer_prompts(model, self.validation, self.config, self.tokenizer, self.runtime)
+        figures, shown = answer_prompts(
+            model, self.validation, self.config, self.tokenizer, self.runtime, PromptTemplate.of(self.saver.description)
+        )
         if shown:
             self.log.samples(self.step, shown)
         return figures
@@ -325,7 +328,8 @@ class PPOTrainer:
         optimizer = adamw(groups, (0.9, 0.999), config.adam_eps, config.weight_decay, runtime.device)
         self.policy, self.optimizer = runtime.prepare(ActorCritic(actor, critic), optimizer, config.compile)
         self.frozen = {"reference": reference} | ({"reward model": reward_model} if reward_model is not None else {})
-        self.rollouts = Rollouts(self.policy, reference, reward_model, reward_fn, config, tokenizer, runtime)
+        roles = (self.policy, reference, reward_model, reward_fn)
+        self.rollouts = Rollouts(*roles, config, tokenizer, runtime, PromptTemplate.of(description))
         self.total_steps = min(config.iterations, config.max_steps or config.iterations)
         self.step, self.best = loop.resume_trainer(state, self.optimizer, runtime)
         self.kl_coef = state["kl_coef"] if state else config.kl_coef

@@ -150,7 +150,7 @@ def load_dataset(
     source = open_source(name_or_path, stage, template=template, options=splits, skip_bad_rows=skip_bad_rows)
     if stage == "ppo" and max_prompt_length is None:
         max_prompt_length = max_length - 1
-    limits = LengthLimits(max_length, max_prompt_length, len(tokenizer.encode(template.assistant)))
+    limits = LengthLimits(max_length, max_prompt_length, template.cue_length(tokenizer))
     if max_prompt_length is not None and max_prompt_length < limits.cue_length:
         raise UserError(
             f"max_prompt_length: {max_prompt_length} tokens do not hold the cue to answer ({limits.cue_length} tokens)"
@@ -166,7 +166,7 @@ def load_dataset(
     cached = _from_cache(folder, key, tokenizer.vocab_size)
     if cached is None:
         shown = f"{source.name} {stage} {split}"
-        table = tokenize_rows(islice(source.rows(split), limit), tokenizer, limits, source.counts, shown)
+        table = tokenize_rows(islice(source.rows(split), limit), tokenizer, limits, source.counts, shown, template)
         tokens = len(table.prompts.flat) + len(table.responses.flat)
         report = DatasetReport(**asdict(source.counts), name=source.name, stage=stage, split=split, tokens=tokens)
         if source.fingerprint() != content:

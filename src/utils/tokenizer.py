@@ -85,6 +85,8 @@ def model_tokenizer(model: str, folder: Path, rows: int, flag: str, choose: str 
             raise UserError(
                 f"{flag}: its tokenizer has {tokenizer.vocab_size} ids, its token table {rows} rows; {remedy}"
             )
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            tokenizer = tokenizer.with_stops(folder)
         return tokenizer, tokenizer_note(tokenizer, rows)
     if not is_folder and is_openai_gpt2(model):
         return get_tokenizer("gpt2"), f"tokenizer: GPT-2's, which is that of {model} by definition"
@@ -147,7 +149,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer.name = name
     else:
         tokenizer = _from_ranks_file(name, saved / RANKS_FILE, kind)
-    if tokenizer.identity()["sha256"] != sha256:
+    if (tokenizer.identity()["sha256"], tokenizer.eos_id) != (sha256, identity.get("eos_id", tokenizer.eos_id)):
         raise UserError(
             f"{saved}: the vocabulary is not the one recorded in {IDENTITY_FILE}; it was altered or mixed up"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.data.rows import Row
+from utils.template import PromptTemplate
 from utils.tokenizer import Tokenizer
 
 MAX_CHARACTERS_PER_TOKEN = 128
@@ -162,13 +163,19 @@ class TokenTable:
 
 
 def tokenize_rows(
-    rows: Iterable[Row], tokenizer: Tokenizer, limits: LengthLimits, counts: Counts, description: str
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    limits: LengthLimits,
+    counts: Counts,
+    description: str,
+    template: PromptTemplate | None = None,
 ) -> TokenTable:
-    """Tokenises rows, prompt and response apart, appends one EOS to every response, and cuts or drops what is too long.
+    """Tokenises rows, prompt and response apart, one EOS behind every response, and cuts or drops what is too long.
 
     A plain text that is too long becomes several rows: see `_pieces`. `counts` gets what `Counts` has of kept rows, and
-    dropped; `description` is of the progress bar, which shows after 3 seconds.
+    dropped; `description` is of the progress bar, which shows after 3 seconds; `template` is that of the rows' texts.
     """
+    template = template or PromptTemplate()
     all_prompts: list[np.ndarray] = []
     all_responses: list[np.ndarray] = []
     prompt_of, row_start = [], [0]
@@ -179,7 +186,7 @@ def tokenize_rows(
         while chunk := list(islice(rows, _CHUNK)):
             hopeful = [row for row in chunk if _is_text(row) or all(len(text) <= longest for text in row.completions)]
             counts.dropped += len(chunk) - len(hopeful)
-            for row, prompts, responses in _encode(hopeful, tokenizer, longest):
+            for row, prompts, responses in _encode(hopeful, tokenizer, template, longest):
                 pieces = _pieces(responses[0], limits.max_length) if _is_text(row) else []
                 fitted = prompts if pieces else fit(prompts, responses, limits)
                 if fitted is None:
@@ -245,21 +252,26 @@ def _pieces(ids: list[int], max_length: int) -> list[list[int]]:
 
 
 def _encode(
-    rows: list[Row], tokenizer: Tokenizer, longest: int
+    rows: list[Row], tokenizer: Tokenizer, template: PromptTemplate, longest: int
 ) -> Iterator[tuple[Row, list[list[int]], list[list[int]]]]:
     """Token lists of each row's prompts and responses. Of a prompt the last 2 x `longest` characters are enough: twice
     what can fit, since the split into words can start out of step where a text was cut."""
     shortened = [[prompt[-2 * longest :] for prompt in row.prompts] for row in rows]
-    texts = [text for row, prompts in zip(rows, shortened, strict=True) for text in (*prompts, *row.completions)]
-    parts = {text: _parts(text, longest) for text in texts}
-    wanted = list(dict.fromkeys(part for found in parts.values() for part in found))
-    ids = dict(zip(wanted, tokenizer.encode_batch(wanted), strict=True))
+    parts = {row.completions[0]: _parts(row.completions[0], longest) for row in rows if _is_text(row)}
+    pieces = list(dict.fromkeys(chain.from_iterable(parts.values())))
+    ids = dict(zip(pieces, tokenizer.encode_batch(pieces), strict=True))
+    prompts = list(dict.fromkeys(chain.from_iterable(shortened)))
+    asked = dict(zip(prompts, template.encode_prompts(tokenizer, prompts), strict=True))
+    replies = list(dict.fromkeys(text for row in rows if not _is_text(row) for text in row.completions))
+    said = dict(zip(replies, template.encode_responses(tokenizer, replies), strict=True))
 
-    def ids_of(text: str) -> list[int]:
-        return ids[text] if len(parts[text]) == 1 else list(chain.from_iterable(ids[part] for part in parts[text]))
+    def said_in(row: Row) -> list[list[int]]:
+        if not _is_text(row):
+            return [said[text] for text in row.completions]
+        return [[*chain.from_iterable(ids[piece] for piece in parts[row.completions[0]]), tokenizer.eos_id]]
 
-    for row, prompts in zip(rows, shortened, strict=True):
-        yield row, list(map(ids_of, prompts)), [[*ids_of(text), tokenizer.eos_id] for text in row.completions]
+    for row, own in zip(rows, shortened, strict=True):
+        yield row, [asked[prompt] for prompt in own], said_in(row)
 
 
 def _parts(text: str, longest: int) -> list[str]:

@@ -6,13 +6,14 @@ the `tokenizers` library, from a copy that knows no special token: see `_plain_e
 
 import contextlib
 import copy
+import datetime
 import importlib.util
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from tokenizers import Tokenizer as Backend
 
@@ -29,6 +30,8 @@ _TRACES = (*_FILES, "tokenizer_config.json", "merges.txt", "special_tokens_map.j
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 # What tells two readings of one tokenizer.json apart: line breaks, digits, an apostrophe, letters beyond ASCII, spaces.
 _PROBE = "\n\nHuman: It's 1234  na\u00efve?\n\nAssistant: Yes."
+
+_DAY = datetime.datetime(2024, 7, 26)  # what Llama 3.2's template writes where it cannot know the date
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -61,7 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size = max(len(self._tokenizer), max(self._vocabulary.values(), default=-1) + 1)
         description = _description(self._tokenizer)
-        self._encoder = _plain_encoder(description) if description else None
+        self._encoder, self._marks = _plain_encoder(description) if description else (None, {})
         self._has_prefix = "Prepend" in [step["type"] for step in _steps(description.get("normalizer"), "normalizers")]
         if self.eos_id in self.encode(self._tokenizer.eos_token):
             raise UserError(
@@ -78,6 +81,69 @@ class HuggingFaceTokenizer(Tokenizer):
             return [encoding.ids for encoding in self._encoder.encode_batch(texts, add_special_tokens=False)]
         options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
         return [list(ids) for ids in self._tokenizer(list(texts), verbose=False, **options)["input_ids"]]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens that a prompt template may have as marks."""
+        return list(self._marks)
+
+    @property
+    def writable_tokens(self) -> list[str]:
+        """Tokens that were added to the vocabulary without being special, so that every text may give them."""
+        return [token for token in self._tokenizer.get_added_vocab() if token not in self._marks]
+
+    def mark(self, token: str) -> str:
+        """See `Tokenizer.mark`."""
+        return self._marks[token] if token in self._marks else super().mark(token)
+
+    def encode_marked(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `Tokenizer.encode_marked`. The ids are those of transformers for the text with the tokens in it."""
+        return [encoding.ids for encoding in self._encoder.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode_marked(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode_marked`."""
+        return self._encoder.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the folder says how a dialogue is written for its model."""
+        return bool(self._tokenizer.chat_template)
+
+    def chat_text(self, messages: Sequence[dict[str, str]], ask: bool) -> str:
+        """A dialogue as the folder's chat template writes it, with the cue to answer behind it where `ask` is true.
+
+        It is always the same day to the template: with today's date, prompts of tomorrow would be others.
+
+        Raises:
+            Exception: of many kinds, from transformers and Jinja, where the template refuses it or is broken.
+        """
+        day = {"date_string": _DAY.strftime("%d %b %Y"), "strftime_now": _DAY.strftime}
+        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask, **day)
+
+    def with_eos(self, token: str) -> Self:
+        """The same tokenizer with another of its special tokens as EOS, also when it is saved."""
+        if token == self._tokenizer.eos_token:
+            return self
+        other = copy.copy(self)
+        other._tokenizer = copy.deepcopy(self._tokenizer)
+        other._tokenizer.eos_token = token
+        other.eos_id = int(other._tokenizer.eos_token_id)
+        return other
+
+    def with_stops(self, folder: Path) -> Self:
+        """The same tokenizer with the ids at which the model in a folder ends by its own configuration.
+
+        Of these only special tokens: config.json may name GPT-2's EOS by default, whatever the vocabulary is.
+        """
+        special = {self._vocabulary[token] for token in self._marks}
+        found: list[Any] = []
+        for name in ("generation_config.json", "config.json"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                found += ids if isinstance(ids, list) else [ids]
+        other = copy.copy(self)
+        other.other_stop_ids = tuple(dict.fromkeys(i for i in found if type(i) is int and i in special))
+        return other
 
     def tokens_from(self, first: int) -> list[str]:
         """The tokens with an id of `first` or more, in order."""
@@ -178,8 +244,8 @@ def _steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return [s for part in step[inner] for s in _steps(part, inner)] if step["type"] == "Sequence" else [step]
 
 
-def _plain_encoder(description: dict[str, Any]) -> Backend:
-    """A tokenizer with the same ids that finds no special token in any text.
+def _plain_encoder(description: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
+    """A tokenizer with the same ids that finds no special token in any text, and what it calls each of them.
 
     Not to look for them is not enough: Unigram and word-level models have them in the vocabulary that they cut texts
     into. So here they have names that nobody can write.
@@ -199,7 +265,7 @@ def _plain_encoder(description: dict[str, Any]) -> Backend:
         pairs = (tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"])
         model["merges"] = [pair for pair in pairs if not {*pair, "".join(pair)} & set(names)]
     plain = {"added_tokens": added, "model": model, "post_processor": None, "truncation": None, "padding": None}
-    return Backend.from_str(json.dumps(description | plain))
+    return Backend.from_str(json.dumps(description | plain)), names
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ Ids: 0 .. vocab_size - 1 are real and include EOS. PAD is the *virtual* id `voca
 no row in any embedding table and is never EOS, so that a generated EOS cannot be mistaken for padding.
 
 Nothing in a user's text is special: the characters "<|endoftext|>" are encoded letter by letter, never as EOS. No
-tokenizer here adds a token of its own; who needs an EOS appends it.
+tokenizer here adds a token of its own; who needs an EOS appends it. Special tokens between texts are written by
+`encode_marked`, for the templates of chat models (utils/template.py).
 """
 
 import hashlib
@@ -30,6 +31,18 @@ class Tokenizer(ABC):
     name: str
     vocab_size: int
     eos_id: int
+    other_stop_ids: tuple[int, ...] = ()
+    """More ids at which a model ends that was made elsewhere; not saved, since ours end with `eos_id` alone."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All ids that end what the tokenizer's model says, `eos_id` first."""
+        return (self.eos_id, *(i for i in self.other_stop_ids if i != self.eos_id))
+
+    @property
+    def ends(self) -> int | tuple[int, ...]:
+        """`stop_ids` as `models.generation.generate` takes them."""
+        return self.stop_ids if len(self.stop_ids) > 1 else self.eos_id
 
     @property
     def pad_id(self) -> int:
@@ -43,6 +56,23 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, each as `encode` would give them."""
+
+    def mark(self, token: str) -> str:
+        """What stands for a special token in the texts of `encode_marked`: a name that nobody can write, another one in
+        every process.
+
+        Raises:
+            ValueError: there is no special token of this name.
+        """
+        raise ValueError(f"the tokenizer {self.name} has no special token {token}")
+
+    def encode_marked(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts with special tokens in them, by the names that `mark` gives them."""
+        raise NotImplementedError
+
+    def decode_marked(self, ids: Iterable[int]) -> str:
+        """The reverse of `encode_marked`."""
+        raise NotImplementedError
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str:
@@ -94,7 +124,7 @@ class Tokenizer(ABC):
         return int(tokenizer.pad_token_id)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids (a list, an array or a 1-D tensor); EOS and PAD are left out.
+        """Text of ids (a list, an array or a 1-D tensor); those that end it and PAD are left out.
 
         Bytes that are not UTF-8, as in a character cut in the middle, come out as U+FFFD.
 
@@ -105,7 +135,7 @@ class Tokenizer(ABC):
         for i in ids:
             if not 0 <= i <= self.vocab_size:
                 raise ValueError(f"id {i} is not in the vocabulary of {self.name}: 0 .. {self.vocab_size - 1}")
-        return self._decode([i for i in ids if i not in (self.eos_id, self.pad_id)])
+        return self._decode([i for i in ids if i not in (*self.stop_ids, self.pad_id)])
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint records. Two tokenizers with the same `sha256` give the same ids to every text."""
