@@ -698,6 +698,7 @@ EXPORTS = [
     Case("an export over something that is none", f"{EXPORT} -m sft_tiny --to MODEL --overwrite", thesis),
     Case("an export to the working folder", f"{EXPORT} -m sft_tiny --to HERE"),
     Case("an export into its checkpoint", f"{EXPORT} -m MODEL --to MODEL/out", copy_of("sft_tiny", lambda f: None)),
+    Case("an export of a reward model as a GGUF file", f"{EXPORT} -m rm_tiny --to HERE/out --gguf f16"),
     Case("an export without permission to write", f"{EXPORT} -m sft_tiny --to MODEL/out",
          lambda w: w.model.mkdir(0o500), forbidden=True),
 ]  # fmt: skip

@@ -29,8 +29,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, from whatever fo
 from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
-FILES = ("fetch", "export", "soak")
-ROOMS = ("overoptimisation", "doctor", "memory", "bench", "gpu")
+FILES = ("fetch", "soak")
+ROOMS = ("export", "overoptimisation", "doctor", "memory", "bench", "gpu")
 TASKS = {
     **{task: ("quick_looks", f"look_at_{task}") for task in QUICK_LOOKS},
     **{task: ("demo.run", f"run_{task}") for task in ("demo", "results")},

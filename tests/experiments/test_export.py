@@ -1,4 +1,5 @@
-"""`-t export`: what it writes is the model, for transformers' own classes and pipelines; what is not is not left."""
+"""`-t export` of both families: what it writes is the model, for transformers' own classes and pipelines; what is not
+the model is not left."""
 
 import errno
 import json
@@ -12,18 +13,32 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
+from conftest import randomise
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 from transformers.utils import logging as their_logging
 
+from config.configs import SFTConfig
+from config.model_configs import LlamaConfig
 from config.user_error import RunStopped, UserError
-from experiments import export
+from experiments.export import contents, run
+from experiments.export import gguf as gguf_file
 from experiments.main import Parser
+from experiments.quick_looks import look_at_gpt
+from models.families import FAMILIES, load_checkpoint
 from models.gpt import GPT, GPTCritic, GPTRewardModel
+from models.lora import freeze_weights, round_frozen
 from models.weights.checkpoint import save_model
 from models.weights.huggingface import save_pretrained
-from training.start import describe_model
+from training.start import describe_model, sft_start
 from utils.runs.durable import Disk
 from utils.template import PromptTemplate
 from utils.tokenizer import HuggingFaceTokenizer, get_tokenizer, load_tokenizer
@@ -57,10 +72,52 @@ def bos_tokenizer(folder: Path) -> HuggingFaceTokenizer:
 @torch.no_grad()
 def lively(model):
     """A random model whose answers differ from prompt to prompt, and from place to place."""
+    if model.family == "llama":
+        for name, parameter in model.named_parameters():
+            parameter += float(name.endswith("norm.weight"))
+        return model
     for table in (model.transformer.wte.weight, model.transformer.wpe.weight):
         table *= 3
     model.transformer.ln_f.bias *= 0.2
     return model
+
+
+def llama(role, **options):
+    """A tiny LLaMA with random numbers everywhere."""
+    sizes = dict(name="llama-nano", n_layer=2, n_head=4, n_embd=32, n_inner=64, init_std=0.3)
+    return lively(randomise(FAMILIES["llama"][role](LlamaConfig(**sizes | options)), seed=1, std=0.2).eval())
+
+
+def pieces_tokenizer(folder: Path) -> HuggingFaceTokenizer:
+    """SentencePiece's BPE, as TinyLlama has it: a space before every text, and bytes for what it does not know."""
+    special, space = ["<unk>", "<s>", "</s>"], "\u2581"
+    vocabulary = {token: i for i, token in enumerate([*special, *(f"<0x{i:02X}>" for i in range(256)), space])}
+    vocabulary |= {letter: len(vocabulary) + i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyzAHIW?.")}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    steps = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder)
+    return HuggingFaceTokenizer(folder)
+
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, rope_factor=8.0, rope_original_context=32)
+# LLaMAs of all shapes: stem -> (options, tokenizer).
+LLAMAS = {
+    "sft_llama": (dict(n_kv_head=2), "demo"),
+    "sft_llama_untied": (dict(n_kv_head=1, head_dim=12, tied=False, **LLAMA3), "demo"),
+    "sft_llama_lora": (dict(n_kv_head=2, tied=False, lora_rank=4), "demo"),
+    "sft_llama_wide": (dict(n_kv_head=4, tied=False, rope_type="linear", rope_factor=3.0, extra_rows=24), "demo"),
+    "sft_llama_own": (dict(n_kv_head=2, head_dim=16, attention_bias=True, mlp_bias=True), "own"),
+    "sft_llama_bf16": (dict(n_kv_head=2, lora_rank=4), "demo"),  # its base was frozen in half precision
+    "ppo_llama_lora": (dict(n_kv_head=2, lora_rank=4), "demo"),
+    "sft_llama_pieces": (dict(n_kv_head=2), "pieces"),
+    "rm_llama_pieces": (dict(n_kv_head=4), "pieces"),
+    "rm_llama": (dict(n_kv_head=2), "demo"),
+    "rm_llama_lora": (dict(n_kv_head=1, tied=False, lora_rank=4, **LLAMA3), "demo"),
+    "rm_llama_own": (dict(n_kv_head=2, head_dim=12, extra_rows=3), "own"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +147,21 @@ def runs(tmp_path_factory, make_model):
         described = describe_model(stage, tokenizer, template, "/somewhere/sft_x_20250101000000")
         save_model(model, folder, described | {"step": 3})
         tokenizer.save(folder)
+    pieces = pieces_tokenizer(tmp_path_factory.mktemp("pieces"))
+    for name, (options, tokenizer) in LLAMAS.items():
+        tokenizer = {"demo": demo, "own": own, "pieces": pieces}[tokenizer]
+        role = "reward" if name.startswith("rm") else "lm"
+        options = dict(options)
+        rows = tokenizer.vocab_size + options.pop("extra_rows", 0)
+        model = llama(role, block_size=CONTEXT, vocab_size=tokenizer.vocab_size, embedding_rows=rows, **options)
+        if role == "reward":
+            model.set_normalisation(0.7, -1.9)
+        if name.endswith("bf16"):
+            freeze_weights(model, "lora")
+            round_frozen(model, torch.bfloat16)
+        folder = root / f"{name}_20260101000000" / "final"
+        save_model(model, folder, describe_model(name.split("_")[0], tokenizer, PromptTemplate(), "scratch"))
+        tokenizer.save(folder)
     run = root / "sft_plain_20260101000000"
     config = {"dataset": "/a/b/rows|.jsonl", "seed": 5, "config": "gpt2-nano"}
     (run / "hyperparams.json").write_text(json.dumps({"stage": "sft", "config": config, "commit": "abc"}))
@@ -100,7 +172,7 @@ def runs(tmp_path_factory, make_model):
 
 def make(runs, stem, to, *words):
     """Run the task in this process."""
-    return export.run(Parser(prog="export"), ["-m", stem, "--to", str(to), "--runs-dir", str(runs), *map(str, words)])
+    return run.run(Parser(prog="export"), ["-m", stem, "--to", str(to), "--runs-dir", str(runs), *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +189,10 @@ def exports(runs, tmp_path_factory):
     return get
 
 
-def source(runs, stem, cls=GPT):
+def source(runs, stem):
     """(our model, our tokenizer)."""
     folder = runs / f"{stem}_20260101000000" / "final"
-    return cls.from_checkpoint(folder).eval(), load_tokenizer(folder)
+    return load_checkpoint(folder, "reward" if stem.startswith("rm") else "lm").eval(), load_tokenizer(folder)
 
 
 def messages(turns, system=None):
@@ -129,8 +201,9 @@ def messages(turns, system=None):
     return first + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
-LANGUAGE_MODELS = ("sft_plain", "sft_lora", "sft_wide", "sft_own", "sft_other")
-REWARD_MODELS = ("rm_plain", "rm_lora", "rm_own")
+LANGUAGE_MODELS = ["sft_plain", "sft_lora", "sft_wide", "sft_own", "sft_other"]
+LANGUAGE_MODELS += [name for name in LLAMAS if not name.startswith("rm")]
+REWARD_MODELS = ["rm_plain", "rm_lora", "rm_own", *(name for name in LLAMAS if name.startswith("rm"))]
 
 
 # What is written ------------------------------------------------------------------------------------------------------
@@ -151,7 +224,7 @@ def test_the_folder_is_the_model(runs, exports, stem, caplog, capfd):
         their_logging.disable_propagation()
     assert caplog.text == "" and "nitialized" not in capfd.readouterr().err
     config, generation = theirs.config, theirs.generation_config
-    assert (config.n_positions, config.vocab_size, config.dtype) == (CONTEXT, own.vocab_size, torch.float32)
+    assert (config.max_position_embeddings, config.vocab_size, config.dtype) == (CONTEXT, own.vocab_size, torch.float32)
     assert tokenizer.model_max_length == CONTEXT - ROOM and tokenizer.padding_side == "left"
     assert config.eos_token_id == generation.eos_token_id == tokenizer.eos_token_id == own.eos_id
     assert config.pad_token_id == generation.pad_token_id == tokenizer.pad_token_id < own.vocab_size
@@ -200,6 +273,23 @@ def test_an_answer_stops_at_the_eos(runs, tmp_path):
     assert len(ids) == len(prompt) + 3 and ids[-1] == own.eos_id
 
 
+def test_an_answer_stops_at_any_of_several_ids(runs, tmp_path, monkeypatch):
+    """As a chat model has them: the EOS first."""
+    ours, own = source(runs, "sft_llama")
+    prompt = own.encode("\n\nHuman: Hi\n\nAssistant:")
+    said = ours.generate(torch.tensor(prompt), 20, own.eos_id, temperature=0).tolist()
+    other = said[4]
+    monkeypatch.setattr(contents.Export, "stop_ids", [own.eos_id, other])
+    make(runs, "sft_llama", tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [own.eos_id, other]
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == own.eos_id
+    assert f"| ids of EOS | {own.eos_id}, {other} |" in (tmp_path / "out/README.md").read_text()
+    say = pipeline("text-generation", str(tmp_path / "out"))
+    ids = say("\n\nHuman: Hi\n\nAssistant:", do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    assert ids[len(prompt) :] == said[: said.index(other) + 1]
+
+
 @pytest.mark.parametrize(
     ("stem", "record", "temperature"),
     [
@@ -223,12 +313,13 @@ def test_a_policy_is_sampled_as_it_was_trained(runs, tmp_path, stem, record, tem
     assert (generation["do_sample"], generation["temperature"]) == (True, temperature)
 
 
+@pytest.mark.parametrize("stem", ["sft_plain", "sft_llama"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_weights_in_half_precision(runs, tmp_path, dtype, capsys):
-    make(runs, "sft_plain", tmp_path / "out", "--dtype", dtype)
+def test_weights_in_half_precision(runs, tmp_path, stem, dtype, capsys):
+    make(runs, stem, tmp_path / "out", "--dtype", dtype)
     shown = capsys.readouterr().out
     assert f"parameters in {dtype}" in shown and "logits within" in shown
-    wanted = export.DTYPES[dtype]
+    wanted = contents.DTYPES[dtype]
     assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {wanted}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == wanted
 
@@ -237,19 +328,51 @@ def test_the_card_says_what_the_records_say(exports):
     card = (exports("sft_plain") / "README.md").read_text()
     for row in (
         "| run | sft_plain_20260101000000/final |", "| stage | supervised fine-tuning (SFT) |", "| steps | 3 |",
-        "| trained from | sft_x_20250101000000 |", "| data set | rows\\|.jsonl |", "| seed | 5 |", "| commit | abc |",
+        "| family | GPT-2 (GPT2LMHeadModel) |", "| trained from | sft_x_20250101000000 |", "| weights | fp32 |",
+        "| id of EOS | 1023 |", "| data set | rows\\|.jsonl |", "| seed | 5 |", "| commit | abc |",
         "| eval/loss | 3 | 1.25 |",
     ):  # fmt: skip
         assert row in card
     assert "train/loss" not in card and "0.5 |" not in card and "/somewhere" not in card and "/a/b" not in card
+    assert "adapters" not in card
     bare = (exports("sft_lora") / "README.md").read_text()
     assert "data set" not in bare and "figure" not in bare and "None" not in bare.partition("## Use")[0]
+    assert "| adapters | LoRA of rank 4, merged into the weights |" in bare
+    llama = (exports("rm_llama_lora") / "README.md").read_text()
+    assert "| family | LLaMA (LlamaForSequenceClassification) |" in llama and "| adapters | LoRA of rank 4," in llama
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("scratch", "scratch"),
+     ("/models/my-llama", "my-llama"), ("/old/sft_gone_20250101000000/final", ""), ("", "")],
+)  # fmt: skip
+def test_the_card_names_the_base_model_behind_all_runs(runs, tmp_path, first, told):
+    """By the runs that are beside it now, wherever they were then."""
+    names = {"sft": "sft_a_20260101000001", "ppo": "ppo_a_20260101000002"}
+    for (stage, name), origin in zip(names.items(), (first, f"/old/runs/{names['sft']}/final")):
+        shutil.copytree(runs / "sft_llama_20260101000000/final", tmp_path / name / "final")
+        path = tmp_path / name / "final/model.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"stage": stage, "trained_from": origin}))
+    make(tmp_path, "ppo_a", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"| trained from | {names['sft']}/final |" in card
+    assert (f"| base model | {told} |" in card) if told else ("base model" not in card)
+
+
+def test_a_card_of_runs_that_were_trained_from_each_other(runs, tmp_path):
+    """Nobody can make such runs, but anybody can write so; it ends."""
+    shutil.copytree(runs / "sft_llama_20260101000000/final", tmp_path / "sft_a_20260101000001/final")
+    path = tmp_path / "sft_a_20260101000001/final/model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_from": str(path.parent)}))
+    make(tmp_path, "sft_a", tmp_path / "out")
+    assert "base model" not in (tmp_path / "out/README.md").read_text()
 
 
 # Pipelines ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["sft_plain", "sft_own"])
+@pytest.fixture(scope="module", params=["sft_plain", "sft_own", "sft_llama", "sft_llama_own"])
 def speaker(request, runs, exports):
     """(transformers' pipeline, `greedy(prompt text, tokens)` by ours)."""
     ours, own = source(runs, request.param)
@@ -287,6 +410,32 @@ def test_pipeline_ends_at_the_context(speaker):
     for options in (dict(truncation=True), dict(truncation=True, max_new_tokens=ROOM)):
         ids = say(long, do_sample=False, return_tensors=True, **options)[0]["generated_token_ids"]
         assert CONTEXT - ROOM < len(ids) <= CONTEXT and prompt in say.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("stem", [name for name in LANGUAGE_MODELS if name != "sft_other"])
+@pytest.mark.parametrize("variant", ["", "/lora"])
+def test_training_goes_on_from_an_export(runs, exports, stem, variant):
+    """-p FOLDER: what starts is the model that was exported, by its own tokenizer."""
+    ours, own = source(runs, stem)
+    preset = f"{'llama' if 'llama' in stem else 'gpt2'}-nano{variant}"
+    started, tokenizer, template, _ = sft_start(SFTConfig(config=preset, pretrain=str(exports(stem))), None)
+    assert bool(started.config.lora_rank) == bool(variant) and template == PromptTemplate()
+    prompts = own.encode_batch([template.format([text]) for text in ("Hello.", "What is 2 + 2?", "Why?")])
+    assert prompts == tokenizer.encode_batch([template.format([text]) for text in ("Hello.", "What is 2 + 2?", "Why?")])
+    wanted, found = (model.eval().batch_generate(prompts, 20, own.eos_id, temperature=0) for model in (ours, started))
+    assert tokenizer.eos_id == own.eos_id
+    assert [found.row(b).tolist() for b in range(3)] == [wanted.row(b).tolist() for b in range(3)]
+
+
+@pytest.mark.parametrize("stem", ["sft_lora", "sft_llama_untied", "ppo_llama_lora"])
+def test_a_look_at_an_export_shows_what_a_look_at_the_run_shows(runs, exports, stem, capsys):
+    shown = []
+    for model in (stem, str(exports(stem))):
+        capsys.readouterr()
+        words = ["-m", model, "--runs-dir", str(runs), "--temperature", "0", "--prompt", "Hello.", "--prompt", "Why?"]
+        look_at_gpt(Parser(prog="gpt"), words)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and shown[0].count("-- sample 1") == 2
 
 
 # The tokenizer --------------------------------------------------------------------------------------------------------
@@ -338,11 +487,11 @@ def test_messages_out_of_order_are_refused(exports, chat, told):
 @torch.no_grad()
 def test_scores_of_padded_rows_are_ours(runs, exports, stem):
     folder = exports(stem)
-    ours, own = source(runs, stem, GPTRewardModel)
+    ours, own = source(runs, stem)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == tokenizer.pad_token_id != own.eos_id
-    chats = [messages(turns) for turns in (("Hi!", "Hello."), ("a", "b", "c", "A long reply it is. " * 3), ("x", "y"))]
+    chats = [messages(turns) for turns in (("Hi!", "Hello."), ("a", "b", "c", "A long reply it is. " * 2), ("x", "y"))]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     wanted = []
     for chat in chats:
@@ -351,6 +500,9 @@ def test_scores_of_padded_rows_are_ours(runs, exports, stem):
         ids = torch.tensor([[*own.encode(text), own.eos_id]])
         wanted.append(float(ours(ids, torch.ones_like(ids, dtype=torch.bool))))
     assert max(wanted) - min(wanted) > 0.1
+    constant = getattr(theirs.config, "reward_constant", 0.0)  # an RMSNorm has no place for it
+    assert (constant != 0) == (ours.family == "llama") == ("reward_constant" in (folder / "README.md").read_text())
+    wanted = [score - constant for score in wanted]
     found = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].tolist()
     assert found == pytest.approx(wanted, abs=1e-4)
     score = pipeline("text-classification", str(folder))
@@ -358,9 +510,38 @@ def test_scores_of_padded_rows_are_ours(runs, exports, stem):
     assert [path.name for path in folder.iterdir() if path.name == "generation_config.json"] == []
 
 
+@pytest.mark.parametrize("stem", ["rm_plain", "rm_llama"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_reward_model_in_half_precision(runs, tmp_path, dtype):
-    assert make(runs, "rm_plain", tmp_path / "out", "--dtype", dtype) == 0
+def test_a_reward_model_in_half_precision(runs, tmp_path, stem, dtype, capsys):
+    make(runs, stem, tmp_path / "out", "--dtype", dtype)
+    assert "the scores of 3 padded rows within" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["rm_plain", "rm_llama"])
+@pytest.mark.parametrize(("noise", "told"), [(1e-5, "in the same order"), (2e-4, "the scores are off by")])
+def test_scores_agree_to_a_ten_thousandth(runs, tmp_path, monkeypatch, stem, noise, told, capsys):
+    """What is nearer than that is told with the order of the scores; what is not is no export."""
+    read = contents.read_model
+
+    def noisy(*words, **options):
+        model = read(*words, **options)
+        model.score.register_forward_hook(lambda module, given, scores: scores + noise)
+        return model
+
+    monkeypatch.setattr(contents, "read_model", noisy)
+    ours, _ = source(runs, stem)
+    ours.set_normalisation(0.01, 0.0)  # scores below 1, where the distance is not relative
+    run_folder = tmp_path / f"{stem}_20260101000000"
+    shutil.copytree(runs / run_folder.name, run_folder)
+    description = json.loads((run_folder / "final/model.json").read_text())
+    extra = {key: description[key] for key in ("stage", "tokenizer", "template")}
+    save_model(ours, run_folder / "final", extra)
+    if noise < 1e-4:
+        make(tmp_path, stem, tmp_path / "out")
+        assert told in capsys.readouterr().out
+    else:
+        with pytest.raises(RunStopped, match=told):
+            make(tmp_path, stem, tmp_path / "out")
 
 
 # What is not the model ------------------------------------------------------------------------------------------------
@@ -383,10 +564,13 @@ def spoil_tensor(name):
     return spoil
 
 
-def drop_tensor(folder):
-    state = load_file(folder / "model.safetensors")
-    del state["transformer.ln_f.weight"]
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+def drop_tensor(name):
+    def spoil(folder):
+        state = load_file(folder / "model.safetensors")
+        del state[name]
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
 
 
 def cut_weights(folder):
@@ -403,11 +587,22 @@ def another_template(folder):
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
 
 
+OFF = "the (logits|scores) are off by"
+OF_GPT2 = {
+    "another weight": (spoil_tensor("transformer.h.1.mlp.c_fc.weight"), OFF),
+    "another table": (spoil_tensor("transformer.wte.weight"), OFF),
+    "another activation": (spoil_json("config.json", activation_function="relu"), OFF),
+    "a missing tensor": (drop_tensor("transformer.ln_f.weight"), "the weights have missing keys: .*ln_f.weight"),
+}
+OF_LLAMA = {
+    "another weight": (spoil_tensor("model.layers.1.mlp.up_proj.weight"), OFF),
+    "other heads": (spoil_tensor("model.layers.0.self_attn.k_proj.weight"), OFF),
+    "another table": (spoil_tensor("model.embed_tokens.weight"), OFF),
+    "another activation": (spoil_json("config.json", hidden_act="relu"), OFF),
+    "other rotations": (spoil_json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 100.0}), OFF),
+    "a missing tensor": (drop_tensor("model.norm.weight"), "the weights have missing keys: .*model.norm.weight"),
+}
 FAULTS = {
-    "another weight": (spoil_tensor("transformer.h.1.mlp.c_fc.weight"), "the (logits|scores) are off by"),
-    "another table": (spoil_tensor("transformer.wte.weight"), "the (logits|scores) are off by"),
-    "another activation": (spoil_json("config.json", activation_function="relu"), "the (logits|scores) are off by"),
-    "a missing tensor": (drop_tensor, "the weights have missing keys: .*ln_f.weight"),
     "another context": (spoil_json("tokenizer_config.json", model_max_length=1024), "does not know the context"),
     "another padding": (spoil_json("config.json", pad_token_id=3), "config.json has another padding id"),
     "weights that are cut short": (cut_weights, "SafetensorError"),
@@ -418,8 +613,11 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     ("stem", "spoil", "told"),
-    [(stem, *fault) for fault in FAULTS.values() for stem in ("sft_plain", "rm_plain")]
+    [(stem, *fault) for fault in (OF_GPT2 | FAULTS).values() for stem in ("sft_plain", "rm_plain")]
+    + [(stem, *fault) for fault in OF_LLAMA.values() for stem in ("sft_llama", "rm_llama")]
     + [
+        ("sft_llama_untied", spoil_tensor("lm_head.weight"), "the logits are off by"),
+        ("rm_llama", spoil_json("config.json", reward_constant=0.0), "the scores are off by"),
         ("sft_plain", spoil_json("tokenizer_config.json", padding_side="right"), "does not pad on the left"),
         ("rm_plain", spoil_json("tokenizer_config.json", padding_side="left"), "does not pad on the right"),
         ("sft_plain", spoil_json("generation_config.json", eos_token_id=7), "generation ends at another id"),
@@ -427,10 +625,107 @@ FAULTS = {
     ],
 )
 def test_a_folder_that_is_not_the_model_is_not_left(runs, tmp_path, monkeypatch, stem, spoil, told):
-    write = export.Export.write
-    monkeypatch.setattr(export.Export, "write", lambda self, folder, *rest: (write(self, folder, *rest), spoil(folder)))
+    write = contents.Export.write
+    monkeypatch.setattr(contents.Export, "write", lambda self, folder: (write(self, folder), spoil(folder)))
     with pytest.raises(RunStopped, match=f"the export is not the model: .*{told}"):
         make(runs, stem, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Files for llama.cpp --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf():
+    """What the package reads a file as."""
+    return pytest.importorskip("gguf").GGUFReader
+
+
+@pytest.mark.parametrize("stem", ["sft_plain", "sft_llama", "sft_llama_untied", "sft_llama_wide", "sft_llama_own"])
+@torch.no_grad()
+def test_a_gguf_file_in_the_export_is_the_model(runs, tmp_path, gguf, stem, capsys):
+    make(runs, stem, tmp_path / "out", "--gguf", "f16")
+    folder, (shown, bars) = tmp_path / "out", capsys.readouterr()
+    told = next(line for line in shown.splitlines() if line.startswith("out-f16.gguf: read back by transformers: "))
+    assert "logits within" in told and f"\n- {told}\n" in (folder / "README.md").read_text() and bars == ""
+    ours, own = source(runs, stem)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    fields = gguf(folder / "out-f16.gguf").fields
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == own.eos_id
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="out-f16.gguf", config=config).eval()
+    batch = tokenizer(["a", "Hello there, how are you?"], padding=True, return_tensors="pt")
+    rows = theirs.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    prompts = own.encode_batch(["a", "Hello there, how are you?"])
+    answers = ours.batch_generate(prompts, 12, own.eos_id, temperature=0)
+    for b in range(2):
+        mine = answers.row(b).tolist()
+        assert rows[b, : len(mine)].tolist() == mine
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_eight_bits_make_of_a_model_is_told(runs, tmp_path, gguf, dtype, capsys):
+    make(runs, "sft_llama", tmp_path / "out", "--gguf", "q8_0", "--dtype", dtype)
+    assert "out-q8_0.gguf: read back by transformers: " in capsys.readouterr().out
+    kinds = {tensor.tensor_type.name for tensor in gguf(tmp_path / "out/out-q8_0.gguf").tensors}
+    assert kinds == {"Q8_0", "F32"}
+
+
+def other_heads(folder):
+    spoil_tensor("model.layers.0.self_attn.k_proj.weight")(folder)
+
+
+def other_rotations(folder):
+    spoil_json("config.json", rope_parameters={"rope_type": "default", "rope_theta": 100.0})(folder)
+
+
+def other_letters(folder):
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (other_heads, "the logits are off by"),
+        (other_rotations, "the logits are off by"),
+        (other_letters, "'a' gets other ids from out-f16.gguf"),
+        (another_template, "out-f16.gguf has another chat template"),
+    ],
+)
+def test_a_gguf_file_that_is_not_the_model_is_not_left(runs, tmp_path, gguf, monkeypatch, spoil, told):
+    write = gguf_file.write_gguf
+
+    def of_another_model(folder, path, kind):
+        other = shutil.copytree(folder, folder.with_name("other"))
+        spoil(other)
+        write(other, path, kind)
+        shutil.rmtree(other)
+
+    monkeypatch.setattr(gguf_file, "write_gguf", of_another_model)
+    with pytest.raises(RunStopped, match=f"the export is not the model: {told}"):
+        make(runs, "sft_llama", tmp_path / "out", "--gguf", "f16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_can_be_no_gguf_file(runs, tmp_path, gguf, monkeypatch):
+    with pytest.raises(UserError, match="^--gguf f16: its tokenizer is BPE with byte fallback.*; leave it out"):
+        make(runs, "sft_llama_pieces", tmp_path / "out", "--gguf", "f16")
+    with pytest.raises(UserError, match="^-m rm_llama: holds a reward model, .*; leave --gguf out"):
+        make(runs, "rm_llama", tmp_path / "out", "--gguf", "f16")
+    def refuses(folder, path, kind):
+        raise UserError(f"{folder}: its tokenizer is Unigram")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_file, "write_gguf", refuses)
+        with pytest.raises(UserError, match="^--gguf f16: its tokenizer is Unigram; leave it out"):
+            make(runs, "sft_llama", tmp_path / "out", "--gguf", "f16")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="^--gguf f16: GGUF files take the gguf package; pip install gguf"):
+        make(runs, "sft_llama", tmp_path / "out", "--gguf", "f16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -448,7 +743,7 @@ def test_an_export_is_replaced_whole_and_only_when_asked(runs, exports, tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(export.Export, "write", broken)
+        patch.setattr(contents.Export, "write", broken)
         with pytest.raises(UserError, match="cannot be written"):
             make(runs, "sft_lora", to, "--overwrite")
     assert {path.name: path.read_bytes() for path in to.iterdir()} == before
@@ -488,7 +783,7 @@ def test_whatever_stops_it_leaves_no_half_export(runs, tmp_path, monkeypatch, er
 
 def test_a_disk_without_room(runs, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")(1000)
-    monkeypatch.setattr("experiments.export.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("experiments.export.contents.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"^--to .*: cannot be written \(it needs 17 MB, and 0 are free\)"):
         make(runs, "sft_plain", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -516,7 +811,7 @@ def test_an_empty_folder_and_a_link_to_one_are_taken(runs, tmp_path):
 @pytest.mark.parametrize(
     ("stem", "to", "told"),
     [
-        ("sft_typo", "out", "-m sft_typo: no such run or folder; runs in .*: ppo_critic, rm_lora"),
+        ("sft_typo", "out", "-m sft_typo: no such run or folder; runs in .*: ppo_critic, .*rm_lora"),
         ("ppo_critic", "out", "-m ppo_critic: holds a critic"),
         ("hf", "out", "-m .*/sft_plain: is in Hugging Face's form already"),
         ("sft_plain", "", "--to: is empty"),
@@ -553,7 +848,7 @@ def test_wrong_places_are_told_and_left_alone(runs, exports, tmp_path, monkeypat
 
 
 def test_a_reward_model_needs_padding_of_its_own(runs, tmp_path):
-    model, own = source(runs, "rm_plain", GPTRewardModel)
+    model, own = source(runs, "rm_plain")
     for pad_id in (None, own.eos_id):
         with pytest.raises(ValueError, match="a padding id that is not EOS"):
             save_pretrained(model, tmp_path / "out", own.eos_id, pad_id)

@@ -11,7 +11,8 @@ from scripts import call, newest
 
 from config.configs import SFTConfig
 from config.user_error import UserError
-from experiments import export, quick_looks
+from experiments import quick_looks
+from experiments.export import run as export
 from experiments.graded_answers import text_model
 from inference import answers
 from inference.answers import Machine, Sampling, TextModel, kl_to_sft, sample_answers, score_answers
