@@ -13,6 +13,7 @@ from pathlib import Path
 import jinja2
 import pytest
 import torch
+from chat_tokenizers import chat_folder
 from conftest import randomise
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -39,6 +40,7 @@ from models.lora import freeze_weights, round_frozen
 from models.weights.checkpoint import save_model
 from models.weights.huggingface import save_pretrained
 from training.start import describe_model, sft_start
+from utils.chat_templates import choose_template
 from utils.runs.durable import Disk
 from utils.template import PromptTemplate
 from utils.tokenizer import HuggingFaceTokenizer, get_tokenizer, load_tokenizer
@@ -329,6 +331,7 @@ def test_the_card_says_what_the_records_say(exports):
     for row in (
         "| run | sft_plain_20260101000000/final |", "| stage | supervised fine-tuning (SFT) |", "| steps | 3 |",
         "| family | GPT-2 (GPT2LMHeadModel) |", "| trained from | sft_x_20250101000000 |", "| weights | fp32 |",
+        "| prompt template | human-assistant |",
         "| id of EOS | 1023 |", "| data set | rows\\|.jsonl |", "| seed | 5 |", "| commit | abc |",
         "| eval/loss | 3 | 1.25 |",
     ):  # fmt: skip
@@ -709,6 +712,30 @@ def test_a_gguf_file_that_is_not_the_model_is_not_left(runs, tmp_path, gguf, mon
     with pytest.raises(RunStopped, match=f"the export is not the model: {told}"):
         make(runs, "sft_llama", tmp_path / "out", "--gguf", "f16")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variant", ["", "/lora"])
+def test_a_chat_model_in_all_its_forms(tmp_path, gguf, variant):
+    """Its turns stand between special tokens: in the folder, in the file for llama.cpp, and where training goes on."""
+    tokenizer = HuggingFaceTokenizer(chat_folder(tmp_path / "tokenizer", "chatml"))
+    template, tokenizer = choose_template("chatml", tokenizer)
+    sizes = dict(n_kv_head=2, block_size=CONTEXT, vocab_size=tokenizer.vocab_size)
+    ours = llama("lm", **sizes, lora_rank=4 if variant else 0)
+    save_model(ours, tmp_path / "sft_c_20260101000000/final", describe_model("sft", tokenizer, template, "scratch"))
+    tokenizer.save(tmp_path / "sft_c_20260101000000/final")
+    make(tmp_path, "sft_c", tmp_path / "out", "--gguf", "f16")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| prompt template | chatml |" in card and f"| id of EOS | {tokenizer.eos_id} |" in card
+    written = gguf(tmp_path / "out/out-f16.gguf").fields["tokenizer.chat_template"].contents()
+    assert written == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template and "<|im_start|>user" in written
+    started, theirs, read, _ = sft_start(
+        SFTConfig(config=f"llama-nano{variant}", pretrain=str(tmp_path / "out")), None
+    )
+    prompt = template.format(["Hello."])
+    ids = template.encode_prompts(tokenizer, [prompt])
+    assert read.encode_prompts(theirs, [prompt]) == ids and theirs.eos_id == tokenizer.eos_id
+    wanted, found = (m.eval().batch_generate(ids, 12, tokenizer.eos_id, temperature=0) for m in (ours, started))
+    assert found.row(0).tolist() == wanted.row(0).tolist()
 
 
 def test_where_there_can_be_no_gguf_file(runs, tmp_path, gguf, monkeypatch):

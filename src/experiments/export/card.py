@@ -15,6 +15,7 @@ from experiments.export.place import CONFIG
 from experiments.export.records import base_model, origin, record_of
 from experiments.markdown import table
 from models.weights.huggingface import FORMS
+from utils.chat_templates import PLAIN
 from utils.runs.origins import without_folders
 
 _USE = {
@@ -65,8 +66,8 @@ def card(
     told_of_system = "as plain text before it (none was trained on)" if marks is None else "in the same form"
     parts.append(
         f"The context is {export.source.context} tokens. A prompt is written {written!r}; the chat template does so, "
-        f"with a system message {told_of_system}. For a "
-        f"longer prompt `truncation=True` cuts its start off{export.told_of_room()}. A text with the EOS token written "
+        f"with a system message {told_of_system}. For a longer prompt "
+        f"`truncation=True` cuts its start off{export.told_of_room()}. A text with the EOS token written "
         "in it is read as its end, as everywhere in transformers; `split_special_tokens=True` prevents that.\n"
     )
     constant = json.loads((folder / CONFIG).read_text()).get("reward_constant")
@@ -103,6 +104,7 @@ def _facts(export: Export, checkpoint: Path, description: dict[str, Any], runs_d
         "seed": config.get("seed"),
         "commit": record.get("commit"),
         "weights": export.dtype,
+        "prompt template": marks.name if (marks := export.source.template.marks) else PLAIN,
         "ids of EOS" if len(export.stop_ids) > 1 else "id of EOS": eos,
     }
 

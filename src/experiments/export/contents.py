@@ -125,12 +125,12 @@ class Export:
             must(tokenizer.decode(ids) == ours.decode(ids), f"{text!r} comes back as another text")
         for turns in [(question,) for question in _QUESTIONS] + [_DIALOGUE]:
             for system in ("", " Be brief.\n"):
-                chat = messages(turns, system)
+                chat = _messages(turns, system)
                 told = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
                 prompt = template.prompt_of_turns([(message["role"], message["content"]) for message in chat])
                 wanted = template.encode_prompts(ours, [prompt])[0]
                 must(told == wanted, "the chat template writes another prompt")
-        ended = tokenizer.apply_chat_template(messages(_DIALOGUE[:2]), return_dict=False)
+        ended = tokenizer.apply_chat_template(_messages(_DIALOGUE[:2]), return_dict=False)
         wanted = template.encode_prompts(ours, [template.format(_DIALOGUE[:1])])[0]
         wanted += template.encode_responses(ours, [template.response(_DIALOGUE[1])])[0]
         must(ended == wanted, "the chat template writes another dialogue")
@@ -174,7 +174,7 @@ class Export:
         """Scores of padded rows are the model's own, and in the same order."""
         ours, context = self.source, self.source.context
         replies = ("Rome.", "Hello. How can I help you today?", "A hen has two legs, and so has every bird.")
-        dialogues = [messages(turns) for turns in zip(_QUESTIONS, replies)]
+        dialogues = [_messages(turns) for turns in zip(_QUESTIONS, replies)]
         texts = [tokenizer.apply_chat_template(dialogue, tokenize=False) for dialogue in dialogues]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         # A constant that the model's class has no place for is told beside it.
@@ -191,12 +191,6 @@ class Export:
         return f"the scores of {len(texts)} padded rows within {off:.1g}, " + (
             "in the same order" if same else "in another order where they are nearly the same"
         )
-
-
-def messages(turns: Sequence[str], system: str = "") -> list[dict[str, str]]:
-    """Turns of user and assistant as chat messages."""
-    first = [{"role": "system", "content": system}] if system else []
-    return first + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
 
 
 @contextlib.contextmanager
@@ -236,3 +230,9 @@ def must(holds: bool, fault: str) -> None:
 
 def _fault(fault: str) -> RunStopped:
     return RunStopped(f"the export is not the model: {fault[:300]}; nothing was left of it")
+
+
+def _messages(turns: Sequence[str], system: str = "") -> list[dict[str, str]]:
+    """Turns of user and assistant as chat messages."""
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
