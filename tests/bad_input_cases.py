@@ -586,7 +586,7 @@ THEIRS = [
     Case("a pointer of Git LFS for the weights", FROM,
          theirs(lambda f: (f / "model.safetensors").write_bytes(POINTER))),
     Case("quantised weights", FROM, theirs(config(quantization_config={"quant_method": "gptq", "bits": 4}))),
-    Case("a GGUF file", "sft -p HERE/model.gguf", lambda w: (w.here / "model.gguf").write_bytes(b"GGUF")),
+    Case("a damaged GGUF file", "sft -p HERE/model.gguf", lambda w: (w.here / "model.gguf").write_bytes(b"GGUF")),
     Case("the weights in place of their folder", "sft -p MODEL/model.safetensors", theirs()),
     Case("the folder around the model", "sft -p HERE", theirs()),
     Case("untied by config.json alone", FROM, theirs(config(tie_word_embeddings=False))),

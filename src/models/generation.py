@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import graphs
+from models.gpu import graphs
 from models.cache import KVCache
 from models.kernels import cache_dtype, product_dtype
 from models.stop_strings import StopStrings

@@ -59,7 +59,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         causal: query i sees keys 0 .. i; needs L = S. dropout: on the attention weights.
     """
     grouped = k.shape[1] != q.shape[1]
-    if grouped and not (q.device.type == "cuda" and q.dtype == torch.bfloat16 and mask is None):
+    if grouped and not (q.device.type != "cpu" and q.dtype == torch.bfloat16 and mask is None):
         # Only flash attention spares these copies: in half precision, without a mask, on a GPU that has bf16. torch's
         # other kernels either refuse shared heads or write out all weights [B, nh, L, S].
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

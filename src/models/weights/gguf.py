@@ -165,14 +165,18 @@ class Gguf:
     def save(self, folder: Path, dtype: torch.dtype) -> None:
         """Write it as transformers reads it: config.json, generation_config.json, model.safetensors with weights of
         `dtype`, and the tokenizer, if `folder` is there; OSError where it cannot be written."""
-        from transformers import GenerationConfig
-
+        write_tensors({key: value.to(dtype) for key, value in self.state().items()}, folder / WEIGHTS)
+        self.save_tokenizer(folder)
         config = copy.deepcopy(self.config)
         config.dtype = str(dtype).removeprefix("torch.")
-        state, tokenizer = {key: value.to(dtype) for key, value in self.state().items()}, self.tokenizer()
-        write_tensors(state, folder / WEIGHTS)
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer and the ids that end an answer, as transformers reads them."""
+        from transformers import GenerationConfig
+
+        GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+        tokenizer = self.tokenizer()
         tokenizer.save_pretrained(folder, save_jinja_files=False)
         # The class that takes tokenizer.json as it is, by the name that older versions of transformers know too.
         file = folder / "tokenizer_config.json"

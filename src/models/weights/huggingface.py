@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -18,9 +21,10 @@ from models.lora import merge_lora
 from models.weights.adapter import Adapter, merge_adapter, read_adapter
 from models.weights.checkpoint import WEIGHTS, build, check_finite, write_tensors
 from models.weights.form import HuggingFaceForm
+from models.weights.gguf import Gguf, read_gguf
 from models.weights.gpt2 import GPT2Form
 from models.weights.llama import LlamaForm
-from models.weights.pretrained import ADAPTER_CONFIG, CONFIG, check_files
+from models.weights.pretrained import ADAPTER_CONFIG, CONFIG, check_files, gguf_file
 from utils.hub import LFS_POINTER, hub_folder, is_lfs_pointer
 from utils.runs.folder import typed_path
 from utils.tokenizer import Tokenizer, model_tokenizer
@@ -80,6 +84,7 @@ class Pretrained:
 
     name: as it was given. source: the folder or hub name of the weights. config: its config.json. folder: where that
     lies. adapter: the LoRA adapter that `name` is, to be merged into the weights. note: what is to be told, or "".
+    gguf: the GGUF file that all of it stands in, if it is one.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Pretrained:
     folder: Path
     adapter: Adapter | None = None
     note: str = ""
+    gguf: Gguf | None = None
 
     @property
     def form(self) -> HuggingFaceForm:
@@ -100,6 +106,12 @@ class Pretrained:
 
     def tokenizer(self, flag: str, choose: str = "") -> tuple[Tokenizer, str]:
         """Its tokenizer, and a line on it or "": see `utils.tokenizer.model_tokenizer`."""
+        if self.gguf is not None:
+            with TemporaryDirectory() as name, told_as(f"-p {self.name}"):
+                self.gguf.save_tokenizer(Path(name))
+                tokenizer, note = model_tokenizer(name, Path(name), self.config.vocab_size, flag, choose)
+            tokenizer.name = Path(self.name).stem
+            return tokenizer, note
         own = self.adapter is not None and has_tokenizer(self.adapter.folder)
         model, folder = (self.name, self.adapter.folder) if own else (self.source, self.folder)
         return model_tokenizer(model, folder, self.config.vocab_size, flag, choose)
@@ -109,7 +121,7 @@ def describe_pretrained(name: str, cached_only: bool = False) -> Pretrained:
     """Find and check a model in Hugging Face's form by all but its weights.
 
     Args:
-        name: a folder or a hub name; of a model, or of a LoRA adapter of one.
+        name: a folder or a hub name; of a model, or of a LoRA adapter of one. Or a GGUF file of a LLaMA.
         cached_only: of the hub take only what was downloaded before.
 
     Raises:
@@ -117,6 +129,11 @@ def describe_pretrained(name: str, cached_only: bool = False) -> Pretrained:
             does not have.
     """
     local = typed_path(name)
+    if (file := gguf_file(local)) is not None:
+        with told_as(f"-p {name}"):
+            gguf = read_gguf(file)
+        _check_plain(name, gguf.config)
+        return Pretrained(name, str(file), gguf.config, file.parent, gguf=gguf)
     try:
         folder = local if local.exists() else hub_folder(name, cached_only=cached_only)
     except UserError as error:
@@ -160,8 +177,30 @@ def _config(name: str, folder: Path) -> PretrainedConfig:
     return config
 
 
+@contextlib.contextmanager
+def told_as(flag: str) -> Iterator[None]:
+    """Errors on a GGUF file start with its path; here with the flag that named it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag}: {str(error).partition(': ')[2] or error}") from None
+
+
 def _read(found: Pretrained) -> dict[str, Tensor]:
     """The tensors of a language model by our names, with the adapter merged in."""
+    if found.gguf is None:
+        state = _read_folder(found)
+    else:
+        with told_as(f"-p {found.name}"):
+            state = found.form.ours(found.gguf.state())
+    if found.adapter is not None:
+        merge_adapter(state, found.adapter, found.name, found.form)
+    check_finite(state, f"-p {found.name}: holds NaN or infinity")
+    return state
+
+
+def _read_folder(found: Pretrained) -> dict[str, Tensor]:
+    """The tensors of a language model by our names, from a folder or the hub."""
     name, form = found.name, found.form
     tied = form.output == "" or found.config.tie_word_embeddings
     try:
@@ -192,11 +231,7 @@ def _read(found: Pretrained) -> dict[str, Tensor]:
         if not torch.equal(weights[head], weights[form.table]):
             raise UserError(f"-p {name}: has an output projection of its own; one with tied embeddings is needed")
         del weights[head]
-    state = form.ours(weights)
-    if found.adapter is not None:
-        merge_adapter(state, found.adapter, name, form)
-    check_finite(state, f"-p {name}: holds NaN or infinity")
-    return state
+    return form.ours(weights)
 
 
 def _unreadable(name: str, error: Exception) -> UserError:

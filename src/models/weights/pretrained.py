@@ -28,7 +28,7 @@ _MISPLACED = {
 }
 # Weights that are not read, and where those that are come from.
 _OTHER_WEIGHTS = {
-    "*.gguf": "a GGUF file (llama.cpp's form, mostly quantised); give the folder of the model that it was made from",
+    "*.gguf": "a GGUF file (llama.cpp's form); give that file where it is a LLaMA's, else the model it was made from",
     "tf_model*.h5": "weights for TensorFlow; take model.safetensors from where the folder came from",
     "flax_model*.msgpack": "weights for Flax; take model.safetensors from where the folder came from",
     "*.incomplete": "a download that was broken off; start it again",
@@ -44,7 +44,7 @@ def our_checkpoint(argument: str, runs_dir: str, flag: str) -> Path | None:
     UserError, which starts with `flag` and the argument, where it is neither.
     """
     path = typed_path(argument)
-    if any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+    if gguf_file(path) is not None or any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         return None
     try:
         return find_checkpoint(argument, runs_dir, flag)
@@ -55,6 +55,14 @@ def our_checkpoint(argument: str, runs_dir: str, flag: str) -> Path | None:
         if not told:
             raise
         raise UserError(f"{flag} {argument}: {told}") from None
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that a path is, or that is the one model in a folder; None where it is something else."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = [] if any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG, *_READ)) else [*path.glob("*.gguf")]
+    return files[0] if len(files) == 1 else None
 
 
 @contextlib.contextmanager
@@ -97,7 +105,7 @@ def _other_weights(folder: Path) -> str:
 
 def _told_of_file(file: Path) -> str:
     what = next((what for pattern, what in _OTHER_WEIGHTS.items() if file.match(pattern)), "")
-    if (file.parent / CONFIG).is_file() and ".gguf" not in file.name:
+    if (file.parent / CONFIG).is_file():
         return f"is a file; give its folder, {file.parent}"
     if what:
         return f"is {what}"

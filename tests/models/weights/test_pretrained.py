@@ -159,7 +159,7 @@ KINDS = {
     ),
     "weights for TensorFlow": (write("tf_model.h5", "x", instead=True), "tf_model.h5 is weights for TensorFlow"),
     "weights for Flax": (write("flax_model.msgpack", "x", instead=True), "flax_model.msgpack is weights for Flax"),
-    "a GGUF file beside config.json": (write("a.gguf", "GGUF", instead=True), "a.gguf is a GGUF file .*made from"),
+    "a GGUF file beside config.json": (write("a.gguf", "GGUF", instead=True), "a.gguf is a GGUF file .*give that file"),
     "a pointer for the weights": (write(WEIGHTS, LFS), "model.safetensors is a pointer of Git LFS.*git lfs pull"),
     "a pointer for pickled weights": (
         write("pytorch_model.bin", LFS, instead=True), "pytorch_model.bin is a pointer of Git LFS",
@@ -185,7 +185,7 @@ KINDS = {
     "no config.json": (
         lambda folder: (folder / "config.json").unlink(), "has weights but no config.json, which says their sizes",
     ),
-    "a folder with a GGUF file": (only("a.Q4_K_M.gguf"), "Q4_K_M.gguf is a GGUF file .*give the folder of the model"),
+    "a folder with a GGUF file": (only("a.Q4_K_M.gguf"), "is damaged"),
     "a folder with a file of torch": (only("model.pt"), "model.pt is a file of torch; .*`save_pretrained`"),
     "an empty folder": (only(), "no checkpoint in"),
     "the folder around it": (moved_in("gpt2"), r"holds no model itself; give \S+/model/gpt2$"),
@@ -228,7 +228,7 @@ FILES = {
     "model.safetensors": "is a file; give its folder, ",
     "config.json": "is a file; give its folder, ",
     "pytorch_model.bin": "is a file; give its folder, ",
-    "a.Q4_0.gguf": "is a GGUF file .*; give the folder of the model that it was made from",
+    "a.Q4_0.gguf": "is no GGUF file|is damaged",
     "alone/model.safetensors": "is a file; give a folder with config.json and model.safetensors",
     "alone/model.pt": "is a file of torch; save the model in Hugging Face's form",
 }

@@ -8,7 +8,7 @@ import torch
 from gpu_marks import DEVICES
 
 from config.model_configs import GPTConfig, LlamaConfig
-from models import graphs
+from models.gpu import graphs
 from models.families import new_model
 from models.generation import generate
 
