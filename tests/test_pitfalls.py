@@ -84,7 +84,7 @@ def test_every_forward_pass_of_training_goes_through_the_module_itself(make_mode
 
 
 def test_devices_and_workers_are_chosen_in_one_place() -> None:
-    """Only the runtime, what it sees of the machine, saved generators, flags and what is a GPU's alone name a device."""
+    """Only the runtime, what it sees of the machine, saved generators, flags and a GPU's own room name a device."""
     for path, tree in trees("training", "utils", "models", "inference").items():
         for node in ast.walk(tree):
             assert not (isinstance(node, ast.keyword) and node.arg == "num_workers"), path.name

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.gpu import graphs
 from models.cache import KVCache
+from models.gpu import graphs
 from models.kernels import decoding_linear, decoding_weight, product_dtype
 from models.vocabulary import OutputTable
 
@@ -62,7 +62,7 @@ class FixedCache:
 class Decoder(ABC):
     """Steps of a model in eval mode whose cache holds the prompts (`model.hidden(prompts, att, cache)`).
 
-    Where `models.gpu.graphs` serves, a step is recorded once and replayed; for that all it reads and writes stays in place.
+    Where `models.gpu.graphs` serves, a step is recorded once and replayed: all it reads and writes stays in place.
     """
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:

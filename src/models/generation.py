@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.gpu import graphs
 from models.cache import KVCache
+from models.gpu import graphs
 from models.kernels import cache_dtype, product_dtype
 from models.stop_strings import StopStrings
 from models.vocabulary import exp_

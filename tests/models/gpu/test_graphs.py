@@ -8,9 +8,9 @@ import torch
 from gpu_marks import DEVICES
 
 from config.model_configs import GPTConfig, LlamaConfig
-from models.gpu import graphs
 from models.families import new_model
 from models.generation import generate
+from models.gpu import graphs
 
 EOS, T = 49, 24
 SIZES = dict(n_layer=2, block_size=64, vocab_size=50, init_std=0.5)
