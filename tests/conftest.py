@@ -16,10 +16,11 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from every_family import TINY  # noqa: E402
 from torch import nn  # noqa: E402
 
-from config.model_configs import GPTConfig  # noqa: E402
-from models.gpt import GPT, GPTCritic, GPTRewardModel  # noqa: E402
+from config.model_configs import CONFIGS  # noqa: E402
+from models import families  # noqa: E402
 from models.weights.checkpoint import save_model  # noqa: E402
 from utils.template import PromptTemplate  # noqa: E402
 from utils.tokenizer import get_tokenizer  # noqa: E402
@@ -48,24 +49,41 @@ def data_dir() -> Path:
 def randomise(module: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
     """Random numbers in every parameter, biases, LayerNorms and both halves of the adapters included.
 
-    At GPT-2's initialisation all biases are 0, all LayerNorms the identity and the outputs nearly uniform: most
-    mistakes would not show.
+    At a model's initialisation all biases are 0, all norms the identity and the outputs nearly uniform: most mistakes
+    would not show.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(module.named_parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-        if ".ln_" in f".{name}" and name.endswith("weight"):
+        if name.endswith((*(f"ln_{which}.weight" for which in "12f"), "norm.weight")):
             parameter.add_(1.0)
     return module
 
 
-@pytest.fixture(scope="session")
-def make_model() -> Callable[..., nn.Module]:
-    """`make_model(GPTCritic, seed=1, n_head=3, ...)`: a tiny model in eval mode with random weights everywhere."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What makes models runs once for each of a module's FAMILIES; see `every_family`."""
+    chosen = any(mark.args[0] == "family" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and hasattr(metafunc.module, "FAMILIES") and not chosen:
+        metafunc.parametrize("family", metafunc.module.FAMILIES, indirect=True, scope="session")
 
-    def make(cls: type[nn.Module] = GPT, seed: int = 0, std: float = 0.3, **options) -> nn.Module:
-        sizes = dict(name="gpt2-nano", n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=50)
-        return randomise(cls(GPTConfig(**{**sizes, **options})), seed, std).eval()
+
+@pytest.fixture(scope="session")
+def family(request) -> str:
+    """Which family `make_model` makes models of: GPT-2 in modules that name no FAMILIES."""
+    return getattr(request, "param", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def make_model(family) -> Callable[..., nn.Module]:
+    """`make_model("critic", seed=1, n_layer=3, ...)`: a tiny model in eval mode with random weights everywhere.
+
+    Of `family`, by its role in `models.families.FAMILIES`; a class means itself.
+    """
+
+    def make(role: str | type[nn.Module] = "lm", seed: int = 0, std: float = 0.3, **options) -> nn.Module:
+        cls = families.FAMILIES[family][role] if isinstance(role, str) else role
+        config = CONFIGS[cls.family](**{**TINY[cls.family], **options})
+        return randomise(cls(config), seed, std).eval()
 
     return make
 
@@ -99,20 +117,21 @@ def random_rows() -> Callable[..., list[torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(tmp_path_factory) -> Path:
+def tiny_runs(tmp_path_factory, family) -> Path:
     """A folder of runs sft_vanilla_t, sft_t, rm_t and ppo_t (temperature 0.9, 6 tokens, trained with rm_t).
 
     Tiny random models with the demo's tokenizer: enough to find, load, sample and score. Do not write there.
     """
     root, time = tmp_path_factory.mktemp("runs"), "20260101000000"
-    config = GPTConfig(name="gpt2-nano", n_layer=1, n_head=2, n_embd=16, block_size=96, vocab_size=1024, init_std=0.3)
-    roles = {"sft_vanilla_t": GPT, "sft_t": GPT, "rm_t": GPTRewardModel, "ppo_t": GPT, "ppo_t/critic": GPTCritic}
+    sizes = dict(n_layer=1, block_size=96, vocab_size=1024, init_std=0.3)
+    config = CONFIGS[family](**TINY[family] | sizes)
+    roles = {"sft_vanilla_t": "lm", "sft_t": "lm", "rm_t": "reward", "ppo_t": "lm", "ppo_t/critic": "critic"}
     for seed, (name, role) in enumerate(roles.items()):
         stem, _, inner = name.partition("/")
         torch.manual_seed(seed)
         folder = root / f"{stem}_{time}" / "final"
         description = {"template": PromptTemplate().to_dict(), "stage": stem.split("_")[0], "step": 3}
-        save_model(role(config), folder / inner, description)
+        save_model(families.new_model(config, role), folder / inner, description)
         get_tokenizer("demo").save(folder)
     settings = {"temperature": 0.9, "response_length": 6}
     record = {"stage": "ppo", "config": settings, "rm": str(root / f"rm_t_{time}" / "final")}

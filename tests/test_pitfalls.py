@@ -15,7 +15,6 @@ import torch
 
 import training
 from config.configs import PPOConfig
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.engine.runtime import Runtime
 from training.experience import ActorCritic, Rollouts, split_minibatches
 from training.sampling import Sampler
@@ -44,7 +43,7 @@ def prompts(tok) -> list[np.ndarray]:
 
 def test_rollouts_are_drawn_from_the_whole_vocabulary(make_model, tok, prompts) -> None:
     """Sampling among the 50 most likely ids while log-probabilities are those of the full softmax."""
-    model = make_model(GPTActor, vocab_size=tok.vocab_size, std=0.02)
+    model = make_model("actor", vocab_size=tok.vocab_size, std=0.02)
     sampler = Sampler(tok, Runtime("cpu", "fp32", 0), 1.0, 1, 64)
     rows = sampler.sample(model, prompts[:1] * 600, list(range(600)))
     said = Counter(row[0] for row in rows.responses())
@@ -60,8 +59,8 @@ def test_every_forward_pass_of_training_goes_through_the_module_itself(make_mode
     """Methods called on what is inside a wrapper pass by compilation, parallel engines and hooks."""
     runtime = Runtime("cpu", "fp32", 0)
     sizes = dict(vocab_size=tok.vocab_size, std=0.1)
-    policy = ActorCritic(make_model(GPTActor, **sizes), make_model(GPTCritic, **sizes))
-    reference, reward_model = frozen(make_model(GPT, **sizes)), frozen(make_model(GPTRewardModel, **sizes))
+    policy = ActorCritic(make_model("actor", **sizes), make_model("critic", **sizes))
+    reference, reward_model = frozen(make_model("lm", **sizes)), frozen(make_model("reward", **sizes))
     calls = Counter()
     modules = {"policy": policy, "critic": policy.critic, "reward model": reward_model}
     modules |= {"actor's trunk": policy.actor.transformer, "reference's trunk": reference.transformer}

@@ -293,7 +293,7 @@ class PPOConfig(RunConfig):
 # not depend on it.
 _TOKENS_PER_PASS = {
     "gpt2": 8192, "gpt2-medium": 4096, "gpt2-large": 2048, "gpt2-xl": 1024,
-    "smollm2-135m": 8192, "smollm2-360m": 4096, "smollm2-1.7b": 1024, "tinyllama-1.1b": 1024, "llama-3.2-1b": 1024,
+    "smollm2-135m": 4096, "smollm2-360m": 2048, "smollm2-1.7b": 1024, "tinyllama-1.1b": 2048, "llama-3.2-1b": 2048,
 }  # fmt: skip
 
 StageConfig = TypeVar("StageConfig", SFTConfig, RMConfig, PPOConfig)

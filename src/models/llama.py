@@ -26,7 +26,7 @@ from config.model_configs import LlamaConfig
 from models.cache import KVCache, model_inputs
 from models.causal_lm import CausalLM
 from models.decoding import Decoder
-from models.kernels import attention, attention_of_one
+from models.kernels import attention, attention_of_one, product_dtype
 from models.lora import is_adapter, projection
 from models.roles import CriticRole, RewardRole
 from models.trunk import run_blocks, select_columns
@@ -128,6 +128,7 @@ class LlamaAttention(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x [B, L, d] -> [B, L, d] or [N, d]; turn: `rotation`; mask: bool [B, 1, L, S], None: causal."""
         B, L, _ = x.shape
+        x = x.to(product_dtype(x))  # once, and not for each of the three products
         q, k, v = (
             p(x).view(B, L, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, nh, L, hd), (B, nkv, L, hd) twice
@@ -150,6 +151,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d]."""
+        x = x.to(product_dtype(x))  # once, and not for each of the two products
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -8,18 +8,20 @@ import sys
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY, TINY
 
-from config.model_configs import GPTConfig
+from config.model_configs import CONFIGS
 from config.user_error import UserError
 from experiments import loss_example, quick_looks
 from experiments.main import QUICK_LOOKS, Parser
-from models.gpt import GPT, GPTCritic, GPTRewardModel
+from models.families import load_checkpoint, new_model
 from models.weights.checkpoint import save_model
 from utils.demo import facts
 from utils.runs.folder import REPO
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 
+FAMILIES = EVERY
 PROMPT = "\n\nHuman: What is the capital of Italy?\n\nAssistant:"
 ESCAPE = "\033["
 
@@ -31,18 +33,18 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tokenizer):
+def runs(tmp_path_factory, tokenizer, family):
     """A folder of runs with a model of every role, and a Hugging Face folder."""
     root = tmp_path_factory.mktemp("runs")
-    config = GPTConfig(name="gpt2-nano", n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=1024, init_std=0.3)
+    config = CONFIGS[family](**TINY[family] | dict(n_layer=1, vocab_size=1024, init_std=0.3))
     description = {"template": PromptTemplate().to_dict(), "stage": "x", "step": 3, "normalised": {"step": 3}}
-    for role, name in ((GPT, "sft_tiny"), (GPTRewardModel, "rm_tiny"), (GPTCritic, "critic_tiny")):
+    for role, name in (("lm", "sft_tiny"), ("reward", "rm_tiny"), ("critic", "critic_tiny")):
         torch.manual_seed(0)
         folder = root / f"{name}_20260101000000" / "final"
-        model = role(config)
+        model = new_model(config, role)
         save_model(model, folder, description)
         tokenizer.save(folder)
-        if role is GPT:
+        if role == "lm":
             model.save_pretrained(root / "hf")
             tokenizer.export_huggingface(root / "hf")
     return root
@@ -172,7 +174,7 @@ def test_reward_scores_are_those_of_single_rows_best_first(runs, capsys, tokeniz
     words = [word for answer in answers for word in ("--response", answer)]
     look("reward", "-m", "rm_tiny", "--runs-dir", runs, "--prompt", PROMPT.strip(), "--device", "cpu", *words)
     shown = capsys.readouterr().out
-    model = GPTRewardModel.from_checkpoint(runs / "rm_tiny_20260101000000/final").eval()
+    model = load_checkpoint(runs / "rm_tiny_20260101000000/final", "reward").eval()
     expected = {}
     for answer in answers:
         ids = tokenizer.encode(PROMPT) + tokenizer.encode(f" {answer}" if answer else "") + [tokenizer.eos_id]

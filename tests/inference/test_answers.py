@@ -25,7 +25,6 @@ from inference.answers import (
     score_texts,
     system_figures,
 )
-from models.gpt import GPT, GPTRewardModel
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 
@@ -38,11 +37,11 @@ SAMPLING = Sampling(0.8, 7, seed=3)
 
 @pytest.fixture(scope="module")
 def build(make_model):
-    """`build(cls, seed)`: a tiny model with the demo's tokenizer."""
+    """`build(role, seed)`: a tiny model with the demo's tokenizer."""
     tokenizer = get_tokenizer("demo")
     sizes = dict(vocab_size=1024, embedding_rows=1024, block_size=96, std=0.15)
-    return lambda cls=GPT, seed=0, **options: TextModel(
-        make_model(cls, seed, **{**sizes, **options}), tokenizer, TEMPLATE
+    return lambda role="lm", seed=0, **options: TextModel(
+        make_model(role, seed, **{**sizes, **options}), tokenizer, TEMPLATE
     )
 
 
@@ -173,13 +172,13 @@ def plain_score(rm, prompt_ids, ids) -> float:
 
 
 def test_scores_are_read_at_the_last_token_that_was_sampled(build, answers):
-    rm = build(GPTRewardModel, seed=7)
+    rm = build("reward", seed=7)
     found = score_answers(rm, answers, MACHINE, "sft", own_ids=True)
     np.testing.assert_allclose(found, [plain_score(rm, a.prompt_ids, a.ids) for a in answers], atol=1e-4)
 
 
 def test_texts_are_scored_as_training_joins_them(build):
-    rm = build(GPTRewardModel, seed=7)
+    rm = build("reward", seed=7)
     encode, eos = rm.tokenizer.encode, rm.tokenizer.eos_id
     texts = ["Tea is a drink.", "", "A crab has ten legs."]
     expected = [plain_score(rm, encode(p), [*encode(TEMPLATE.response(t)), eos]) for p, t in zip(PROMPTS, texts)]
@@ -189,7 +188,7 @@ def test_texts_are_scored_as_training_joins_them(build):
 
 
 def test_rows_longer_than_the_reward_models_context_are_cut(build):
-    rm = build(GPTRewardModel, seed=7, block_size=12)
+    rm = build("reward", seed=7, block_size=12)
     prompt, ids = np.arange(10), np.arange(20, 25)
     found = score_answers(rm, [Answer("", "", prompt, ids), Answer("", "", prompt, np.arange(40))], MACHINE, "x", True)
     expected = [plain_score(rm, prompt[3:], ids), plain_score(rm, prompt[-1:], np.arange(11))]

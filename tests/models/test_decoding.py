@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every_family import EVERY
 
 from models import kernels
 from models.cache import KVCache
@@ -10,6 +11,7 @@ from models.generation import generate
 from training.engine.runtime import adamw
 from utils.data.batching import right_pad
 
+FAMILIES = EVERY
 EOS = 49
 CPU = torch.device("cpu")
 
@@ -129,7 +131,7 @@ def test_new_weights_are_used_at_once(model, random_rows, change):
 def test_roles_share_what_was_packed(make_model, monkeypatch):
     if not packing.serves(CPU, torch.bfloat16):
         pytest.skip("this CPU has no packed bf16 weights")
-    weight = make_model().transformer.h[0].attn.c_attn.weight
+    weight = next(layer.weight for layer in make_model().blocks.modules() if isinstance(layer, torch.nn.Linear))
     first = kernels.decoding_weight(weight, torch.bfloat16)
     monkeypatch.setattr(packing, "pack", lambda weight: pytest.fail("packed again"))
     assert kernels.decoding_weight(weight, torch.bfloat16) is first and first.is_mkldnn

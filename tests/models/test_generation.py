@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY
 
 from models import generation
+from models.causal_lm import CausalLM
 from models.decoding import Decoder
+from models.families import new_model
 from models.generation import Generation, _row_uniforms, generate, sample
-from models.gpt import GPT, GPTActor
 
+FAMILIES = EVERY
 EOS, VOCAB, PAD = 49, 50, 50
 LENGTHS = [9, 4, 1, 12, 6, 6, 2, 15, 3, 8]
 T = 16
@@ -21,8 +24,14 @@ def model(make_model):
     """An EOS about once in ten tokens, so that rows end at different steps and some never."""
     model = make_model(n_embd=32)
     with torch.no_grad():
-        model.transformer.wte.weight[EOS] = 1.5 * model.transformer.ln_f.bias / model.transformer.ln_f.bias.norm()
+        model.output_table[EOS] = 1.5 * common_direction(model)
     return model
+
+
+def common_direction(model) -> torch.Tensor:
+    """A direction [d], of length 1, in which all final states lie: that of GPT-2's last bias; RMSNorm has none."""
+    mean = model.hidden(torch.arange(20)[None])[0].mean(0)
+    return torch.nn.functional.normalize(getattr(model.final_norm, "bias", mean), dim=0)
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def prompts(random_rows):
 SEEDS = list(range(100, 100 + len(LENGTHS)))
 
 
-def by_hand(model: GPT, prompt: torch.Tensor, seed: int, T: int, **options) -> tuple[list[int], list[float]]:
+def by_hand(model: CausalLM, prompt: torch.Tensor, seed: int, T: int, **options) -> tuple[list[int], list[float]]:
     """One row alone, the whole sequence anew for every token: no cache, no batch, no padding."""
     uniforms = _row_uniforms([seed], 1, T, torch.device("cpu"))
     ids, logprobs = prompt.tolist(), []
@@ -157,7 +166,7 @@ def test_ids_outside_the_vocabulary_are_never_sampled(make_model, random_rows):
     """The rows of the table behind the vocabulary are made by far the most likely; they have no logits."""
     model = make_model(vocab_size=20, embedding_rows=32)
     with torch.no_grad():
-        model.transformer.wte.weight[20:] = 100 * model.transformer.ln_f.bias
+        model.output_table[20:] = 100 * common_direction(model)
     prompts = random_rows([5] * 50, vocab_size=20)
     for temperature in (0, 1.0, 5.0):
         g = generate(model, prompts, max_new_tokens=8, eos_id=19, temperature=temperature)
@@ -229,13 +238,13 @@ def test_no_cell_of_the_cache_is_read_before_it_is_written(make_model, prompts, 
 
 @torch.no_grad()
 def test_mode_and_gradients_are_left_as_they_were(make_model, random_rows):
-    model = make_model(dropout=0.5)
+    model = make_model(lora_rank=2, lora_dropout=0.5)
     prompts = random_rows([3, 4], vocab_size=EOS)
     expected = generate(model, prompts, max_new_tokens=5, eos_id=EOS, seeds=[0, 1]).responses
-    assert not model.training and not model.transformer.h[0].attn.training
+    assert not model.training and not model.blocks[0].training
     model.train()
     assert torch.equal(generate(model, prompts, max_new_tokens=5, eos_id=EOS, seeds=[0, 1]).responses, expected)
-    assert model.training and model.transformer.h[0].attn.training
+    assert model.training and model.blocks[0].training
     model.hidden = None  # whatever goes wrong in the middle
     with pytest.raises(TypeError):
         generate(model, prompts, max_new_tokens=5, eos_id=EOS)
@@ -272,7 +281,7 @@ def test_methods_of_the_model(model, prompts):
     batch = model.batch_generate(prompts, T, EOS, seeds=SEEDS)
     assert torch.equal(batch.responses, generate(model, prompts, max_new_tokens=T, eos_id=EOS, seeds=SEEDS).responses)
     assert torch.equal(model.generate(prompts[2], T, EOS, seeds=SEEDS[2:3]), batch.row(2))
-    actor = GPTActor(model.config)
+    actor = new_model(model.config, "actor")
     actor.load_state_dict(model.state_dict())
     assert torch.equal(actor.generate(prompts[2], T, EOS, seeds=SEEDS[2:3]), batch.row(2))
 

@@ -4,12 +4,15 @@ import contextlib
 
 import pytest
 import torch
+from every_family import EVERY
 
 from config.user_error import UserError
 from models import kernels
 from models.cache import KVCache
 from models.cpu import activation, attention, linear, packing
-from models.gpt import GPT
+from models.families import new_model
+
+FAMILIES = EVERY
 
 # What must run where a kernel is used and must not where it is left out, and the precision of that.
 FASTER = {
@@ -36,7 +39,7 @@ def test_an_unknown_name_is_told_with_the_choices(make_model, monkeypatch):
     config = make_model().config
     monkeypatch.setattr(kernels, "PLAIN", kernels.plain_kernels("gelu,softmax"))
     with pytest.raises(UserError, match="RLHF_PLAIN=softmax: choose from attention, linear, gelu, packing, or all"):
-        GPT(config)
+        new_model(config)
 
 
 def outputs(make_model, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -58,7 +61,9 @@ def outputs(make_model, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FASTER)
-def test_a_kernel_left_out_is_torchs_own_way(name, make_model, monkeypatch):
+def test_a_kernel_left_out_is_torchs_own_way(name, make_model, family, monkeypatch):
+    if name == "gelu" and family != "gpt2":
+        pytest.skip("only GPT-2 has a GELU")
     monkeypatch.setattr(linear, "_MKL_IS_SLOW", True)  # as on an AMD processor
     if name == "packing":  # as on a processor with bf16: fp32 has a packed layout wherever oneDNN is
         monkeypatch.setattr(packing, "serves", lambda device, dtype: dtype == torch.float32)
@@ -79,9 +84,9 @@ def test_a_kernel_left_out_is_torchs_own_way(name, make_model, monkeypatch):
     monkeypatch.setattr(kernels, "PLAIN", {name})
     plain = outputs(make_model, dtype)
     assert not calls
-    assert len(fast) == len(plain) == 4 + 2 * 4 * 2
+    assert len(fast) == len(plain) == 4 + 2 * {"gpt2": 4, "llama": 7}[family] * 2
     for a, b in zip(fast, plain, strict=True):
-        assert (a - b).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-4) * b.norm()
+        assert (a - b).norm() <= (5e-2 if dtype == torch.bfloat16 else 1e-4) * b.norm()
 
 
 def test_with_all_left_out_keys_lie_as_torch_wants_them(monkeypatch):

@@ -1,18 +1,28 @@
 """Adapters, what trains, merging, and one frozen base for several roles."""
 
 import copy
+import re
 
 import pytest
 import torch
+from every_family import EVERY
 from torch import nn
 
-from config.model_configs import GPTConfig, get_configs
+from config.model_configs import get_configs
 from config.user_error import UserError
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from models.families import load_checkpoint, new_model
 from models.lora import is_adapter, merge_lora, round_frozen, share_base
-from models.weights.checkpoint import load_model, save_model
+from models.weights.checkpoint import save_model
 
-ROLES = [GPTActor, GPTCritic, GPTRewardModel]
+FAMILIES = EVERY
+ROLES = ["actor", "critic", "reward"]
+PROJECTIONS = {"gpt2": 4, "llama": 7}
+"""Of a block."""
+
+
+def projections(model: nn.Module) -> dict[str, nn.Linear]:
+    """The first block's, by name."""
+    return {name: layer for name, layer in model.blocks[0].named_modules() if isinstance(layer, nn.Linear)}
 
 
 @pytest.fixture
@@ -41,57 +51,65 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_of_gpt2_at_rank_8():
-    """On c_attn, both c_proj and c_fc of each block: 1,179,648 parameters."""
+@pytest.mark.parametrize(
+    "preset, projections, numbers",
+    [
+        ("gpt2/lora", 12 * 4, 1_179_648),  # c_attn, both c_proj and c_fc of each block
+        # q, k, v, o: 576 -> 576, 192, 192, 576; gate, up, down: 576 <-> 1,536.
+        ("smollm2-135m/lora", 30 * 7, 30 * 8 * (2 * 1152 + 2 * 768 + 3 * 2112)),
+    ],
+)
+def test_adapters_at_rank_8(preset, projections, numbers):
     with torch.device("meta"):
-        model = GPT(get_configs("gpt2/lora"))
+        model = new_model(get_configs(preset))
     adapters = {name: p for name, p in model.named_parameters() if is_adapter(name)}
     assert model.config.lora_rank == 8
-    assert len(adapters) == 12 * 4 * 2
-    assert sum(p.numel() for p in adapters.values()) == 1_179_648
+    assert len(adapters) == projections * 2
+    assert sum(p.numel() for p in adapters.values()) == numbers
 
 
-def test_fresh_adapters_change_no_bit(make_model, batch, tmp_path):
+def test_fresh_adapters_change_no_bit(make_model, family, batch, tmp_path):
     plain = make_model()
     save_model(plain, tmp_path)
     torch.manual_seed(0)
-    adapted = load_model(GPT, tmp_path, get_configs("gpt2-nano/lora")).eval()
+    adapted = load_checkpoint(tmp_path, config=get_configs(f"{family}-nano/lora")).eval()
     names = [name for name, _ in adapted.named_parameters() if is_adapter(name)]
-    assert len(names) == 2 * 4 * 2
+    assert len(names) == 2 * PROJECTIONS[family] * 2
     for name in names:
         parameter = adapted.get_parameter(name)
         assert (parameter == 0).all() if name.endswith("lora_B") else parameter.std() > 0.05
     assert torch.equal(adapted(*batch), plain(*batch))
 
 
-def test_loaded_adapters_start_as_loralibs_do(make_model, tmp_path):
+def test_loaded_adapters_start_as_loralibs_do(make_model, family, tmp_path):
     """A uniform in +-1/sqrt(n_in) (Kaiming with a = sqrt(5)), as in a module made without a checkpoint."""
     save_model(make_model(n_embd=64), tmp_path)
     torch.manual_seed(0)
-    loaded = load_model(GPT, tmp_path, get_configs("gpt2-nano/lora"))
-    made = GPT(loaded.config)
+    loaded = load_checkpoint(tmp_path, config=get_configs(f"{family}-nano/lora"))
+    made = new_model(loaded.config)
     for model in (loaded, made):
-        a = model.transformer.h[0].mlp.c_proj.lora_A
-        assert a.shape == (16, 256)
-        assert 0.95 / 16 < a.abs().max() <= 1 / 16
-        assert a.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.1)
+        for layer in projections(model).values():
+            limit = 1 / layer.in_features**0.5
+            assert layer.lora_A.shape == (16, layer.in_features)
+            assert 0.95 * limit < layer.lora_A.abs().max() <= limit
+            assert layer.lora_A.std().item() == pytest.approx(limit / 3**0.5, rel=0.1)
 
 
 def test_adapter_output_is_scaled_by_alpha_over_rank(make_model):
-    layer = make_model(lora_rank=4, lora_alpha=12.0).transformer.h[0].attn.c_attn
-    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
-    by_hand = x @ layer.weight.T + layer.bias + 3.0 * (x @ layer.lora_A.T) @ layer.lora_B.T
-    torch.testing.assert_close(layer(x), by_hand)
+    for layer in projections(make_model(lora_rank=4, lora_alpha=12.0)).values():
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+        by_hand = x @ layer.weight.T + 3.0 * (x @ layer.lora_A.T) @ layer.lora_B.T
+        torch.testing.assert_close(layer(x), by_hand if layer.bias is None else by_hand + layer.bias)
 
 
 def test_an_adapter_over_a_packed_weight_in_half_precision(make_model, monkeypatch):
     """The packed weight gives a product of its own type, to which the fp32 adapter adds."""
-    layer = make_model(lora_rank=4).transformer.h[0].mlp.c_fc
+    layer = list(projections(make_model(lora_rank=4)).values())[-1]
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
     plain = layer(x)
 
     def packed(x, weight, bias, packed):
-        return torch.nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     monkeypatch.setattr("models.kernels._packed", lambda x, weight, bias: weight)
     monkeypatch.setattr("models.cpu.packing.frozen_linear", packed)
@@ -117,7 +135,7 @@ def test_changing_mode_never_merges(make_model, batch, tmp_path):
         model.eval()
     assert same(bits(model), before)
     save_model(model, tmp_path)
-    loaded = load_model(GPT, tmp_path)
+    loaded = load_checkpoint(tmp_path)
     for mode in (True, False, True, False):
         loaded.train(mode)
         assert torch.equal(loaded(*batch), outputs)
@@ -130,19 +148,19 @@ def test_changing_mode_never_merges(make_model, batch, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("cls", [GPT, *ROLES])
-def test_merged_model_computes_what_the_adapted_one_does(make_model, batch, cls, rank):
-    model = make_model(cls, lora_rank=rank)
-    if cls in (GPTCritic, GPTRewardModel):
+@pytest.mark.parametrize("role", ["lm", *ROLES])
+def test_merged_model_computes_what_the_adapted_one_does(make_model, batch, role, rank):
+    model = make_model(role, lora_rank=rank)
+    if role in ("critic", "reward"):
         model.set_normalisation(1.5, 0.3)
     before, outputs = bits(model), model(*batch)
     merged = merge_lora(model)
-    assert type(merged) is cls and merged.config.lora_rank == 0 and not merged.training
+    assert type(merged) is type(model) and merged.config.lora_rank == 0 and not merged.training
     assert not any(is_adapter(key) for key in merged.state_dict())
     torch.testing.assert_close(merged(*batch), outputs, atol=5e-5, rtol=1e-5)  # logits of about 10
     assert (zero_b(copy.deepcopy(model))(*batch) - outputs).abs().max() > 0.1  # the adapters do matter here
     assert same(bits(model), before)
-    merged.transformer.wte.weight.data.zero_()
+    merged.token_table.data.zero_()
     assert same(bits(model), before)
 
 
@@ -150,8 +168,8 @@ def test_merging_a_plain_model_copies_it(make_model):
     model = make_model()
     merged = merge_lora(model)
     assert same(bits(merged), bits(model))
-    merged.transformer.wte.weight.data.zero_()
-    assert model.transformer.wte.weight.any()
+    merged.token_table.data.zero_()
+    assert model.token_table.any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,14 +181,18 @@ def trains(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("cls", [GPT, *ROLES])
+@pytest.mark.parametrize("role", ["lm", *ROLES])
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_freeze_methods(make_model, cls, layers):
-    model = make_model(cls, lora_rank=2, n_layer=layers)
+def test_freeze_methods(make_model, family, role, layers):
+    model = make_model(role, lora_rank=2, n_layer=layers)
     names = {name for name, _ in model.named_parameters()}
     head = {name for name in names if name.startswith("head.")}
-    assert head == (set() if cls in (GPT, GPTActor) else {"head.weight", "head.bias"})
-    last = (f"transformer.h.{layers - 1}.", "transformer.ln_f.")
+    assert head == (set() if role in ("lm", "actor") else {"head.weight", "head.bias"})
+    last = {
+        "gpt2": (f"transformer.h.{layers - 1}.", "transformer.ln_f."),
+        "llama": (f"model.layers.{layers - 1}.", "model.norm."),
+    }[family]
+    assert ("output.weight" in names) == (family == "llama" and role in ("lm", "actor"))
     model.freeze_weights("lora")
     assert trains(model) == head | {name for name in names if is_adapter(name)}
     model.freeze_weights("last_block")
@@ -179,9 +201,9 @@ def test_freeze_methods(make_model, cls, layers):
     assert trains(model) == names
 
 
-@pytest.mark.parametrize("cls", [GPT, GPTCritic])
-def test_wrong_freeze_methods_are_refused(make_model, cls):
-    plain, adapted = make_model(cls), make_model(cls, lora_rank=2)
+@pytest.mark.parametrize("role", ["lm", "critic"])
+def test_wrong_freeze_methods_are_refused(make_model, role):
+    plain, adapted = make_model(role), make_model(role, lora_rank=2)
     for model, method in [(plain, "lora"), (plain, "head"), (adapted, "all"), (adapted, "")]:
         model.freeze_weights("last_block")
         before = trains(model)
@@ -206,7 +228,7 @@ def test_adapters_learn_over_frozen_embeddings(make_model, batch, recompute):
 
 
 def test_frozen_weights_keep_every_bit_over_steps(make_model, batch):
-    model = make_model(GPTCritic, lora_rank=2).train()
+    model = make_model("critic", lora_rank=2).train()
     model.freeze_weights("lora")
     before = bits(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
@@ -228,7 +250,7 @@ def test_frozen_weights_keep_every_bit_over_steps(make_model, batch):
 def roles(make_model):
     """Reference, actor, critic and reward model as PPO has them: one base, own adapters, own heads."""
     reference = make_model().requires_grad_(False)
-    others = [make_model(cls, seed=seed, lora_rank=2) for seed, cls in enumerate(ROLES, 1)]
+    others = [make_model(role, seed=seed, lora_rank=2) for seed, role in enumerate(ROLES, 1)]
     for model in others:
         model.load_state_dict(reference.state_dict(), strict=False)
         model.freeze_weights("lora")
@@ -242,8 +264,8 @@ def storages(model: nn.Module) -> dict[str, int]:
 
 def test_equal_frozen_tensors_are_held_once(roles, batch):
     outputs = [model(*batch) for model in roles]
-    base = sum(p.numel() * p.element_size() for p in roles[0].parameters())
-    assert share_base(roles) == 3 * base
+    base = [sum(p.nbytes for name, p in roles[0].named_parameters() if name in storages(model)) for model in roles]
+    assert share_base(roles) == sum(base[1:])
     assert share_base(roles) == 0
     for model, expected in zip(roles, outputs, strict=True):
         assert torch.equal(model(*batch), expected)
@@ -261,7 +283,7 @@ def test_sharing_outlives_a_move(roles, batch, move):
         nn.ModuleList(roles).to(torch.float64)
     for model in roles[1:]:
         shared = storages(model).items() & storages(roles[0]).items()
-        assert {name for name, _ in shared} == set(storages(roles[0]))
+        assert {name for name, _ in shared} == storages(roles[0]).keys() & storages(model).keys()
         assert all(p.dtype == torch.float64 for p in model.parameters())
 
 
@@ -275,7 +297,7 @@ def test_what_trains_is_never_shared(make_model):
 @pytest.mark.parametrize("change", ["last bit", "sign of zero", "shape", "dtype"])
 def test_tensors_that_differ_are_not_shared(make_model, change):
     first, second = make_model().requires_grad_(False), make_model().requires_grad_(False)
-    name = "transformer.h.1.mlp.c_fc.weight"
+    name = next(name for name, _ in first.named_parameters() if re.search(r"1\.mlp\.(c_fc|gate_proj)\.weight", name))
     for model in (first, second):
         model.get_parameter(name).view(-1)[5] = 0.0
     parameter = second.get_parameter(name)
@@ -284,7 +306,7 @@ def test_tensors_that_differ_are_not_shared(make_model, change):
     elif change == "sign of zero":
         parameter.view(-1)[5] = -0.0
     elif change == "shape":
-        parameter.data = parameter.data.reshape(16, 64)
+        parameter.data = parameter.data.t().contiguous()
     else:
         parameter.data = parameter.data.double()
     total = sum(p.numel() * p.element_size() for p in first.parameters())
@@ -321,26 +343,27 @@ def test_checkpoints_of_sharing_models_are_whole(roles, batch, tmp_path):
     share_base(roles)
     for i, model in enumerate(roles):
         save_model(model, tmp_path / str(i))
-        assert torch.equal(load_model(type(model), tmp_path / str(i)).eval()(*batch), model(*batch))
+        assert torch.equal(type(model).from_checkpoint(tmp_path / str(i)).eval()(*batch), model(*batch))
 
 
-def test_two_adapters_of_one_config_are_independent():
-    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=10, lora_rank=2)
-    first, second = GPT(config), GPT(config)
-    assert not torch.equal(first.transformer.h[0].attn.c_attn.lora_A, second.transformer.h[0].attn.c_attn.lora_A)
+def test_two_adapters_of_one_config_are_independent(make_model):
+    config = make_model(lora_rank=2).config
+    for one, other in zip(*(projections(new_model(config)).values() for _ in range(2)), strict=True):
+        assert not torch.equal(one.lora_A, other.lora_A)
 
 
 @torch.no_grad()
 def test_frozen_matrices_rounded_once_give_the_bits_of_autocast(make_model, batch):
-    model = make_model(GPTActor, lora_rank=2)
+    model = make_model("actor", lora_rank=2)
     model.freeze_weights("lora")
     with torch.autocast("cpu", torch.bfloat16):
         expected = model.hidden(*batch)
         trains = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
         round_frozen(model, torch.bfloat16)
         assert torch.equal(model.hidden(*batch), expected)
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, parameter in model.named_parameters():
-        matrix = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        matrix = id(parameter) in matrices
         assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), name
         assert name not in trains or torch.equal(parameter, trains[name])
 
@@ -349,13 +372,13 @@ def test_frozen_matrices_rounded_once_give_the_bits_of_autocast(make_model, batc
 def test_rounded_roles_share_one_base_and_come_back_from_disk_rounded(roles, batch, tmp_path):
     for model in roles:
         round_frozen(model, torch.bfloat16)
-    base = sum(p.numel() * p.element_size() for p in roles[0].parameters())
-    assert share_base(roles) == 3 * base
+    base = [sum(p.nbytes for name, p in roles[0].named_parameters() if name in storages(model)) for model in roles]
+    assert share_base(roles) == sum(base[1:])
     save_model(roles[1], tmp_path / "actor")
-    again = load_model(GPTActor, tmp_path / "actor")
+    again = load_checkpoint(tmp_path / "actor", "actor")
     again.freeze_weights("lora")
     round_frozen(again, torch.bfloat16)
-    assert share_base([roles[0], again]) == base
+    assert share_base([roles[0], again]) == base[1]
 
 
 @torch.no_grad()
@@ -367,8 +390,8 @@ def test_merging_into_rounded_weights_keeps_a_small_update(make_model):
         if is_adapter(name):
             parameter.mul_(0.03)
     round_frozen(model, torch.bfloat16)
-    layer = model.transformer.h[0].mlp.c_fc
-    delta = layer.lora_B @ layer.lora_A * layer.scaling
-    merged = merge_lora(model).transformer.h[0].mlp.c_fc.weight
-    assert merged.dtype == torch.float32
-    torch.testing.assert_close(merged - layer.weight.float(), delta, atol=1e-6, rtol=0)
+    merged = projections(merge_lora(model))
+    for name, layer in projections(model).items():
+        delta = layer.lora_B @ layer.lora_A * layer.scaling
+        assert merged[name].weight.dtype == torch.float32
+        torch.testing.assert_close(merged[name].weight - layer.weight.float(), delta, atol=1e-6, rtol=0)

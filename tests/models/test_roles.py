@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from every_family import EVERY
 
-from config.model_configs import GPTConfig
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from models.families import load_checkpoint, new_model
 from models.roles import ScalarHead
 
+FAMILIES = EVERY
 EOS = 49
 LENGTHS = [9, 4, 1, 12]
 
@@ -30,7 +31,7 @@ def ones(ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("extra", [0, 7, 100])
 def test_score_does_not_depend_on_padding(make_model, padded, rows, side, extra):
-    model = make_model(GPTRewardModel, block_size=128)
+    model = make_model("reward", block_size=128)
     alone = torch.cat([model(row[None], ones(row[None])) for row in rows])
     ids, att = padded(rows, extra, side)
     scores = model(ids, att)
@@ -45,7 +46,7 @@ def test_score_does_not_depend_on_padding(make_model, padded, rows, side, extra)
 @pytest.mark.parametrize("right_padded", [False, True])
 def test_score_is_read_at_the_last_real_token(make_model, right_padded):
     """[11, 12, EOS, PAD, PAD] is read in column 2, a full row in its last one, a row of one token in column 0."""
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     ids = torch.tensor([[11, 12, EOS, 50, 50], [11, 12, 13, 14, EOS], [EOS, 50, 50, 50, 50]])
     att = ids != 50
     by_hand = model.head(model.hidden(ids, att, right_padded=right_padded))
@@ -55,7 +56,7 @@ def test_score_is_read_at_the_last_real_token(make_model, right_padded):
 
 @torch.no_grad()
 def test_score_depends_on_the_eos(make_model, padded, rows):
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     ids, att = padded(rows, 3)
     last = torch.tensor([len(row) - 1 for row in rows])
     other = ids.clone()
@@ -66,7 +67,7 @@ def test_score_depends_on_the_eos(make_model, padded, rows):
 @torch.no_grad()
 def test_score_does_not_depend_on_what_pad_is(make_model, padded, rows):
     """Also when PAD is EOS itself: the place is found from the mask, never by comparing ids."""
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     scores = [model(*padded(rows, 5, side, pad_id)) for side in ("left", "right") for pad_id in (50, EOS, 0)]
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], atol=1e-5, rtol=0)
@@ -87,7 +88,7 @@ def test_a_new_head_starts_the_same_in_every_way_it_is_made(make_model, tmp_path
 
     save_model(make_model(n_embd=512), tmp_path)
     torch.manual_seed(0)
-    for model in (GPTRewardModel.from_checkpoint(tmp_path), GPTCritic(make_model(n_embd=512).config)):
+    for model in (load_checkpoint(tmp_path, "reward"), new_model(make_model(n_embd=512).config, "critic")):
         assert model.head.weight.std().item() == pytest.approx(1 / 513**0.5, rel=0.15)
         assert model.head.bias.item() == 0 and model.normalisation == (1.0, 0.0)
 
@@ -95,7 +96,7 @@ def test_a_new_head_starts_the_same_in_every_way_it_is_made(make_model, tmp_path
 @torch.no_grad()
 def test_scores_are_fp32_under_bf16_autocast(make_model, padded, rows):
     """bf16 is spaced 1/32 in [4, 8): two responses 1e-3 apart would get one score."""
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     ids, att = padded(rows)
     h = torch.zeros(2, 16)
     h[1, 0] = 1e-3 / model.head.weight[0, 0]
@@ -111,7 +112,7 @@ def test_scores_are_fp32_under_bf16_autocast(make_model, padded, rows):
 
 @torch.no_grad()
 def test_normalisation_is_an_affine_of_the_score(make_model, padded, rows):
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     ids, att = padded(rows)
     raw = model(ids, att)
     model.set_normalisation(2.0, -0.5)
@@ -126,11 +127,11 @@ def test_normalisation_is_an_affine_of_the_score(make_model, padded, rows):
 )
 def test_a_useless_normalisation_is_refused(make_model, gain, bias):
     with pytest.raises(ValueError, match="normalisation"):
-        make_model(GPTRewardModel).set_normalisation(gain, bias)
+        make_model("reward").set_normalisation(gain, bias)
 
 
 def test_score_sends_gradient_to_trunk_and_head(make_model, padded, rows):
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     model(*padded(rows)).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert model.head.weight.grad.abs().sum() > 0
@@ -143,7 +144,7 @@ def test_score_sends_gradient_to_trunk_and_head(make_model, padded, rows):
 
 @torch.no_grad()
 def test_values_stand_at_every_column(make_model, padded, rows):
-    critic = make_model(GPTCritic)
+    critic = make_model("critic")
     ids, att = padded(rows)
     values = critic(ids, att)
     assert values.shape == ids.shape and values.dtype == torch.float32
@@ -153,7 +154,7 @@ def test_values_stand_at_every_column(make_model, padded, rows):
 
 @torch.no_grad()
 def test_the_reward_models_gain_scales_the_values(make_model, padded, rows):
-    critic = make_model(GPTCritic)
+    critic = make_model("critic")
     ids, att = padded(rows)
     critic.set_normalisation(1.0, 0.0)
     raw = critic(ids, att)
@@ -165,10 +166,10 @@ def test_the_reward_models_gain_scales_the_values(make_model, padded, rows):
 def test_a_critic_from_a_reward_model_values_the_end_with_its_score(make_model, padded, rows, tmp_path):
     from models.weights.checkpoint import save_model
 
-    reward = make_model(GPTRewardModel)
+    reward = make_model("reward")
     reward.set_normalisation(0.7, 0.2)
     save_model(reward, tmp_path)
-    critic = GPTCritic.from_checkpoint(tmp_path).eval()
+    critic = load_checkpoint(tmp_path, "critic").eval()
     ids, att = padded(rows)
     last = torch.tensor([len(row) - 1 for row in rows])
     torch.testing.assert_close(critic(ids, att)[range(4), last], reward(ids, att), atol=1e-6, rtol=0)
@@ -179,17 +180,15 @@ def test_a_critic_from_a_reward_model_values_the_end_with_its_score(make_model, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "cls, role", [(GPT, "lm"), (GPTActor, "lm"), (GPTRewardModel, "reward"), (GPTCritic, "critic")]
-)
-def test_roles_know_their_name(make_model, cls, role):
-    assert make_model(cls).role == role
+@pytest.mark.parametrize("kind, role", [("lm", "lm"), ("actor", "lm"), ("reward", "reward"), ("critic", "critic")])
+def test_roles_know_their_name(make_model, kind, role):
+    assert make_model(kind).role == role
 
 
-@pytest.mark.parametrize("cls", [GPT, GPTActor, GPTRewardModel, GPTCritic])
+@pytest.mark.parametrize("role", ["lm", "actor", "reward", "critic"])
 @pytest.mark.parametrize("rank", [0, 2])
-def test_train_mode_without_dropout_changes_no_bit(make_model, padded, rows, cls, rank):
-    model = make_model(cls, lora_rank=rank)
+def test_train_mode_without_dropout_changes_no_bit(make_model, padded, rows, role, rank):
+    model = make_model(role, lora_rank=rank)
     ids, att = padded(rows)
     quiet = model(ids, att)
     model.train()
@@ -197,6 +196,6 @@ def test_train_mode_without_dropout_changes_no_bit(make_model, padded, rows, cls
 
 
 def test_a_head_of_zeros_values_everything_at_zero(make_model, padded, rows):
-    critic = GPTCritic(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=32, vocab_size=50))
+    critic = new_model(make_model().config, "critic")
     torch.nn.init.zeros_(critic.head.weight)
     assert not critic(*padded(rows)).any()

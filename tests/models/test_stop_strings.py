@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY
 
 from models.generation import generate
 from models.stop_strings import StopStrings
 
+FAMILIES = EVERY
 VOCAB, EOS, ROWS, T = 12, 11, 24, 40
 # Texts of several letters, of one, and single bytes of a letter of two: é is C3 A9.
 PIECES = [b"ab", b"a", b"b", b"c", b"\xc3", b"\xa9", b"bc", b"\n", b"\xa9c", b" ", b"abc", b""]

@@ -6,7 +6,6 @@ import pytest
 from setups import LetterTokenizer, new_run, prompt_examples, ranked_examples, sft_examples
 
 from config.configs import PPOConfig, RMConfig, SFTConfig
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.engine.runtime import Runtime
 from training.start import frozen
 from training.trainers import PPOTrainer, RewardModelTrainer, SFTTrainer
@@ -28,7 +27,7 @@ def sft_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., SFTTr
 
     def make(train=None, validation=None, model=None, state=None, run=None, on=None, **settings) -> SFTTrainer:
         config = SFTConfig(**{**dict(batch_size=4, global_batch_size=8, warmup_steps=0, sample_tokens=6), **settings})
-        model = make_model(GPT, std=0.1) if model is None else model
+        model = make_model("lm", std=0.1) if model is None else model
         train, validation = train or sft_examples(24), validation or sft_examples(10, seed=9)
         run = run or new_run(tmp_path)
         return SFTTrainer(config, model, tokenizer, train, validation, run, on or runtime, {"stage": "sft"}, state)
@@ -47,8 +46,8 @@ def rm_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., Reward
             batch_size=4, global_batch_size=8, warmup_steps=0, normalise_prompts=16, response_length=8, lr=1e-3
         )
         config = RMConfig(**{**defaults, **settings})
-        model = make_model(GPTRewardModel, std=0.1) if model is None else model
-        sft = frozen(make_model(GPT, std=0.1)) if sft is None else sft
+        model = make_model("reward", std=0.1) if model is None else model
+        sft = frozen(make_model("lm", std=0.1)) if sft is None else sft
         train, validation = train or ranked_examples(24), validation or ranked_examples(10, seed=9)
         run = run or new_run(tmp_path)
         description, on = {"stage": "rm"}, on or runtime
@@ -73,10 +72,10 @@ def ppo_trainer(make_model, runtime, tokenizer, tmp_path) -> Callable[..., PPOTr
             defaults["reward_fn"] = "given.py:directly"
         config = PPOConfig(**{**defaults, **settings})
         if reward_model == "tiny":
-            reward_model = make_model(GPTRewardModel, seed=1, std=0.1)
-        actor = make_model(GPTActor, std=0.1) if actor is None else actor
-        reference = make_model(GPT, std=0.1) if reference is None else reference
-        critic = make_model(GPTCritic, seed=1, std=0.1) if critic is None else critic
+            reward_model = make_model("reward", seed=1, std=0.1)
+        actor = make_model("actor", std=0.1) if actor is None else actor
+        reference = make_model("lm", std=0.1) if reference is None else reference
+        critic = make_model("critic", seed=1, std=0.1) if critic is None else critic
         return PPOTrainer(
             config, actor, critic, frozen(reference), None if reward_model is None else frozen(reward_model), tokenizer,
             train or prompt_examples(20), prompt_examples(10, seed=9), run or new_run(tmp_path), on or runtime,

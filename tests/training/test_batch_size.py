@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
+from every_family import EVERY, GPT2_ALONE
 from safetensors.torch import load_file
 from scripts import call, newest
 from setups import assert_equal_weights, ranked_examples, weights
 
-from models.gpt import GPT
-
+FAMILIES = EVERY
 pytestmark = pytest.mark.slow
 
 ROWS = 8  # of an optimizer step
@@ -65,10 +65,11 @@ def test_a_larger_pass_than_the_step_is_told_and_changes_nothing(tmp_path, stage
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@GPT2_ALONE
 def test_recomputed_blocks_have_the_same_dropout(trained, make_model) -> None:
     """--activation-checkpointing gives each block its masks again, and leaves those that follow as they are."""
     results = [
-        trained("sft", batch_size=3, model=make_model(GPT, std=0.1, dropout=0.2, activation_checkpointing=again))
+        trained("sft", batch_size=3, model=make_model("lm", std=0.1, dropout=0.2, activation_checkpointing=again))
         for again in (False, True)
     ]
     assert_equal_weights(*results, atol=0)

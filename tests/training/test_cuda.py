@@ -6,16 +6,18 @@ Skipped where there is none. `pytest -m gpu` runs these alone.
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY
 from gpu_marks import NEEDS_CUDA
 from scripts import call, newest
 from setups import EOS, assert_equal_weights, read_metrics, runtime_on, weights
 
 from models.generation import generate
-from models.gpt import GPT, GPTRewardModel
+from models.kernels import attention
 from training.memory import preflight
 from training.memory.device import available_bytes
 from utils.runs.finding import step_checkpoints
 
+FAMILIES = EVERY
 DEVICE = "cuda"
 pytestmark = NEEDS_CUDA
 STAGES, PRECISIONS = ("sft", "rm", "ppo"), ("fp32", "bf16", "fp16")
@@ -28,8 +30,8 @@ def trainer_on(make_model, sft_trainer, rm_trainer, ppo_trainer):
     def make(stage, runtime, **settings):
         models = {
             "sft": {},
-            "rm": {"sft": make_model(GPT, std=0.1)},
-            "ppo": {"reference": make_model(GPT, std=0.1), "reward_model": make_model(GPTRewardModel, seed=1, std=0.1)},
+            "rm": {"sft": make_model(std=0.1)},
+            "ppo": {"reference": make_model(std=0.1), "reward_model": make_model("reward", seed=1, std=0.1)},
         }[stage]
         placed = {name: runtime.place(model) for name, model in models.items()}
         return {"sft": sft_trainer, "rm": rm_trainer, "ppo": ppo_trainer}[stage](on=runtime, **placed, **settings)
@@ -44,6 +46,23 @@ def test_the_model_is_that_of_the_cpu(make_model, padded, random_rows, rank, sid
     expected = model(ids, att)[att]
     found = model.to(DEVICE)(ids.to(DEVICE), att.to(DEVICE)).cpu()[att]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_heads_that_share_keys_attend_as_with_copies(dtype, causal):
+    """Flash attention takes them as they are; whoever takes which, results and gradients are those of the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 6, 70, 16), (3, 2, 70, 16), (3, 2, 70, 16)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    mask = None if causal else torch.ones(3, 1, 70, 70, dtype=torch.bool).tril()
+    found = []
+    for device, kind in (("cpu", torch.float32), (DEVICE, dtype)):
+        inputs = [x.to(device, kind).requires_grad_() for x in (q, k, v)]
+        y = attention(*inputs, None if mask is None else mask.to(device), causal)
+        found.append([x.float().cpu() for x in (y, *torch.autograd.grad(y.square().sum(), inputs))])
+    for ours, expected in zip(found[1], found[0], strict=True):
+        assert (ours - expected).norm() <= (1e-4 if dtype == torch.float32 else 2e-2) * expected.norm()
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -94,38 +113,50 @@ def test_a_step_is_that_of_the_cpu_whatever_the_micro_batch(trainer_on, stage):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    assert call("sft", "-n base", folder, DEVICE).code == 0
-    assert call("rm", "-n base -p sft_base", folder, DEVICE).code == 0
+    for family in EVERY:
+        start = f"-n {family} --config {family}-nano"
+        assert call("sft", start, folder, DEVICE).code == 0
+        assert call("rm", f"{start} -p sft_{family}", folder, DEVICE).code == 0
     return folder
 
 
-FROM = {"sft": "", "rm": "-p sft_base", "ppo": "-a sft_base -c rm_base"}
+def words_from(stage, family="gpt2"):
+    return {"sft": "", "rm": f"-p sft_{family}", "ppo": f"-a sft_{family} -c rm_{family}"}[stage]
+
+
+FLAGS = {
+    "gpt2": ["--dtype fp16", "--config gpt2-nano/lora", "--tokens-per-micro-batch auto", "--activation-checkpointing"],
+    "llama": ["--config llama-nano/lora", "--config llama-nano --dtype fp16 --activation-checkpointing"],
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(
-    "flags",
-    ["--dtype fp16", "--config gpt2-nano/lora", "--tokens-per-micro-batch auto", "--activation-checkpointing"],
-)
-def test_the_scripts(runs, stage, flags):
-    result = call(stage, f"-n flags {FROM[stage]} {flags}", runs, DEVICE)
+@pytest.mark.parametrize("model, flags", [(model, flags) for model in FLAGS for flags in FLAGS[model]])
+def test_the_scripts(runs, stage, model, flags):
+    result = call(stage, f"-n flags {words_from(stage, model)} {flags}", runs, DEVICE)
     assert result.code == 0, result.err
     assert f"{DEVICE} (" in result.out
 
 
-def test_share_adapter_and_compile(runs):
-    shared = call("ppo", "-n shared -a sft_base -c rm_base --config gpt2-nano/lora --share-adapter", runs, DEVICE)
+@pytest.mark.parametrize("model", EVERY)
+def test_share_adapter(runs, model):
+    words = f"-n shared {words_from('ppo', model)} --config {model}-nano/lora --share-adapter"
+    shared = call("ppo", words, runs, DEVICE)
     assert shared.code == 0, shared.err
-    for stage in STAGES:
-        compiled = call(stage, f"-n compiled {FROM[stage]} --compile", runs, DEVICE)
-        assert compiled.code == 0 and "torch.compile does not work here" not in compiled.err, compiled.err
+
+
+@pytest.mark.parametrize("model, stage", [*(("gpt2", stage) for stage in STAGES), ("llama", "sft")])
+def test_compile(runs, model, stage):
+    words = f"-n compiled {words_from(stage, model)} --config {model}-nano --compile"
+    compiled = call(stage, words, runs, DEVICE)
+    assert compiled.code == 0 and "torch.compile does not work here" not in compiled.err, compiled.err
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_deterministic_runs_are_equal(runs, stage):
     found = []
     for name in ("one", "two"):
-        result = call(stage, f"-n {name} {FROM[stage]} --deterministic", runs, DEVICE)
+        result = call(stage, f"-n {name} {words_from(stage)} --deterministic", runs, DEVICE)
         assert result.code == 0, result.err
         found.append(newest(runs, f"{stage}_{name}") / "final" / "model.safetensors")
     assert found[0].read_bytes() == found[1].read_bytes()

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY, GPT2_ALONE
 from setups import EOS, VOCAB, prompt_examples, random_ids, response, runtime_on
 
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from training.experience import ActorCritic, split_minibatches
 from utils.data.batching import collate_ranked
 from utils.data.examples import RankedExample
@@ -13,6 +13,7 @@ from utils.data.rows import Row
 from utils.data.token_table import Counts, LengthLimits, tokenize_rows
 from utils.tokenizer import get_tokenizer
 
+FAMILIES = EVERY
 PAD, TAU = VOCAB, 0.8
 
 
@@ -27,8 +28,9 @@ def experience_of(trainer, count: int = 12, micro_batch: int = 5):
 @torch.no_grad()
 def test_compact_rows_equal_the_left_padded_layout(ppo_trainer, make_model) -> None:
     # Every role has weights of its own, so that no two can be mixed up unseen.
-    actor, reference = make_model(GPTActor, seed=5), make_model(GPT, seed=3, std=0.2)
-    critic, reward_model = make_model(GPTCritic, seed=4, std=0.2), make_model(GPTRewardModel, seed=5, std=0.2)
+    # The actor of this seed ends now and then.
+    actor, reference = make_model("actor", seed=85), make_model("lm", seed=3, std=0.2)
+    critic, reward_model = make_model("critic", seed=4, std=0.2), make_model("reward", seed=5, std=0.2)
     reward_model.set_normalisation(1.7, -0.3)
     trainer = ppo_trainer(actor, critic, reference, reward_model, temperature=TAU)
     experience = experience_of(trainer, count=16)
@@ -74,7 +76,7 @@ def test_micro_batch_size_changes_no_output(ppo_trainer) -> None:
 def test_scores_are_those_of_the_reward_models_own_pipeline(ppo_trainer, make_model, runtime) -> None:
     """100 texts through dataset and collation, and the same ids as PPO holds them, score alike."""
     tokenizer = get_tokenizer("demo")
-    model = make_model(GPTRewardModel, vocab_size=tokenizer.vocab_size, block_size=192, std=0.1)
+    model = make_model("reward", vocab_size=tokenizer.vocab_size, block_size=192, std=0.1)
     rng = np.random.default_rng(0)
     words = ["how", "many", "legs", "has", "a", "snake", "?", "Sure", "Paris", ",", "please", "don't", "42", "!\n"]
     texts = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(300)]
@@ -134,7 +136,7 @@ def test_reward_function_added_to_the_model(ppo_trainer) -> None:
 
 
 def test_value_loss_reaches_the_critic_alone_and_the_policy_loss_the_actor(make_model, ppo_trainer) -> None:
-    module = ActorCritic(make_model(GPTActor), make_model(GPTCritic))
+    module = ActorCritic(make_model("actor"), make_model("critic"))
     batch = experience_of(ppo_trainer()).micro_batch(np.arange(4))
     logp, values, entropy = module(batch, TAU)
     assert entropy is None
@@ -196,6 +198,7 @@ def by_length(prompts, responses) -> list[float]:
     return [float(len(r)) for r in responses]
 
 
+@GPT2_ALONE  # the rule is that of rewards, whose lengths it makes
 @pytest.mark.parametrize(("head", "reward_fn", "weight", "told"), [
     (0.0, None, 0.0, ["the reward model (-c)"]), (0.1, flat, 0.5, ["--reward-fn given.py:directly"]),
     (None, flat, 0.0, ["--reward-fn given.py:directly"]), (0.0, flat, 0.5, ["the reward model (-c)", "--reward-fn"]),
@@ -205,7 +208,7 @@ def test_each_source_of_a_reward_that_is_constant_is_named(
     head, reward_fn, weight, told, ppo_trainer, make_model, capsys
 ) -> None:
     """Also where the two are added, and the sum differs."""
-    model = None if head is None else make_model(GPTRewardModel, seed=1, std=0.1)
+    model = None if head is None else make_model("reward", seed=1, std=0.1)
     if head == 0.0:
         torch.nn.init.zeros_(model.head.weight)
     trainer = ppo_trainer(reward_model=model, reward_fn=reward_fn, reward_fn_weight=weight)

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from every_family import EVERY, GPT2_ALONE
 
-from models.gpt import GPT, GPTActor
 from training import trainers
 from training.engine.runtime import Runtime
 from training.invariants import InvariantError, check_first_minibatch, check_frozen, digests
+
+FAMILIES = EVERY
 
 
 def watched_iteration(trainer, monkeypatch, update: int = 1) -> tuple[dict, dict, dict]:
@@ -55,8 +57,8 @@ def test_only_forward_passes_run_in_bf16(ppo_trainer, monkeypatch) -> None:
     trainer = ppo_trainer(on=Runtime("cpu", "bf16", 0), ppo_epochs=1)
     seen = {"forward": set(), "backward": set(), "projection": set()}
     policy, backward = trainer.runtime.unwrap(trainer.policy), trainer.runtime.backward
-    policy.actor.transformer.register_forward_pre_hook(lambda *_: seen["forward"].add(torch.is_autocast_enabled("cpu")))
-    projection = policy.actor.transformer.h[0].mlp.c_fc
+    policy.actor.trunk.register_forward_pre_hook(lambda *_: seen["forward"].add(torch.is_autocast_enabled("cpu")))
+    projection = next(m for m in policy.actor.blocks[0].modules() if isinstance(m, torch.nn.Linear))
     projection.register_forward_hook(lambda module, args, out: seen["projection"].add(out.dtype))
 
     def watch(loss):
@@ -72,8 +74,8 @@ def test_only_forward_passes_run_in_bf16(ppo_trainer, monkeypatch) -> None:
 
 def test_kl_is_exactly_zero_at_the_first_iteration(ppo_trainer, make_model) -> None:
     for lora_rank in (0, 2):
-        reference = make_model(GPT, std=0.1)
-        actor = make_model(GPTActor, lora_rank=lora_rank, std=0.1)
+        reference = make_model("lm", std=0.1)
+        actor = make_model("actor", lora_rank=lora_rank, std=0.1)
         actor.load_state_dict(reference.state_dict(), strict=False)
         with torch.no_grad():
             [p.zero_() for name, p in actor.named_parameters() if name.endswith("lora_B")]
@@ -82,8 +84,9 @@ def test_kl_is_exactly_zero_at_the_first_iteration(ppo_trainer, make_model) -> N
         assert float(metrics["policy/approxkl_epoch1"]) == 0.0
 
 
+@GPT2_ALONE
 def test_dropout_stops_the_run(ppo_trainer, make_model) -> None:
-    trainer = ppo_trainer(actor=make_model(GPTActor, std=0.1, dropout=0.2))
+    trainer = ppo_trainer(actor=make_model("actor", std=0.1, dropout=0.2))
     with pytest.raises(InvariantError, match="dropout"):
         trainer.iteration(2)
     with pytest.raises(InvariantError, match="policy and reference must agree.*dropout"):
@@ -106,7 +109,7 @@ def test_a_sampler_with_other_weights_stops_the_run(ppo_trainer, monkeypatch, dt
     def sample_then_change(*args):
         experience = sample(*args)
         with torch.no_grad():
-            trainer.rollouts.actor.transformer.wte.weight.mul_(1.2)
+            trainer.rollouts.actor.output_table.mul_(1.2)
         return experience
 
     monkeypatch.setattr(trainer.rollouts, "sample", sample_then_change)
@@ -121,7 +124,7 @@ def test_weights_changed_behind_the_rollout_stop_the_run(ppo_trainer, monkeypatc
     def evaluate_then_change(*args):
         evaluate_roles(*args)
         with torch.no_grad():
-            trainer.rollouts.actor.transformer.wte.weight.mul_(1.01)
+            trainer.rollouts.actor.output_table.mul_(1.01)
 
     monkeypatch.setattr(trainer.rollouts, "evaluate_roles", evaluate_then_change)
     with pytest.raises(InvariantError, match="weights changed between rollout and update"):
@@ -129,7 +132,7 @@ def test_weights_changed_behind_the_rollout_stop_the_run(ppo_trainer, monkeypatc
 
 
 def test_another_reference_stops_the_run(ppo_trainer, make_model) -> None:
-    trainer = ppo_trainer(reference=make_model(GPT, seed=8, std=0.1))
+    trainer = ppo_trainer(reference=make_model("lm", seed=8, std=0.1))
     with pytest.raises(InvariantError, match="two different checkpoints"):
         trainer.iteration(1)
     assert trainer.iteration(2)["objective/kl_k3"] > 0  # and only there: later they do differ
@@ -180,11 +183,11 @@ def test_a_frozen_model_that_changes_stops_the_run(ppo_trainer, monkeypatch) -> 
 
 
 def test_the_hash_sees_every_bit_of_parameters_and_buffers(make_model) -> None:
-    model = make_model(GPT)
+    model = make_model()
     before = digests({"model": model})
-    check_frozen(before, digests({"model": make_model(GPT)}))
-    bias = model.transformer.ln_f.bias
+    check_frozen(before, digests({"model": make_model()}))
+    weight = model.final_norm.weight
     with torch.no_grad():
-        bias[3] = torch.nextafter(bias[3], torch.tensor(9.0))
+        weight[3] = torch.nextafter(weight[3], torch.tensor(9.0))
     with pytest.raises(InvariantError, match="model"):
         check_frozen(before, digests({"model": model}))

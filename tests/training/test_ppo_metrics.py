@@ -8,7 +8,6 @@ import torch
 from setups import prompt_examples, read_metrics
 from torch import nn
 
-from models.gpt import GPTActor
 from training.engine.runtime import adamw
 from training.loop import EVALUATION_SAMPLES, row_seeds
 from training.ppo_metrics import (
@@ -52,7 +51,7 @@ def long_answers(prompts, responses) -> list[float]:
 
 def test_all_figures_are_logged_and_finite(ppo_trainer, make_model) -> None:
     trainer = ppo_trainer(
-        actor=make_model(GPTActor, seed=5), reference=make_model(GPTActor, seed=5), eval_reward_fn=long_answers,
+        actor=make_model("actor", seed=5), reference=make_model("actor", seed=5), eval_reward_fn=long_answers,
         iterations=3, global_batch_size=16, eval_every=2,
     )  # fmt: skip
     assert trainer.fit() == 0
@@ -76,7 +75,7 @@ def test_all_figures_are_logged_and_finite(ppo_trainer, make_model) -> None:
 
 def test_held_out_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:
     trainer = ppo_trainer(
-        actor=make_model(GPTActor, seed=5), reference=make_model(GPTActor, seed=2), kl_coef=0.3, eval_examples=10,
+        actor=make_model("actor", seed=5), reference=make_model("actor", seed=2), kl_coef=0.3, eval_examples=10,
         missing_eos_penalty=2.0,
     )  # fmt: skip
     trainer.kl_coef = 9.0  # an adaptive coefficient has moved; evaluations go on with the first one
@@ -93,7 +92,7 @@ def test_held_out_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None
 
 
 def test_rollout_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:
-    trainer = ppo_trainer(actor=make_model(GPTActor, seed=5), reference=make_model(GPTActor, seed=2))
+    trainer = ppo_trainer(actor=make_model("actor", seed=5), reference=make_model("actor", seed=2))
     experience = trainer.rollouts.sample(list(prompt_examples(14)), list(range(14)))
     trainer.rollouts.evaluate_roles(experience, [np.arange(14)])
     penalised = experience.scores - 1.0 * ~experience.ended
@@ -127,7 +126,7 @@ def test_rollout_figures_are_those_of_the_rows(ppo_trainer, make_model) -> None:
 
 
 def test_garbage_behind_the_end_changes_no_figure(ppo_trainer, make_model) -> None:
-    trainer = ppo_trainer(actor=make_model(GPTActor, seed=5))
+    trainer = ppo_trainer(actor=make_model("actor", seed=5))
     experience = trainer.rollouts.sample(list(prompt_examples(14)), list(range(14)))
     trainer.rollouts.evaluate_roles(experience, [np.arange(14)])
     returns = experience.values + 0.1

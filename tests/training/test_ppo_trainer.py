@@ -6,14 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY, GPT2_ALONE
 from setups import EOS, assert_equal_weights, ppo_models, prompt_examples, read_metrics, weights
 
-from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
+from models.families import load_checkpoint
 from models.lora import freeze_weights, is_adapter, share_base
 from models.weights.checkpoint import describe, weights_digest
 from training import trainers
 from training.engine.runtime import Runtime
 from utils.loss import masked_mean, masked_var
+
+FAMILIES = EVERY
+
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Epochs, minibatches, micro-batches
@@ -118,7 +123,7 @@ def naive_gae(rewards, values, n, gamma: float, lam: float) -> torch.Tensor:
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_advantages_and_returns_of_an_iteration(ppo_trainer, make_model, monkeypatch, whiten_rewards: bool) -> None:
     trainer = ppo_trainer(
-        actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2), kl_coef=0.2, missing_eos_penalty=2.5,
+        actor=make_model("actor", seed=5), reference=make_model("lm", seed=2), kl_coef=0.2, missing_eos_penalty=2.5,
         gamma=0.97, lam=0.9, global_batch_size=16, whiten_rewards=whiten_rewards,
     )  # fmt: skip
     seen = watch_update(trainer, monkeypatch)
@@ -149,7 +154,7 @@ def test_a_missing_eos_is_penalised_and_the_score_is_reported_without(ppo_traine
 
 
 def test_a_zero_head_gives_zero_values_and_returns_are_advantages(ppo_trainer, make_model, monkeypatch) -> None:
-    critic = make_model(GPTCritic, std=0.1)
+    critic = make_model("critic", std=0.1)
     torch.nn.init.zeros_(critic.head.weight)
     torch.nn.init.zeros_(critic.head.bias)
     trainer = ppo_trainer(
@@ -189,7 +194,7 @@ def test_the_adaptive_coefficient_follows_the_kl_of_the_iteration(ppo_trainer, m
 def test_rewards_take_the_coefficient_of_their_iteration(ppo_trainer, make_model, monkeypatch) -> None:
     """Not the one of the command line: the figure objective/kl_coef would follow the KL, and the training would not."""
     trainer = ppo_trainer(
-        actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2), kl_target=0.5, kl_horizon=40, lam=1.0,
+        actor=make_model("actor", seed=5), reference=make_model("lm", seed=2), kl_target=0.5, kl_horizon=40, lam=1.0,
     )  # fmt: skip
     seen, betas = watch_update(trainer, monkeypatch), []
     for update in (2, 3, 4):
@@ -218,11 +223,11 @@ class OneOfTwo(Runtime):
 
 
 def test_the_coefficient_counts_the_episodes_of_all_processes_and_their_mean_kl(ppo_trainer, make_model) -> None:
-    models = dict(actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2))
+    models = dict(actor=make_model("actor", seed=5), reference=make_model("lm", seed=2))
     kl = float(ppo_trainer(**models).iteration(2)["objective/kl"])
     target = kl / 1.1  # within what is not cut off, where a KL of one process, or of their sum, would show
     for processes, runtime in ((1, Runtime("cpu", "fp32", 0)), (2, OneOfTwo())):
-        models = dict(actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2))
+        models = dict(actor=make_model("actor", seed=5), reference=make_model("lm", seed=2))
         trainer = ppo_trainer(**models, kl_target=target, kl_horizon=100, kl_coef=0.2, on=runtime)
         assert float(trainer.iteration(2)["objective/kl"]) == pytest.approx(kl)
         assert trainer.kl_coef == pytest.approx(0.2 * (1 + 0.1 * 8 * processes / 100), rel=1e-5)
@@ -363,19 +368,19 @@ def test_frozen_models_have_no_gradient_and_do_not_change(ppo_trainer) -> None:
 
 @pytest.mark.parametrize("lora_reward", [True, False])
 def test_lora_roles_share_a_base_that_no_step_changes(ppo_trainer, make_model, lora_reward: bool) -> None:
-    reference = make_model(GPT, std=0.1)
+    reference = make_model("lm", std=0.1)
     base = weights(reference)
 
-    def role(cls, rank: int, seed: int):
+    def role(name: str, rank: int, seed: int):
         """The base with adapters: fresh ones for the actor, trained ones for reward model and critic."""
-        model = make_model(cls, seed=seed, lora_rank=rank, std=0.1)
+        model = make_model(name, seed=seed, lora_rank=rank, std=0.1)
         model.load_state_dict(base, strict=False)
-        if cls is GPTActor:
+        if name == "actor":
             [torch.nn.init.zeros_(p) for name, p in model.named_parameters() if name.endswith("lora_B")]
         return model
 
-    actor, critic = role(GPTActor, 2, 1), role(GPTCritic, 2, 3)
-    reward_model = role(GPTRewardModel, 2, 3) if lora_reward else make_model(GPTRewardModel, seed=3, std=0.1)
+    actor, critic = role("actor", 2, 1), role("critic", 2, 3)
+    reward_model = role("reward", 2, 3) if lora_reward else make_model("reward", seed=3, std=0.1)
     if lora_reward:
         critic.load_state_dict(reward_model.state_dict())  # starts as a copy of the reward adapter and head
     for model in (actor, critic):
@@ -385,9 +390,10 @@ def test_lora_roles_share_a_base_that_no_step_changes(ppo_trainer, make_model, l
     assert share_base([reference, actor, critic, reward_model]) > 0
     trainer = ppo_trainer(actor, critic, reference, reward_model, iterations=3, lr=1e-2, critic_lr=1e-2)
     models = ppo_models(trainer)
-    shared = models.reference.transformer.wte.weight
-    assert models.actor.transformer.wte.weight is shared is models.critic.transformer.wte.weight
-    assert (models.reward_model.transformer.wte.weight is shared) == lora_reward
+    shared = models.reference.token_table
+    assert models.actor.token_table is shared is models.critic.token_table
+    assert models.actor.output_table is models.reference.output_table
+    assert (models.reward_model.token_table is shared) == lora_reward
 
     ids, att = torch.tensor([[3, 4, 5, 6, EOS]]), torch.ones(1, 5, dtype=torch.bool)
     probe = torch.no_grad()(lambda: (models.reference(ids, att), models.reward_model(ids, att)))
@@ -427,8 +433,9 @@ def test_evaluations_repeat_themselves_and_disturb_nothing(ppo_trainer) -> None:
         assert lines[1][key] == lines[2][key]
 
 
+@GPT2_ALONE  # whose policy ends some of these answers
 def test_samples_show_where_the_policy_moved(ppo_trainer, make_model, tokenizer) -> None:
-    trainer = ppo_trainer(actor=make_model(GPTActor, seed=5), reference=make_model(GPT, seed=2), eval_examples=10)
+    trainer = ppo_trainer(actor=make_model("actor", seed=5), reference=make_model("lm", seed=2), eval_examples=10)
     trainer.evaluate()
     rows = [json.loads(row) for row in (trainer.run / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 8
@@ -452,9 +459,9 @@ def test_the_best_policy_by_penalised_reward_is_kept(ppo_trainer) -> None:
     best = max((step for step in rewards if step), key=rewards.get)
     kept = describe(trainer.run / "best")
     assert (kept["step"], kept["eval/rlhf_reward"]) == (best, rewards[best])
-    assert_equal_weights(weights(GPTActor.from_checkpoint(trainer.run / "final")), weights(ppo_models(trainer).actor))
+    assert_equal_weights(weights(load_checkpoint(trainer.run / "final", "actor")), weights(ppo_models(trainer).actor))
     assert_equal_weights(
-        weights(GPTCritic.from_checkpoint(trainer.run / "final" / "critic")), weights(ppo_models(trainer).critic)
+        weights(load_checkpoint(trainer.run / "final" / "critic", "critic")), weights(ppo_models(trainer).critic)
     )
 
 
@@ -465,14 +472,15 @@ def test_fewer_prompts_than_a_rollout(ppo_trainer) -> None:
     )
 
 
+@GPT2_ALONE
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_toy_learns_to_say_a_letter(ppo_trainer, make_model, lora_rank: int) -> None:
     """Reward: how often "A" (id 17) is said. The score must rise clearly while the KL stays finite."""
-    reference = make_model(GPT, std=0.1, n_embd=32)
-    actor = make_model(GPTActor, std=0.02, n_embd=32, lora_rank=lora_rank)
+    reference = make_model("lm", std=0.1, n_embd=32)
+    actor = make_model("actor", std=0.02, n_embd=32, lora_rank=lora_rank)
     actor.load_state_dict(reference.state_dict(), strict=False)
-    critic = make_model(GPTCritic, std=0.1, n_embd=32)
+    critic = make_model("critic", std=0.1, n_embd=32)
     torch.nn.init.zeros_(critic.head.weight)
     torch.nn.init.zeros_(critic.head.bias)
     if lora_rank:

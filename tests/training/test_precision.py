@@ -1,12 +1,12 @@
 """Training in half precision gets to where fp32 gets: it differs by rounding, step after step."""
 
 import pytest
+from every_family import EVERY
 from gpu_marks import NEEDS_CUDA
 from scripts import call, newest
 from setups import ranked_examples, read_metrics, runtime_on, sft_examples
 
-from models.gpt import GPT, GPTRewardModel
-
+FAMILIES = EVERY
 pytestmark = pytest.mark.slow
 
 HALF = [("cpu", "bf16"), *(pytest.param(("cuda", dtype), marks=NEEDS_CUDA) for dtype in ("bf16", "fp16"))]
@@ -24,7 +24,7 @@ def test_the_loss_follows_that_of_fp32(sft_trainer, rm_trainer, make_model, half
 
     def losses(device: str, dtype: str) -> list[float]:
         on = runtime_on(device, dtype)
-        models = {} if stage == "sft" else {"sft": on.place(make_model(GPT, std=0.1))}
+        models = {} if stage == "sft" else {"sft": on.place(make_model("lm", std=0.1))}
         make, examples = {"sft": (sft_trainer, sft_examples(24)), "rm": (rm_trainer, ranked_examples(24))}[stage]
         trainer = make(examples, examples, on=on, lr=3e-3, epochs=20, max_steps=60, eval_every=20, **models)
         assert trainer.fit() == 0
@@ -33,15 +33,15 @@ def test_the_loss_follows_that_of_fp32(sft_trainer, rm_trainer, make_model, half
 
     expected, found = losses(half[0], "fp32"), losses(*half)
     assert len(expected) == len(found) >= 3 and abs(expected[-1] / expected[0] - 1) > 0.1  # it has learned something
-    assert found == pytest.approx(expected, rel=0.05)
+    assert found == pytest.approx(expected, rel=0.05, abs=0.01 * expected[0])  # not of what is next to nothing
 
 
 def test_sampler_and_training_see_the_same_policy_after_steps(ppo_trainer, make_model, half) -> None:
     """Both make copies of weights in half precision; one left over from before a step would be another policy."""
     on = runtime_on(*half)
-    roles = {"reference": make_model(GPT, std=0.1), "reward_model": make_model(GPTRewardModel, seed=1, std=0.1)}
+    roles = {"reference": make_model("lm", std=0.1), "reward_model": make_model("reward", seed=1, std=0.1)}
     trainer = ppo_trainer(on=on, lr=1e-2, **{name: on.place(model) for name, model in roles.items()})
-    table = trainer.runtime.unwrap(trainer.policy).actor.transformer.wte.weight
+    table = trainer.runtime.unwrap(trainer.policy).actor.output_table
     for update in (1, 2, 3):
         before = table.detach().clone()
         metrics = trainer.iteration(update)

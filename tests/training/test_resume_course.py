@@ -13,7 +13,6 @@ from setups import read_metrics
 
 from config.command_line import parse_cli
 from config.configs import PPOConfig, RMConfig, SFTConfig
-from models.gpt import GPT
 from models.weights.checkpoint import describe
 from training.storage import resuming
 from training.storage.resuming import Resumption, find_resumption
@@ -158,7 +157,7 @@ def test_best_and_the_best_figure_agree(
     make_model, tokenizer, tmp_path, metric: str, sign: int, step, figure, at: int, best: float, stays: bool
 ) -> None:
     if step is not None:
-        saver = Saver(tmp_path, {"": make_model(GPT)}, tokenizer, {}, 1)
+        saver = Saver(tmp_path, {"": make_model()}, tokenizer, {}, 1)
         saver.save_best(step, metric, sign * figure)
     state = {"step": at, "best": best}
     resuming._agree_on_best(tmp_path, state, Disk())

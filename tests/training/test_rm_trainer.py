@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from every_family import EVERY
 from setups import EOS, VOCAB, Examples, assert_equal_weights, prompt_examples, ranked_examples, read_metrics, weights
 
 from config.user_error import RunStopped
-from models.gpt import GPT, GPTRewardModel
+from models.families import load_checkpoint
 from models.weights.checkpoint import describe
 from training import loop, trainers
 from training.start import frozen
 from utils.data.batching import collate_ranked
 from utils.data.examples import RankedExample
+
+FAMILIES = EVERY
 
 
 def naive_step_loss(model, examples) -> float:
@@ -84,13 +87,13 @@ def test_rows_whose_completions_have_prompts_of_their_own(rm_trainer) -> None:
 
 def test_normalisation_holds_on_fresh_samples_and_changes_no_order(rm_trainer, make_model, ppo_trainer) -> None:
     """Train, save, load into PPO, and score what the SFT model says to prompts nobody has seen."""
-    sft = frozen(make_model(GPT, seed=5))
+    sft = frozen(make_model("lm", seed=5))
     trainer = rm_trainer(
         ranked_examples(800, seed=2), sft=sft, normalise_prompts=800, temperature=0.8, response_length=8, lr=3e-3,
         batch_size=64, global_batch_size=64, max_steps=6, eval_every=1000,
     )  # fmt: skip
     trainer.fit()
-    model = GPTRewardModel.from_checkpoint(trainer.run / "final")
+    model = load_checkpoint(trainer.run / "final", "reward")
     gain, bias = model.normalisation
     lines = read_metrics(trainer.run)
     first, last = (line for line in lines if "norm/gain" in line)
@@ -98,7 +101,7 @@ def test_normalisation_holds_on_fresh_samples_and_changes_no_order(rm_trainer, m
     assert gain == pytest.approx(1 / last["norm/raw_sd"], rel=1e-5)
     assert bias == pytest.approx(-last["norm/raw_mean"] * gain, rel=1e-4)
 
-    ppo = ppo_trainer(reference=sft, actor=make_model(GPT, seed=5), reward_model=model, response_length=8)
+    ppo = ppo_trainer(reference=sft, actor=make_model("lm", seed=5), reward_model=model, response_length=8)
     experience = ppo.rollouts.sample(list(prompt_examples(1500, seed=77)), list(range(1500)))
     ppo.rollouts.evaluate_roles(experience, [np.arange(i, i + 100) for i in range(0, 1500, 100)])
     assert abs(float(experience.scores.mean())) < 0.1
@@ -119,7 +122,7 @@ def test_the_affine_is_measured_from_one_and_zero_and_never_trained(rm_trainer, 
     again = trainer.scale.measure(model)
     assert torch.equal(raw, again)
     names = {name for name, _ in model.named_parameters()}
-    assert not any("norm" in name for name in names) and "head.norm_gain" in model.state_dict()
+    assert not any("norm_" in name for name in names) and "head.norm_gain" in model.state_dict()
     before = model.normalisation
     trainer.train_step(np.arange(8))
     assert model.normalisation == before  # and the scores that were trained on have it
@@ -132,9 +135,9 @@ def test_the_affine_is_measured_from_one_and_zero_and_never_trained(rm_trainer, 
 
 
 def test_samples_for_the_scale_are_drawn_as_ppo_draws_them(rm_trainer, make_model, ppo_trainer) -> None:
-    sft = frozen(make_model(GPT, seed=5))
+    sft = frozen(make_model("lm", seed=5))
     trainer = rm_trainer(sft=sft, normalise_prompts=9, temperature=0.8, response_length=7)
-    scale, ppo = trainer.scale, ppo_trainer(actor=make_model(GPT, seed=5), response_length=7, temperature=0.8)
+    scale, ppo = trainer.scale, ppo_trainer(actor=make_model("lm", seed=5), response_length=7, temperature=0.8)
     rollouts = ppo.rollouts.sample(scale.prompts, scale.seeds)
     assert scale.samples.prompts() == rollouts.prompts() and scale.samples.responses() == rollouts.responses()
     own = [example.prompt_ids[0].tolist() for example in trainer.train]
@@ -176,7 +179,7 @@ def test_epochs_and_tokens_per_second_of_a_step(rm_trainer, monkeypatch) -> None
 
 
 def test_scores_that_do_not_vary_are_an_error(rm_trainer, make_model) -> None:
-    model = make_model(GPTRewardModel)
+    model = make_model("reward")
     torch.nn.init.zeros_(model.head.weight)
     with pytest.raises(RunStopped, match="step 0: cannot normalise scores of mean .*no checkpoint has been saved yet"):
         rm_trainer(model=model).fit()
@@ -207,7 +210,7 @@ def test_best_is_the_lowest_loss_and_has_a_scale_of_its_own(rm_trainer) -> None:
     assert describe(step)["normalised"]["step"] == 0 != describe(step)["step"]  # training goes on with the first one
     assert final["normalised"] == {"step": 15, "samples": 16, "temperature": 1.0, "response_length": 8}
     for folder in ("best", "final"):
-        model = GPTRewardModel.from_checkpoint(trainer.run / folder).eval()
+        model = load_checkpoint(trainer.run / folder, "reward").eval()
         rows = trainer.scale.samples
         scores = model(rows.ids, rows.att, right_padded=True).detach()
         assert float(scores.mean()) == pytest.approx(0, abs=1e-5)

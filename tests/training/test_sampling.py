@@ -7,7 +7,6 @@ from setups import EOS, VOCAB, LetterTokenizer, prompt_examples
 
 from config.configs import SFTConfig
 from models.generation import Generation
-from models.gpt import GPTActor
 from training import sampling
 from training.sampling import Sampler, compact, join, state_columns
 
@@ -16,7 +15,7 @@ PAD = VOCAB
 
 @pytest.fixture
 def actor(make_model):
-    return make_model(GPTActor, std=0.1)
+    return make_model("actor", std=0.1)
 
 
 def sampler(runtime, batch_size: int = 4, response_length: int = 8) -> Sampler:

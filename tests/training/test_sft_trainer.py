@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from every_family import EVERY, GPT2_ALONE
 from setups import EOS, VOCAB, Examples, assert_equal_weights, random_ids, read_metrics, response, sft_examples, weights
 
+from models.families import load_checkpoint, new_model
 from models.generation import generate
-from models.gpt import GPT, GPTActor, GPTCritic
 from models.weights.checkpoint import describe
 from training import held_out, loop, trainers
 from training.experience import ActorCritic
@@ -19,6 +20,8 @@ from training.sampling import MicroBatch
 from training.trainers import sft_targets
 from utils.data.batching import collate_sft
 from utils.data.examples import SFTExample
+
+FAMILIES = EVERY
 
 
 @torch.no_grad()
@@ -67,11 +70,12 @@ def test_evaluation_is_the_loss_per_response_token(sft_trainer) -> None:
     assert len(samples) == 7 and all(set(row) == {"step", "prompt", "response"} for row in samples)
 
 
+@GPT2_ALONE
 def test_evaluation_has_no_dropout_and_disturbs_nothing(sft_trainer, make_model) -> None:
     finals = []
     for eval_every in (1, 100):
         torch.manual_seed(0)
-        trainer = sft_trainer(model=make_model(GPT, dropout=0.2, std=0.1), eval_every=eval_every, max_steps=4, lr=1e-2)
+        trainer = sft_trainer(model=make_model("lm", dropout=0.2, std=0.1), eval_every=eval_every, max_steps=4, lr=1e-2)
         trainer.fit()
         finals.append(weights(trainer.model))
         losses = [line["eval/loss"] for line in read_metrics(trainer.run) if "eval/loss" in line]
@@ -112,15 +116,16 @@ def test_sum_of_logprobs_is_the_sft_loss(sft_trainer, make_model) -> None:
     n = batch.length - batch.prompt_len
     rmask = torch.arange(int(n.max())) < n[:, None]
     micro = MicroBatch(torch.arange(5), batch.ids, batch.att, rmask, at, batch.ids.flatten()[at + 1])
-    actor = GPTActor(trainer.model.config)
+    actor = new_model(trainer.model.config, "actor")
     actor.load_state_dict(trainer.model.state_dict())
     with torch.no_grad():
-        logp, _, _ = ActorCritic(actor.eval(), make_model(GPTCritic))(micro, 1.0)
+        logp, _, _ = ActorCritic(actor.eval(), make_model("critic"))(micro, 1.0)
         assert float(logp.sum()) == pytest.approx(-float(trainer.token_loss_sum(batch)), abs=1e-4)
     for row, example in enumerate(examples):
         assert float(logp[row].sum()) == pytest.approx(-naive_loss(trainer.model.eval(), [example])[0], abs=1e-4)
 
 
+@GPT2_ALONE
 @pytest.mark.slow
 def test_the_learning_rate_is_stepped_once_an_optimizer_step(sft_trainer) -> None:
     """Peak 1e-4, end 1e-5, 10 steps of warm-up, 110 in all; with two micro-batches a step."""
@@ -158,7 +163,7 @@ def test_the_best_model_by_held_out_loss_is_kept(sft_trainer) -> None:
     assert 0 < best < 12
     kept = describe(trainer.run / "best")
     assert (kept["step"], kept["eval/loss"]) == (best, losses[best])
-    model = GPT.from_checkpoint(trainer.run / "best").eval()
+    model = load_checkpoint(trainer.run / "best").eval()
     total, count = naive_loss(model, trainer.validation)
     assert total / count == pytest.approx(losses[best], abs=1e-5)
     assert describe(trainer.run / "final")["step"] == 12

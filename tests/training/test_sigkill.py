@@ -23,6 +23,12 @@ COMMANDS = {
     "rm": "-p sft_base --config gpt2-nano/lora --max-steps 8 --warmup-steps 2 --eval-every 4 --save-every 3",
     "ppo": "-a sft_base -c rm_base --max-steps 5 --eval-every 2 --save-every 2 --kl-target 0.1 --kl-horizon 20",
 }
+# The chain of the three stages for a LLaMA: each starts from what the one before has left after its kills.
+LLAMA = {
+    "sft": "--config llama-nano --max-steps 6 --warmup-steps 2 --eval-every 4 --save-every 2",
+    "rm": "-p sft_hit --config llama-nano/lora --max-steps 6 --warmup-steps 2 --eval-every 4 --save-every 2",
+    "ppo": "-a sft_hit -c rm_hit --config llama-nano/lora --max-steps 4 --eval-every 2 --save-every 2",
+}
 
 
 def life(stage: str, arguments: str, runs: Path, out: Path) -> None:
@@ -52,13 +58,25 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_killed_at_random_moments(stage: str, runs: Path, processes, tmp_path) -> None:
-    assert call(stage, f"-n whole {COMMANDS[stage]}", runs).code == 0
+    run_and_kill(stage, COMMANDS[stage], runs, processes, tmp_path)
+
+
+def test_killed_in_every_stage_of_a_llama(processes, tmp_path) -> None:
+    runs = tmp_path / "runs"
+    for stage, words in LLAMA.items():
+        run_and_kill(stage, words, runs, processes, tmp_path)
+
+
+def run_and_kill(stage: str, words: str, runs: Path, processes, tmp_path: Path) -> None:
+    """A run that is never stopped, and one that is killed some three times: they end alike."""
+    whole = call(stage, f"-n whole {words}", runs)
+    assert whole.code == 0, whole.err
     chance, kills = random.Random(stage), 0
     for attempt in range(40):
         out = tmp_path / f"{attempt}"
-        child = processes.Process(target=life, args=(stage, f"-n hit {COMMANDS[stage]} --resume auto", runs, out))
+        child = processes.Process(target=life, args=(stage, f"-n hit {words} --resume auto", runs, out))
         child.start()
         steps = len(lines(runs, stage))
         patience = time.monotonic() + 60

@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import torch
 
 from config.configs import PPOConfig, RMConfig, RunConfig, SFTConfig, stage_defaults
+from config.model_configs import get_configs
 from experiments.bench.ours import endless, made_up_rows, made_up_tokenizer, random_ids, write_in_a_process_of_its_own
 from experiments.bench.work import Work, answer, peak_gb
 from training.engine.runtime import Runtime
@@ -79,7 +80,7 @@ def stage_config(case: Case, folder: Path) -> RunConfig:
 def run_stage(case: Case, config: RunConfig, folder: Path) -> int:
     """Train as the stage's script does, on made-up rows that are all of full length."""
     runtime = Runtime(config.device, config.dtype, config.seed)
-    tokenizer = made_up_tokenizer(50257)
+    tokenizer = made_up_tokenizer(get_configs(case.preset).vocab_size)
     ids = random_ids(4 * case.rows, case.length, tokenizer.vocab_size)
     run = folder / "run"
     run.mkdir()

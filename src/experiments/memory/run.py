@@ -1,8 +1,8 @@
 """Memory of every preset and stage, as planned; and the plan held against measured runs.
 
 python src/experiments/main.py -t memory                   # the table of docs/memory.md: peaks on a 16 GB GPU
-python src/experiments/main.py -t memory --check           # GPT-2 124M on this CPU: planned and measured peaks
-python src/experiments/main.py -t memory --check --only ppo
+python src/experiments/main.py -t memory --check           # 124M and 135M on this CPU: planned and measured peaks
+python src/experiments/main.py -t memory --check --only 'ppo smollm2-135m/lora'
 python src/experiments/main.py -t memory --check --device cuda
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from config.configs import SFTConfig, stage_defaults
 from config.devices import choose_device, choose_dtype
-from config.model_configs import get_configs
+from config.model_configs import PRESETS, get_configs
 from config.user_error import UserError
 from experiments import markdown
 from experiments.memory.check import STAGES, Case
@@ -28,7 +28,7 @@ from training.memory.plan import Sources
 from training.memory.preflight import MARGIN, Planner
 
 CHILD = Path(__file__).with_name("check.py")
-SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+CHECKED = ("gpt2", "gpt2/lora", "smollm2-135m", "smollm2-135m/lora")
 TOLERANCE = 0.15
 
 
@@ -64,8 +64,8 @@ def run(parser: argparse.ArgumentParser, rest: list[str]) -> int:
 
 
 def presets() -> list[str]:
-    """GPT-2's sizes with and without adapters; a /dropout variant needs what the plain one does."""
-    return [size + variant for size in SIZES for variant in ("", "/lora")]
+    """Every size with and without adapters; a /dropout variant needs what the plain one does."""
+    return [name for name in PRESETS if not name.endswith("/dropout") and "-nano" not in name]
 
 
 def cell(stage: str, preset: str, gb: float) -> Cell:
@@ -91,12 +91,13 @@ def table(gb: float) -> str:
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
-    """GPT-2 124M: every stage, all weights and LoRA, both precisions, short and long rows; and recomputed blocks.
+    """The smallest of each family: every stage, all weights and LoRA, both precisions, short and long rows; and
+    recomputed blocks.
 
     Half precision is bf16, or fp16 on a GPU that only emulates it.
     """
     half = "fp16" if choose_dtype("auto", device) == "fp16" else "bf16"
-    every = itertools.product(((8, 128), (4, 512)), STAGES, ("gpt2", "gpt2/lora"), (half, "fp32"))
+    every = itertools.product(((8, 128), (4, 512)), STAGES, CHECKED, (half, "fp32"))
     for (rows, length), stage, preset, dtype in every:
         yield Case(stage, preset, dtype, rows, length, device=device)
     yield Case("sft", "gpt2", half, 4, 512, activation_checkpointing=True, device=device)

@@ -9,27 +9,64 @@ of matrix products: 2 bytes per number in bf16 and fp16, 4 in fp32. "Wide" is fp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 
-from config.model_configs import ModelConfig
+from config.model_configs import GPTConfig, LlamaConfig, ModelConfig
 from models.families import new_model
 from models.lora import freeze_weights, is_adapter, round_frozen
 
-# What one block keeps of each token for its backward pass, in tensors of d channels. Adapters change nothing: without
-# them a projection's weight gradient needs its input, with them the gradient of A needs the same input.
-KEPT_IN_PRODUCT_TYPE = {
-    "input of c_attn (or of its adapter)": 1,
-    "queries, keys, values": 3,
-    "attention's output, which is the input of c_proj": 1,
-    "input of c_fc": 1,
-    "input of GELU, or on a CPU its derivative": 4,
-    "input of the second c_proj": 4,
-}
-KEPT_WIDE = {"input of ln_1": 1, "input of ln_2": 1}
+
+@dataclass(frozen=True)
+class Kept:
+    """Numbers that one block keeps of each token for its backward pass, by what they are.
+
+    Adapters change little: without them a projection's weight gradient needs its input, with them the gradient of A
+    needs the same input.
+    """
+
+    in_product_type: dict[str, int]
+    wide: dict[str, int]
+
+
+def _gpt2(model: GPTConfig, copied_heads: bool, norms_train: bool) -> Kept:
+    d = model.n_embd
+    in_product_type = {
+        "input of c_attn (or of its adapter)": d,
+        "queries, keys, values": 3 * d,
+        "attention's output, which is the input of c_proj": d,
+        "input of c_fc": d,
+        "input of GELU, or on a CPU its derivative": 4 * d,
+        "input of the second c_proj": 4 * d,
+    }
+    return Kept(in_product_type, {"inputs of ln_1 and ln_2": 2 * d, "their means and deviations": 4})
+
+
+def _llama(model: LlamaConfig, copied_heads: bool, norms_train: bool) -> Kept:
+    d, queries = model.n_embd, model.n_head * model.head_dim
+    in_product_type = {
+        "input of q_proj, k_proj and v_proj": d,
+        "queries": queries,  # rotated; rotations keep nothing of what they turn
+        "keys, values": 2 * (queries if copied_heads else model.n_kv_head * model.head_dim),
+        "attention's output, which is the input of o_proj": queries,
+        "input of gate_proj and up_proj": d,
+        "gate, silu(gate), up, and the input of down_proj": 4 * model.n_inner,
+    }
+    normed = 2 * d if norms_train else 0  # RMSNorm multiplies by its weights last
+    return Kept(in_product_type, {"inputs of the two norms": 2 * d, "normed": normed, "inverse roots": 2})
+
+
+BLOCK_KEEPS: dict[str, Callable[[Any, bool, bool], Kept]] = {"gpt2": _gpt2, "llama": _llama}
+"""What a block of each family keeps.
+
+Arguments: the config; whether attention takes keys and values copied to as many heads as queries have (it does but for
+flash attention on a GPU: `models.kernels.attention`); whether weights of norms train.
+"""
 DROPOUT_MASKS = 2  # behind each of the two output projections, in the product's type
 ATTENTION_DROPOUT = 3  # on a CPU: tensors [rows, heads, L, L] of attention written out (counted in fp32; fewer in bf16)
 
@@ -48,13 +85,18 @@ TABLE_WORK = 2  # gradients of a token table that trains, [V, d] wide, at the sa
 HEAP_HOLES, HEAP_HOLES_OF_ADAPTERS = {2: 0.4, 4: 0.3}, {2: 0.45, 4: 0.38}
 
 
-def kept_per_token(model: ModelConfig, dtype: torch.dtype, device: str, length: int) -> int:
-    """Bytes that one block keeps of one token of a row of `length`, for the backward pass."""
-    d, size = model.n_embd, dtype.itemsize
-    kept = d * (sum(KEPT_IN_PRODUCT_TYPE.values()) * size + sum(KEPT_WIDE.values()) * 4)
-    kept += 4 * (model.n_head + 4)  # attention's log-sum per head, mean and deviation of two LayerNorms
+def kept_per_token(model: ModelConfig, dtype: torch.dtype, device: str, length: int, method: str) -> int:
+    """Bytes that one block keeps of one token of a row of `length`, for the backward pass.
+
+    dtype: of the products. method: of `freeze_weights`, or "frozen".
+    """
+    size = dtype.itemsize
+    copied_heads = device == "cpu" or dtype != torch.bfloat16  # flash attention: bf16, and newer GPUs, which have bf16
+    found = BLOCK_KEEPS[model.family](model, copied_heads, method in ("none", "last_block"))
+    kept = sum(found.in_product_type.values()) * size + sum(found.wide.values()) * 4
+    kept += 4 * model.n_head  # attention's log-sums
     if model.dropout:
-        kept += d * DROPOUT_MASKS * size
+        kept += model.n_embd * DROPOUT_MASKS * size
         if device == "cpu":
             kept += ATTENTION_DROPOUT * model.n_head * length * size
     elif device == "cpu" and dtype == torch.bfloat16:
@@ -82,7 +124,7 @@ class Weights:
     own: int  # bytes of frozen adapters and heads
     trained_matrices: int  # numbers in the projections' weights
     all_matrices: int
-    table: int  # numbers in the token table
+    table: int  # numbers in the table that projects onto the vocabulary
     table_trains: bool
 
     @property
@@ -109,7 +151,7 @@ def count_weights(role: str, model: ModelConfig, method: str, dtype: torch.dtype
     frozen = {name: p.nbytes for name, p in module.named_parameters() if not p.requires_grad}
     own = sum(size for name, size in frozen.items() if is_adapter(name) or name.startswith("head."))
     matrices = [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
-    table = module.token_table
+    table = module.output_table
     return Weights(
         trained=sum(trains.values()),
         trained_adapters=sum(count for name, count in trains.items() if is_adapter(name)),

@@ -247,9 +247,9 @@ def _rollout(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dt
     sizes = (config.batch_size, config.tokens_per_micro_batch, config.activation_checkpointing)
     together = max(1, min(wanted, cached_tokens(model.block_size, *sizes) // longest))
     cached = cache_dtype(device, product).itemsize
-    cache = 2 * model.n_layer * together * (longest - 1) * model.n_embd * cached
+    cache = 2 * model.n_layer * together * (longest - 1) * model.n_kv_head * model.head_dim * cached
     # The prompts' pass: one block in work, and the stream.
-    kept = counts.kept_per_token(replace(model, dropout=0.0), product, device, longest)
+    kept = counts.kept_per_token(replace(model, dropout=0.0), product, device, longest, "frozen")
     prompts = together * max(1, longest - new) * (kept + counts.stream_per_token(model))
     logits = counts.SAMPLED_LOGIT_BYTES * together * model.vocab_size
     stored = wanted * (longest * 18 + new * 33) if isinstance(config, PPOConfig) else 0
@@ -267,7 +267,7 @@ def _passes(config: RunConfig, roles: list[Role], rows: Rows, product: torch.dty
     activations = in_work = gradients = casts = tables = 0
     for role in training:
         w, d = role.weights(product), role.config.n_embd
-        kept = rows.tokens * counts.kept_per_token(role.config, product, device, rows.longest)
+        kept = rows.tokens * counts.kept_per_token(role.config, product, device, rows.longest, role.method)
         stream = rows.tokens * counts.stream_per_token(role.config)
         blocks = counts.blocks_that_keep(role.config, role.method)
         recomputes = role.config.activation_checkpointing

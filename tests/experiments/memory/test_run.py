@@ -7,7 +7,7 @@ import pytest
 
 from config.user_error import UserError
 from experiments.memory import run as memory
-from experiments.memory.run import STAGES, cases, cell, presets, table
+from experiments.memory.run import CHECKED, STAGES, cases, cell, presets, table
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,10 @@ def test_the_document_holds_the_table_of_the_command(capsys) -> None:
 
 def test_every_preset_with_adapters_fits_16_gb_in_every_stage_and_the_document_names_the_rest() -> None:
     fits = {(stage, preset): cell(stage, preset, 16.0).fits for stage in STAGES for preset in presets()}
-    assert all(fits[stage, preset] for stage, preset in fits if preset.endswith("/lora") or preset == "gpt2")
     too_large = {(stage, preset) for (stage, preset), fit in fits.items() if not fit}
-    large = {(stage, preset) for stage in STAGES for preset in ("gpt2-large", "gpt2-xl")}
-    assert too_large == large | {("ppo", "gpt2-medium")}
+    never = ("gpt2-large", "gpt2-xl", "smollm2-1.7b", "tinyllama-1.1b", "llama-3.2-1b")
+    large = {(stage, preset) for stage in STAGES for preset in never}
+    assert too_large == large | {("ppo", "gpt2-medium"), ("ppo", "smollm2-360m")}
 
 
 def test_a_larger_gpu_holds_more() -> None:
@@ -37,7 +37,7 @@ def test_a_larger_gpu_holds_more() -> None:
 
 def test_cases_cover_stages_training_and_precision() -> None:
     assert {(c.stage, c.preset, c.dtype) for c in cases()} == {
-        (stage, preset, dtype) for stage in STAGES for preset in ("gpt2", "gpt2/lora") for dtype in ("bf16", "fp32")
+        (stage, preset, dtype) for stage in STAGES for preset in CHECKED for dtype in ("bf16", "fp32")
     }
 
 

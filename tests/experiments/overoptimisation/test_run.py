@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from every_family import EVERY
 from tiny_runs import make_runs
 
 from config.user_error import UserError
@@ -33,8 +34,8 @@ def flags(run, *words):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_runs(tmp_path_factory.mktemp("runs"))
+def run(tmp_path_factory, family):
+    return make_runs(tmp_path_factory.mktemp("runs"), family=family)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,7 @@ def grader(run):
     return Grader(text_model(found.sft), proxy_of(found, Machine(), None), words, prompts, Sampling(1.0, 8, 0))
 
 
+@pytest.mark.parametrize("family", EVERY, indirect=True, scope="session")
 def test_from_the_command_line_to_the_picture(run, tmp_path, capsys, monkeypatch):
     where = ["--runs-dir", str(run.parent), "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["main.py", "-t", "overoptimisation", "ppo_t", *SMALL, *where])

@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from every_family import EVERY
 
-from models.gpt import TransformerDecoderBlock
 from training.engine.compiling import compile_blocks
 
+FAMILIES = EVERY
 pytestmark = pytest.mark.slow
-
-
-def blocks(model) -> list[TransformerDecoderBlock]:
-    return [m for m in model.modules() if isinstance(m, TransformerDecoderBlock)]
 
 
 def bf16():
@@ -25,13 +22,13 @@ def test_compiled_blocks_compute_what_they_did(make_model, monkeypatch) -> None:
     names, random = list(model.state_dict()), torch.get_rng_state()
     with bf16():
         plain = model.hidden(ids, right_padded=True)
-    (expected,) = torch.autograd.grad(plain.float().square().sum(), model.transformer.wpe.weight)
+    (expected,) = torch.autograd.grad(plain.float().square().sum(), model.token_table)
     assert compile_blocks(model, bf16)
     assert torch.equal(torch.get_rng_state(), random) and list(model.state_dict()) == names
     assert all(p.grad is None for p in model.parameters())
     with bf16():
         ours = model.hidden(ids, right_padded=True)
-    (found,) = torch.autograd.grad(ours.float().square().sum(), model.transformer.wpe.weight)
+    (found,) = torch.autograd.grad(ours.float().square().sum(), model.token_table)
     torch.testing.assert_close(ours, plain, atol=5e-2, rtol=2e-2)
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
@@ -48,4 +45,4 @@ def test_where_it_fails_the_model_stays_as_it_was(make_model, monkeypatch, capsy
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "no compiler found" in told and "going on without" in told
     assert torch.equal(model.hidden(ids), plain)
-    assert all(block._compiled_call_impl is None for block in blocks(model))
+    assert all(block._compiled_call_impl is None for block in model.blocks)

@@ -195,7 +195,7 @@ def break_reference(trainer, iteration: int) -> None:
         there = any(row[: len(marked)].tolist() == marked for row in ids)
         return out * math.nan if there and trainer.step == iteration - 1 and trainer.policy.training else out
 
-    trainer.rollouts.reference.transformer.register_forward_hook(hook)
+    trainer.rollouts.reference.trunk.register_forward_hook(hook)
 
 
 def break_loss(trainer, iteration: int, monkeypatch) -> None:

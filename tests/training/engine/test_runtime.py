@@ -8,7 +8,6 @@ import torch
 from setups import assert_equal_weights, weights
 from torch import nn
 
-from models.gpt import GPT
 from training.engine.runtime import Interrupt, Runtime, adamw, set_lr, trainable
 
 
@@ -79,7 +78,7 @@ def test_micro_steps_add_up(runtime) -> None:
 
 
 def test_weight_decay_touches_matrices_only(make_model) -> None:
-    model = make_model(GPT)
+    model = make_model()
     frozen_name, frozen = next(iter(model.named_parameters()))
     frozen.requires_grad_(False)
     optimizer = adamw(

@@ -7,10 +7,10 @@ import torch
 from setups import LetterTokenizer
 
 from config.configs import PPOConfig, RMConfig, SFTConfig, stage_defaults
-from config.model_configs import GPTConfig, get_configs
+from config.model_configs import ModelConfig, get_configs
 from models.cache import KVCache
+from models.families import load_checkpoint, new_model
 from models.generation import generate
-from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import save_model
 from training.engine.runtime import adamw, trainable
 from training.memory.plan import ALWAYS, MemoryPlan, Rows, Sources, plan_memory
@@ -27,24 +27,27 @@ def item(plan: MemoryPlan, name: str) -> float:
     return sum(item.bytes for item in plan.items if item.name == name)
 
 
-def plan(stage, preset: str, device: str = "cuda", dtype: str = "bf16", reward: GPTConfig | None = None, **settings):
+def plan(stage, preset: str, device: str = "cuda", dtype: str = "bf16", reward: ModelConfig | None = None, **settings):
     config, sizes = replace(stage_defaults(stage, preset), **settings), get_configs(preset)
     return plan_memory(config, Sources(sizes, reward or (sizes if stage is PPOConfig else None)), device, dtype, 0.0)
 
 
-@pytest.mark.parametrize("rm_preset", ["gpt2-nano", "gpt2-nano/lora"])
-@pytest.mark.parametrize("preset", ["gpt2-nano", "gpt2-nano/lora"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_weights_and_optimizer_of_ppo_are_those_of_its_real_roles(tmp_path, rm_preset, preset, dtype) -> None:
+@pytest.mark.parametrize("rm_variant", ["", "/lora"])
+@pytest.mark.parametrize("variant", ["", "/lora"])
+@pytest.mark.parametrize(("stem", "dtype"), [("gpt2-nano", "fp32"), ("gpt2-nano", "bf16"), ("llama-nano", "bf16")])
+def test_weights_and_optimizer_of_ppo_are_those_of_its_real_roles(tmp_path, stem, rm_variant, variant, dtype) -> None:
     """Shared tensors count once, in the models that are loaded as in the plan that never loads them."""
+    preset, rm_preset = stem + variant, stem + rm_variant
     tokenizer, description = LetterTokenizer(), {"stage": "sft", "template": PromptTemplate().to_dict()}
     small = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=50, embedding_rows=50)
+    if stem == "llama-nano":
+        small |= dict(n_kv_head=1, n_inner=24, head_dim=6, tied=False)
     torch.manual_seed(0)
-    save_model(GPT(replace(get_configs("gpt2-nano"), **small)), tmp_path / "sft", description)
-    reward = GPTRewardModel.from_checkpoint(tmp_path / "sft", get_configs(rm_preset), adapters="fresh")
+    save_model(new_model(replace(get_configs(stem), **small)), tmp_path / "sft", description)
+    reward = load_checkpoint(tmp_path / "sft", "reward", get_configs(rm_preset), adapters="fresh")
     with torch.no_grad():
         for name, p in reward.named_parameters():
-            if "lora" not in rm_preset or name.endswith("lora_B"):
+            if not rm_variant or name.endswith("lora_B"):
                 p.add_(0.01)
     save_model(reward, tmp_path / "rm", description)
     for name in ("sft", "rm"):
@@ -73,10 +76,11 @@ def test_weights_and_optimizer_of_ppo_are_those_of_its_real_roles(tmp_path, rm_p
     assert item(made, "gradients") == sum(p.grad.numel() * 4 for p in params)
 
 
-def test_keys_and_values_are_those_of_the_cache(monkeypatch) -> None:
+@pytest.mark.parametrize("preset", ["gpt2-nano", "llama-nano"])
+def test_keys_and_values_are_those_of_the_cache(monkeypatch, preset) -> None:
     """The cache that `generate` makes: 128 rows of 47 columns, in fp32 on a CPU even where products are in bf16."""
-    options = get_configs("gpt2-nano")
-    config = replace(stage_defaults(PPOConfig, "gpt2-nano"), response_length=16, max_length=48, eval_examples=8)
+    options = get_configs(preset)
+    config = replace(stage_defaults(PPOConfig, preset), response_length=16, max_length=48, eval_examples=8)
     made, allocate, seen = plan_memory(config, Sources(options, None), "cpu", "bf16", 0.0), KVCache.allocate, []
 
     def keep(*args):
@@ -85,7 +89,7 @@ def test_keys_and_values_are_those_of_the_cache(monkeypatch) -> None:
 
     monkeypatch.setattr(KVCache, "allocate", keep)
     with torch.autocast("cpu", torch.bfloat16):
-        generate(GPT(options), [[1] * 32] * 128, max_new_tokens=16, eos_id=-1)
+        generate(new_model(options), [[1] * 32] * 128, max_new_tokens=16, eos_id=-1)
     assert item(made, "keys and values") == sum(x.nbytes for x in seen[0].keys + seen[0].values)
     on_gpu = plan_memory(config, Sources(options, None), "cuda", "bf16", 0.0)
     assert item(on_gpu, "keys and values") == item(made, "keys and values") / 2

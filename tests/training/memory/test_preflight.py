@@ -89,6 +89,9 @@ def test_a_start_tells_its_peak_and_stops_over_budget_before_anything_is_made(tm
         (stage_defaults(PPOConfig, "gpt2-medium"), 16, {"config"}),
         (stage_defaults(RMConfig, "gpt2-large"), 16, {"config"}),
         (stage_defaults(SFTConfig, "gpt2-xl/lora"), 6.0, {"activation_checkpointing"}),
+        (stage_defaults(SFTConfig, "smollm2-1.7b"), 16, {"config"}),
+        (stage_defaults(RMConfig, "tinyllama-1.1b"), 16, {"config"}),
+        (stage_defaults(PPOConfig, "llama-3.2-1b"), 16, {"config", "tokens_per_micro_batch"}),
     ],
 )  # fmt: skip
 def test_every_flag_that_is_named_really_fits_and_the_cheapest_comes_first(config: RunConfig, gb, first) -> None:

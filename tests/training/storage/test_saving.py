@@ -13,7 +13,7 @@ import torch
 from setups import LetterTokenizer, assert_equal_weights, weights
 
 from config.user_error import RunStopped, UserError
-from models.gpt import GPT, GPTCritic
+from models.families import load_checkpoint
 from models.weights.checkpoint import describe
 from training.storage.saving import STATE, Saver, capture_rng, load_state, newest_whole, restore_rng
 from utils.runs.durable import Disk
@@ -22,7 +22,7 @@ from utils.runs.manifest import fault_of
 
 
 def saver(folder, make_model, keep: int = 2, **models) -> Saver:
-    return Saver(folder, models or {"": make_model(GPT)}, LetterTokenizer(), {"stage": "sft"}, keep)
+    return Saver(folder, models or {"": make_model()}, LetterTokenizer(), {"stage": "sft"}, keep)
 
 
 def test_the_newest_steps_are_kept(tmp_path, make_model) -> None:
@@ -35,7 +35,7 @@ def test_the_newest_steps_are_kept(tmp_path, make_model) -> None:
 
 
 def test_final_and_best_stand_beside_them_and_are_replaced_whole(tmp_path, make_model) -> None:
-    actor, critic = make_model(GPT), make_model(GPTCritic, seed=1)
+    actor, critic = make_model(), make_model("critic", seed=1)
     writer = saver(tmp_path, make_model, **{"": actor, "critic": critic})
     writer.save_best(3, "eval/loss", 1.5)
     (tmp_path / "best" / "left-over").write_text("of the last best")
@@ -52,8 +52,8 @@ def test_final_and_best_stand_beside_them_and_are_replaced_whole(tmp_path, make_
         "tokenizer",
     ]
     assert (tmp_path / "final" / STATE).is_file()
-    assert_equal_weights(weights(GPT.from_checkpoint(tmp_path / "final")), weights(actor))
-    assert_equal_weights(weights(GPTCritic.from_checkpoint(tmp_path / "final" / "critic")), weights(critic))
+    assert_equal_weights(weights(load_checkpoint(tmp_path / "final")), weights(actor))
+    assert_equal_weights(weights(load_checkpoint(tmp_path / "final" / "critic", "critic")), weights(critic))
 
 
 class Broken(Disk):
@@ -86,7 +86,7 @@ class Broken(Disk):
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EIO])
 def test_a_save_that_fails_anywhere_leaves_a_whole_checkpoint(tmp_path, make_model, reason: int, monkeypatch) -> None:
-    model = make_model(GPT)
+    model = make_model()
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     for moment in range(200):
         run = tmp_path / str(moment)
@@ -151,7 +151,7 @@ def test_a_torn_checkpoint_is_not_counted_not_deleted_and_not_written_over(tmp_p
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
 def test_a_save_makes_no_second_copy_of_the_tensors(tmp_path, make_model) -> None:
-    model = make_model(GPT, n_embd=256, n_head=4, vocab_size=5000)
+    model = make_model("lm", n_embd=256, n_head=4, vocab_size=5000)
     size = sum(p.nbytes for p in model.parameters())
     state = {"step": 1, "moments": [torch.zeros_like(p) for p in model.parameters()]}
     writer = saver(tmp_path, make_model, **{"": model})

@@ -15,8 +15,8 @@ from utils.runs.manifest import MANIFEST, fault_of, write_manifest
 @pytest.fixture
 def checkpoint(tmp_path, make_model) -> Path:
     folder = tmp_path / "checkpoint"
-    save_model(make_model(GPT), folder, {"sealed": True})
-    save_model(make_model(GPTCritic), folder / "critic", {"sealed": True})
+    save_model(make_model(), folder, {"sealed": True})
+    save_model(make_model("critic"), folder / "critic", {"sealed": True})
     (folder / "state").write_bytes(bytes(1000))
     write_manifest(folder / MANIFEST)
     return folder
@@ -83,7 +83,7 @@ def test_a_checkpoint_without_its_manifest_is_half_copied(checkpoint, tmp_path, 
     for cls, folder in ((GPT, checkpoint), (GPTCritic, checkpoint / "critic")):
         with pytest.raises(UserError, match="half copied; copy the whole checkpoint folder"):
             cls.from_checkpoint(folder)
-    save_model(make_model(GPT), tmp_path / "plain")  # a model folder on its own has none
+    save_model(make_model(), tmp_path / "plain")  # a model folder on its own has none
     GPT.from_checkpoint(tmp_path / "plain")
 
 
