@@ -8,6 +8,7 @@ d channels, V vocabulary, B rows, P prompt and T response tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from experiments.bench.work import Work
 
@@ -22,12 +23,16 @@ class Hardware:
     matrix_flops: float
 
 
-def block_weights(sizes: dict[str, int]) -> int:
-    """Matrix elements of all blocks: 12 L d^2."""
-    return 12 * sizes["n_layer"] * sizes["n_embd"] ** 2
+def block_weights(sizes: dict[str, Any]) -> int:
+    """Matrix elements of all blocks: 12 L d^2 of a GPT-2; of a LLaMA what its heads and its inner width make."""
+    d = sizes["n_embd"]
+    if sizes["family"] == "gpt2":
+        return 12 * sizes["n_layer"] * d**2
+    heads = 2 * sizes["head_dim"] * (sizes["n_head"] + sizes["n_kv_head"])
+    return sizes["n_layer"] * d * (heads + 3 * sizes["n_inner"])
 
 
-def head_weights(sizes: dict[str, int]) -> int:
+def head_weights(sizes: dict[str, Any]) -> int:
     """Matrix elements of the output projection: V d."""
     return sizes["vocab_size"] * sizes["n_embd"]
 

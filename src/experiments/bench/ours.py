@@ -300,7 +300,7 @@ def read_bandwidth(count: int) -> float:
     return 4 * len(data) / probe_seconds(data.sum)
 
 
-def weights_pass(sizes: dict[str, int], batch: int, packed: bool = False) -> float:
+def weights_pass(sizes: dict[str, Any], batch: int, packed: bool = False) -> float:
     """Measured seconds of the matrix products of one decoding step and nothing else, each weight read once.
 
     The plain read's bound takes arithmetic for free; this one does not. `packed`: in the layout that oneDNN reads

@@ -50,15 +50,29 @@ def absence(peer: str) -> str:
     return ""
 
 
-def gpt2_config(work: Work):
+def peer_config(work: Work):
     """The transformers configuration of the work's model, without dropout."""
-    from transformers import GPT2Config
+    from transformers import GPT2Config, LlamaConfig
 
-    sizes = {key: work.sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes = work.sizes
     end = sizes["vocab_size"] - 1
-    tokens = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return GPT2Config(n_positions=work.sizes["block_size"], num_labels=1, **sizes, **tokens, **no_dropout)
+    same = dict(vocab_size=end + 1, num_labels=1, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    if sizes["family"] == "gpt2":
+        same |= {key: sizes[key] for key in ("n_layer", "n_head", "n_embd")}
+        return GPT2Config(n_positions=sizes["block_size"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **same)
+    rope = {"rope_type": "default", "rope_theta": sizes["rope_theta"]}  # a stretch costs nothing
+    return LlamaConfig(
+        hidden_size=sizes["n_embd"], intermediate_size=sizes["n_inner"], num_hidden_layers=sizes["n_layer"],
+        num_attention_heads=sizes["n_head"], num_key_value_heads=sizes["n_kv_head"], head_dim=sizes["head_dim"],
+        max_position_embeddings=sizes["block_size"], tie_word_embeddings=sizes["tied"], rope_parameters=rope, **same,
+    )  # fmt: skip
+
+
+def language_model(work: Work):
+    """transformers' language model with random weights."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(peer_config(work))
 
 
 def random_ids(rows: int, length: int, vocab_size: int) -> torch.Tensor:
@@ -88,10 +102,9 @@ def product_types():
 def transformers_sampling(work: Work) -> dict[str, Any]:
     """Tokens per second of `generate` with its default cache, all weights in bf16."""
     import torch
-    from transformers import GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(gpt2_config(work)).to(torch.bfloat16).eval()
+    model = language_model(work).to(torch.bfloat16).eval()
     model.generation_config.eos_token_id = None  # every row takes its full length
     prompts = random_ids(work.batch, work.prompt, model.config.vocab_size)
     everything = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=work.new)
@@ -110,9 +123,7 @@ def transformers_sampling(work: Work) -> dict[str, Any]:
 def sft_model(work: Work) -> tuple[torch.nn.Module, Callable]:
     """The peer's model, and its own loss of (model, ids); nanoGPT's wants inputs and targets apart."""
     if not work.peer.startswith("nanogpt"):
-        from transformers import GPT2LMHeadModel
-
-        return GPT2LMHeadModel(gpt2_config(work)), lambda model, ids: model(ids, labels=ids).loss
+        return language_model(work), lambda model, ids: model(ids, labels=ids).loss
     sys.path.insert(0, os.environ[NANOGPT])
     from model import GPT, GPTConfig  # nanoGPT's model.py
 
@@ -188,23 +199,23 @@ def trl_models(work: Work) -> dict[str, Any]:
     """
     import torch
     from peft import LoraConfig, inject_adapter_in_model
-    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+    from transformers import AutoModelForSequenceClassification
 
-    config = gpt2_config(work)
-    policy = GPT2LMHeadModel(config)
-    value, reward = GPT2ForSequenceClassification(config), GPT2ForSequenceClassification(config)
+    is_gpt2 = work.sizes["family"] == "gpt2"
+    policy = language_model(work)
+    value, reward = (AutoModelForSequenceClassification.from_config(peer_config(work)) for _ in range(2))
     reward.requires_grad_(False)
     reference, peft = None, None
     if work.preset.endswith("/lora"):
-        adapters = {"r": work.sizes["lora_rank"], "lora_alpha": work.sizes["lora_alpha"], "fan_in_fan_out": True}
-        adapters |= {"target_modules": ["c_attn", "c_proj", "c_fc"]}
+        adapters = {"r": work.sizes["lora_rank"], "lora_alpha": work.sizes["lora_alpha"], "fan_in_fan_out": is_gpt2}
+        adapters |= {"target_modules": ["c_attn", "c_proj", "c_fc"] if is_gpt2 else "all-linear"}
         peft = LoraConfig(**adapters, task_type="CAUSAL_LM")
         policy.requires_grad_(False)  # PEFT would do it: the adapters to come train
         if work.peer == "trl_critic":
             inject_adapter_in_model(LoraConfig(**adapters), value)
             value.score.requires_grad_(True)
     else:
-        reference = GPT2LMHeadModel(config).requires_grad_(False)
+        reference = language_model(work).requires_grad_(False)
         reference.load_state_dict(policy.state_dict())
     roles = {"model": policy, "ref_model": reference, "reward_model": reward, "value_model": value}
     for parameter in (p for model in roles.values() if model is not None for p in model.parameters()):

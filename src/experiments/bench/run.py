@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,9 @@ def child(script: str, work: Work, python: str, environment: dict[str, str] | No
         raise RuntimeError(f"exit code {done.returncode}: {lines[-1][:300]}") from None
 
 
-def sizes_of(preset: str) -> dict[str, int]:
-    """A preset's sizes as plain numbers, for the peers and the bounds."""
-    config = get_configs(preset)
-    wanted = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "lora_rank", "lora_alpha")
-    return {key: getattr(config, key) for key in wanted}
+def sizes_of(preset: str) -> dict[str, Any]:
+    """A preset's sizes as plain values, for the peers and the bounds."""
+    return asdict(get_configs(preset))
 
 
 def measure_bounds() -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Work:
     aim: float = 0.0
     tuned: bool = True
     profiled: bool = False
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def faster_is_larger(self) -> bool:
@@ -80,6 +80,8 @@ _PPO_TITLE = "PPO iteration, batch 8, 64 + 64 tokens, 4 epochs, bf16, "
 _SFT = Work("sft", "sft", "", peer="transformers_compiled", batch=4, prompt=1, new=511, warmup=2, repeats=6)
 _PPO = Work("ppo_lora", "ppo", "", SECONDS, "trl", "gpt2/lora", repeats=1)
 
+_LLAMA = "SmolLM2 135M: "
+
 WORKS = (
     Work("sampling_b8", "sampling", "sampling, batch 8, 64 + 64 tokens, bf16", peer="transformers", aim=2),
     Work("sampling_b32", "sampling", "sampling, batch 32, 64 + 64 tokens, bf16", peer="transformers", batch=32, aim=2),
@@ -89,6 +91,12 @@ WORKS = (
     replace(_SFT, title=f"{_SFT_TITLE} (peer compiled)", aim=1.3),
     replace(_SFT, name="sft_eager", peer="transformers_eager", title=f"{_SFT_TITLE} (peer eager)"),
     replace(_SFT, name="sft_nanogpt", peer="nanogpt_compiled", title=f"{_SFT_TITLE} (nanoGPT, compiled)"),
+    Work("llama_sampling_b8", "sampling", f"{_LLAMA}sampling, batch 8, 64 + 64 tokens, bf16", peer="transformers",
+         preset="smollm2-135m", aim=1.8),
+    Work("llama_sampling_b32", "sampling", f"{_LLAMA}sampling, batch 32, 64 + 64 tokens, bf16", peer="transformers",
+         preset="smollm2-135m", batch=32, aim=1.8),
+    replace(_PPO, name="llama_ppo_lora", preset="smollm2-135m/lora", title=f"{_LLAMA}{_PPO_TITLE}LoRA r=8", aim=2.7),
+    replace(_SFT, name="llama_sft", preset="smollm2-135m", title=f"{_LLAMA}{_SFT_TITLE} (peer compiled)", aim=1.17),
     Work("demo_rollout", "rollout", "rollout of the offline demo, 128 prompts, fp32", preset="gpt2-nano", batch=128),
 )  # fmt: skip
 

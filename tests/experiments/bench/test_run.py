@@ -23,7 +23,7 @@ from experiments.bench.bounds import Hardware
 from experiments.bench.table import WITH_DEFAULTS, Row, as_json, gpu_markdown, markdown, scaling_markdown
 from experiments.bench.work import SECONDS, WORKS, Work, gpu_works, scaling_works
 from experiments.main import Parser
-from models.gpt import GPT
+from models.families import new_model
 
 pytestmark = pytest.mark.slow
 
@@ -316,12 +316,18 @@ def test_the_table_of_a_gpu_holds_every_preset_and_says_what_did_not_fit():
     assert re.search(r"SFT step \| 1,000 tokens/s \| 1% \| 10.00 GB", text) and "| out of memory |" in text
 
 
-def test_bounds_count_the_weights_of_a_real_model():
-    sizes = bench.sizes_of("gpt2")
+@pytest.mark.parametrize("preset", ["gpt2", "smollm2-135m", "llama-3.2-1b"])
+def test_bounds_count_the_weights_of_a_real_model(preset):
+    sizes = bench.sizes_of(preset)
     with torch.device("meta"):
-        model = GPT(get_configs("gpt2"))
+        model = new_model(get_configs(preset))
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "wpe" not in n)
     assert bench_bounds.block_weights(sizes) + bench_bounds.head_weights(sizes) == matrices
+
+
+def test_bounds_are_those_of_the_weights():
+    sizes = bench.sizes_of("gpt2")
+    matrices = bench_bounds.block_weights(sizes) + bench_bounds.head_weights(sizes)
     sampling, full = (replace(w, sizes=sizes) for w in (WORKS[0], WORKS[4]))
     lora = replace(full, preset="gpt2/lora")
     hardware = Hardware(bandwidth=2.0 * matrices, matrix_flops=1e12)  # one pass over the weights a second
