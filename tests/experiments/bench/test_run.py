@@ -23,7 +23,7 @@ from experiments.bench.bounds import Hardware
 from experiments.bench.table import WITH_DEFAULTS, Row, as_json, gpu_markdown, markdown, scaling_markdown
 from experiments.bench.work import SECONDS, WORKS, Work, gpu_works, scaling_works
 from experiments.main import Parser
-from models.families import new_model
+from models.families import load_checkpoint, new_model
 
 pytestmark = pytest.mark.slow
 
@@ -73,8 +73,8 @@ def test_ppo_of_ours_shares_one_base_and_samples_full_responses(tmp_path, monkey
     for preset, shared in (("gpt2-nano/lora", True), ("gpt2-nano", False)):
         folder = tmp_path / preset
         bench_ours.write_checkpoints(replace(TINY, preset=preset), folder)
-        sft = GPT.from_checkpoint(folder / "sft", get_configs("gpt2-nano"))
-        reward = bench_ours.GPTRewardModel.from_checkpoint(folder / "rm")
+        sft = load_checkpoint(folder / "sft", config=get_configs("gpt2-nano"))
+        reward = load_checkpoint(folder / "rm", "reward")
         name = "transformer.h.0.mlp.c_fc.weight"
         assert torch.equal(sft.state_dict()[name], reward.state_dict()[name]) is shared
         if shared:
