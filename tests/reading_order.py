@@ -21,6 +21,7 @@ TOTAL = re.compile(r"[\d,]+(?= lines, the core)")
 # What one iteration of PPO goes through, in the order in which it is read best.
 CORE = [
     ("models/gpt.py", "the model: attention, blocks, positions from the mask; the classes of the roles"),
+    ("models/trunk.py", "the blocks one after another"),
     ("models/lora.py", "adapters, freezing, one frozen base for all roles"),
     ("models/roles.py", "a trunk with a scalar head: critic, reward model"),
     ("models/vocabulary.py", "log-probabilities from the output projection, block by block"),
@@ -50,8 +51,9 @@ ROOMS = {
     "utils/judging": "who decides between two answers, and the figures that come of it",
     "utils/runs": "what a run writes, and how it is found again",
     "utils/tokenizers": "between the forms of a byte-level BPE",
-    "models": "GPT-2, its roles, LoRA, sampling",
+    "models": "GPT-2 and LLaMA, their roles, LoRA, sampling",
     "models/cpu": "what makes a CPU fast",
+    "models/gpu": "what is a GPU's alone",
     "models/weights": "model folders, from and to Hugging Face's form",
     "inference": "answers of models to prompts",
     "training": "the three stages",
@@ -62,9 +64,11 @@ ROOMS = {
     "experiments/bench": "speed and memory beside other libraries",
     "experiments/demo": "`make demo` and the tables of its results",
     "experiments/doctor": "what is wrong with a run",
+    "experiments/export": "a run as a folder of transformers, held against the run",
     "experiments/gpu": "all that only a GPU can tell, in one command",
     "experiments/memory": "the plan of memory, and the plan held against measured runs",
     "experiments/overoptimisation": "proxy and gold reward over the distance from SFT",
+    "experiments/smollm2": "RLHF on a real language model, offline",
 }
 # As the layers stand: a folder uses itself and those before it.
 LAYERS = ("config", "utils", "models", "inference", "training", "experiments")
