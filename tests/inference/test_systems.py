@@ -7,7 +7,7 @@ import pytest
 
 from config.user_error import UserError
 from inference.systems import System, common_template, find_reward_model, find_systems, run_around
-from models.gpt import GPT
+from models.families import load_checkpoint
 from utils.template import PromptTemplate
 from utils.tokenizer import get_tokenizer
 
@@ -19,7 +19,7 @@ def runs(tiny_runs, tmp_path_factory):
     """Runs of all stages, and a Hugging Face folder beside them."""
     root = tmp_path_factory.mktemp("systems") / "runs"
     shutil.copytree(tiny_runs, root)
-    model = GPT.from_checkpoint(root / f"sft_t_{TIME}" / "final")
+    model = load_checkpoint(root / f"sft_t_{TIME}" / "final")
     model.save_pretrained(root / "hf", 1023)
     get_tokenizer("demo").export_huggingface(root / "hf")
     return root

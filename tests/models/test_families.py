@@ -280,6 +280,25 @@ def test_recomputation_leaves_the_cache_alone(make_model, random_rows):
     torch.testing.assert_close(model.hidden(ids[:, 9:], None, cache)[:, 0], model.hidden(ids)[:, 9], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_the_loss_sends_its_gradients_where_those_of_the_logits_go(make_model, random_rows, method):
+    """To the table that projects onto the vocabulary, one of its own or not; with adapters neither table trains."""
+    ids, found = random_rows([20])[0][None], []
+    for by_blocks in (False, True):
+        model = make_model(lora_rank=2).train()
+        model.freeze_weights(method)
+        if by_blocks:
+            model(ids, at=torch.arange(19), targets=ids[0, 1:]).backward()
+        else:
+            F.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="sum").backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        for table in (model.token_table, model.output_table):
+            assert (table.grad is not None) == (method == "none")
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("role", ["actor", "critic"])
 def test_asking_for_some_columns_gives_those_of_all(make_model, padded, random_rows, role, checkpointing):

@@ -53,8 +53,9 @@ def test_sampler_and_training_see_the_same_policy_after_steps(ppo_trainer, make_
 def started(tmp_path_factory):
     """An SFT and a reward model for PPO to start from."""
     folder = tmp_path_factory.mktemp("runs")
-    assert call("sft", "-n base", folder).code == 0
-    assert call("rm", "-n base -p sft_base", folder).code == 0
+    for model in EVERY:
+        assert call("sft", f"-n {model} --config {model}-nano", folder).code == 0
+        assert call("rm", f"-n {model} -p sft_{model} --config {model}-nano", folder).code == 0
     return folder
 
 
@@ -62,17 +63,19 @@ WAYS = {
     "full": "",
     "last-block": "--freeze last_block",
     "recomputed": "--activation-checkpointing",
-    "lora": "--config gpt2-nano/lora",
-    "lora-shared": "--config gpt2-nano/lora --share-adapter",
-    "lora-recomputed": "--config gpt2-nano/lora --activation-checkpointing",
+    "lora": "--config {}-nano/lora",
+    "lora-shared": "--config {}-nano/lora --share-adapter",
+    "lora-recomputed": "--config {}-nano/lora --activation-checkpointing",
 }
+OF_EACH = [("gpt2", way) for way in WAYS] + [("llama", way) for way in ("full", "lora-shared", "lora-recomputed")]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_keeps_the_invariants_of_ppo(started, way, half) -> None:
+@pytest.mark.parametrize(("model", "way"), OF_EACH)
+def test_every_way_to_train_keeps_the_invariants_of_ppo(started, model, way, half) -> None:
     """The loop checks them: responses come from the policy that trains, whose ratio is 1 before its first step."""
     device, dtype = half
-    flags = f"-a sft_base -c rm_base --dtype {dtype} --lr 3e-2 --critic-lr 1e-2 --max-steps 4 {WAYS[way]}"
+    flags = WAYS[way].format(model) or f"--config {model}-nano"
+    flags += f" -a sft_{model} -c rm_{model} --dtype {dtype} --lr 3e-2 --critic-lr 1e-2 --max-steps 4"
     result = call("ppo", f"-n {way} {flags}", started, device)
     assert result.code == 0, result.err
     lines = [line for line in read_metrics(newest(started, f"ppo_{way}")) if "objective/kl" in line]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from every_family import EVERY
 from judge_server import judge_server
 
 from config.user_error import run_main
@@ -89,6 +90,7 @@ def error(outcome) -> str:
 THREE = "-s sft_t -p ppo_t -v sft_vanilla_t"
 
 
+@pytest.mark.parametrize("family", EVERY, indirect=True, scope="session")
 def test_the_gold_judge_on_all_kinds_of_systems(call, runs, tmp_path):
     rows = "".join(json.dumps({"prompt": p, "response": "Tea is a drink."}) + "\n" for p in PROMPTS)
     (tmp_path / "made.jsonl").write_text(rows)
@@ -146,6 +148,7 @@ def test_prompts_and_decoding(call, runs):
     assert data["systems"]["ppo"]["mean_tokens"] <= 4
 
 
+@pytest.mark.parametrize("family", EVERY, indirect=True, scope="session")
 def test_a_reward_model_and_a_function_as_judges(call, runs, prompts, tmp_path):
     (tmp_path / "mine.py").write_text("def short(prompts, answers):\n    return [-float(len(a)) for a in answers]\n")
     code, _, _ = call(f"-s sft_t -p ppo_t --judge {tmp_path}/mine.py:short --prompts", str(prompts))

@@ -91,7 +91,7 @@ def kept_per_token(model: ModelConfig, dtype: torch.dtype, device: str, length: 
     dtype: of the products. method: of `freeze_weights`, or "frozen".
     """
     size = dtype.itemsize
-    copied_heads = device == "cpu" or dtype != torch.bfloat16  # flash attention: bf16, and newer GPUs, which have bf16
+    copied_heads = device == "cpu" or dtype != torch.bfloat16  # as in models.kernels.attention
     found = BLOCK_KEEPS[model.family](model, copied_heads, method in ("none", "last_block"))
     kept = sum(found.in_product_type.values()) * size + sum(found.wide.values()) * 4
     kept += 4 * model.n_head  # attention's log-sums
