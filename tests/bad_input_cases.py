@@ -716,6 +716,25 @@ FETCHED = [
     Case("a file in the place of the models", FETCH, named("models", b"x")),
 ]  # fmt: skip
 
+SMOLLM2 = "main -t smollm2 --runs-dir RUNS --model MODEL"
+
+
+def theirs_in_name(world: World) -> None:
+    """MODEL looks like a model; in FILE no row has a pair."""
+    world.model.mkdir()
+    (world.model / "config.json").write_text("{}")
+    world.file.write_text('{"prompt": "a"}\n')
+
+
+SMOLLM2S = [
+    Case("a model that was not fetched", SMOLLM2),
+    Case("preferences without pairs", f"{SMOLLM2} --part preferences", theirs_in_name),
+    Case("pairs in a file that is not there", f"{SMOLLM2} --part preferences --dataset HERE/no.jsonl", theirs_in_name),
+    Case("a file in which nothing is a pair", f"{SMOLLM2} --part preferences --dataset FILE", theirs_in_name),
+    Case("a flag of `train_ppo.py` that it does not have",
+         f"{SMOLLM2} --part preferences --dataset FILE --kl 1", theirs_in_name),
+]  # fmt: skip
+
 EVALUATE = "evaluate -s sft_tiny -p ppo_tiny"
 ELSEWHERE = f"{EVALUATE} --yes --base-url https://judge.example/v1"
 NO_WAY = dict.fromkeys(
@@ -763,5 +782,6 @@ SECTIONS: dict[str, list[Case]] = {
     "Reward functions": REWARDS,
     "Exports": EXPORTS,
     "Models from packages": FETCHED,
+    "SmolLM2": SMOLLM2S,
     "Judges": JUDGES,
 }

@@ -34,10 +34,10 @@ EXITS = {"make demo": 2, "-t results": 1, "-t doctor": 3}
 LEFT_OUT = {
     r"pip install|jupyter lab": "installs from an index, and opens a browser",
     r"make demo": "the first test below",
-    r"make (test|lint|bench)|python -m pytest": "what runs this test, or installs other packages",
+    r"make (test|lint|bench|smollm2)|python -m pytest": "what runs this test, or installs other packages",
     r"tensorboard --logdir": "a server that does not end",
     r"-t results .*kl0 lora$": "the same with --parallel 3 is in docs/results.md",
-    r"-t bench|-t soak|-t gpu|-t memory --check": "measures for minutes; tests/experiments",
+    r"-t bench|-t soak|-t gpu|-t smollm2|-t memory --check": "measures for minutes; tests/experiments",
     r"tests/mutation.py|doctor/broken_runs.py": "minutes to hours; tests/experiments/doctor reads what the latter made",
     r"cd openrlhf": "counts lines of another repository",
 }  # fmt: skip

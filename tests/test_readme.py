@@ -126,7 +126,7 @@ class OnlyParses(tasks.Parser):
 
     def parse_known_args(self, *args, **kwargs):
         namespace, rest = super().parse_known_args(*args, **kwargs)
-        if self.prog.startswith("main.py -t soak"):
+        if self.prog.startswith(("main.py -t soak", "main.py -t smollm2")):
             assert not rest
             raise Parsed
         return namespace, rest

@@ -14,6 +14,7 @@ doctor     what is wrong with a run of any stage, from its figures, and what to 
 memory     what every preset and stage needs on a GPU; --check: the plan against measured runs
 bench      speed and memory beside transformers and TRL (what `make bench` runs)
 gpu        all that only a GPU can tell, in minutes: tests, demo, speed, memory, transformers beside it, profiles
+smollm2    RLHF on a real language model: friendly reviews by a lexicon, or answers that people prefer
 soak       PPO killed at random moments and gone on with: the bits of an undisturbed run, steady memory
 """
 
@@ -30,7 +31,7 @@ from config.user_error import UserError, run_main  # noqa: E402
 
 QUICK_LOOKS = ("gpt", "reward", "dataset", "tokenizer", "loss")
 FILES = ("fetch", "soak")
-ROOMS = ("export", "overoptimisation", "doctor", "memory", "bench", "gpu")
+ROOMS = ("export", "overoptimisation", "doctor", "memory", "bench", "gpu", "smollm2")
 TASKS = {
     **{task: ("quick_looks", f"look_at_{task}") for task in QUICK_LOOKS},
     **{task: ("demo.run", f"run_{task}") for task in ("demo", "results")},
