@@ -218,3 +218,15 @@ def test_an_untied_output_is_saved_trained_and_not_in_other_roles(tmp_path):
         started = load_checkpoint(tmp_path, role)
         assert not any("output" in name for name, _ in started.named_parameters())
         assert torch.equal(started.token_table, model.token_table)
+
+
+def test_adapters_stand_on_the_seven_projections_and_on_no_table():
+    config = get_configs("llama-nano/lora")
+    model = new_model(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if "lora_" in name}
+    places = {name.split(".", 3)[3].rsplit(".", 1)[0] for name in shapes}
+    attention, mlp = (f"self_attn.{x}_proj" for x in "qkvo"), (f"mlp.{x}_proj" for x in ("gate", "up", "down"))
+    assert places == {*attention, *mlp} and len(shapes) == 2 * 7 * config.n_layer
+    assert shapes["model.layers.0.self_attn.k_proj.lora_B"] == (config.n_kv_head * config.head_dim, config.lora_rank)
+    model.freeze_weights("lora")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(shapes)
