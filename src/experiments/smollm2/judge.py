@@ -39,7 +39,7 @@ class Answers:
         return {
             **{f"{name}": float(getattr(self, name).mean()) for name in ("gold", "proxy", "kl", "tokens")},
             **{f"{name}_ci": bootstrap_interval(getattr(self, name).mean(1)) for name in ("gold", "proxy", "kl")},
-            "gold_sd": float(self.gold.std()),
+            **{f"{name}_sd": float(getattr(self, name).std()) for name in ("gold", "proxy")},
             "perplexity": math.exp(self.surprise.sum() / self.tokens.sum()),
             "ended": float(np.mean([answer.ended for answer in self.answers])),
             **text_degeneracy([answer.text.split() for answer in self.answers]),

@@ -80,19 +80,21 @@ def _cell(text: str) -> str:
 
 
 def draw_course(part: str, results: list[dict[str, Any]], path: Path) -> None:
-    """Both rewards over the KL to the SFT model, a line a seed."""
+    """Both rewards over the KL, above the SFT model's mean in deviations of its answers; a line a seed."""
     figure = Figure(figsize=(6.6, 4.4))
     axes = figure.subplots()
     for i, result in enumerate(results):
         course = [{**result["sft"], "kl": 0.0, "step": 0}, *result["course"]]
         kl = [row["kl"] for row in course]
         for reward, colour in _COLOURS.items():
-            low, high = ([row[f"{reward}_ci"][end] for row in course] for end in (0, 1))
+            mean, deviation = result["sft"][reward], result["sft"][f"{reward}_sd"]
+            points = [(row[reward], *row[f"{reward}_ci"]) for row in course]
+            values, low, high = zip(*(((value - mean) / deviation for value in point) for point in points))
             label = {"proxy": "proxy: what PPO is trained on", "gold": "gold: never trained on"}[reward]
-            axes.plot(kl, [row[reward] for row in course], "o-", color=colour, label=None if i else label)
+            axes.plot(kl, values, "o-", color=colour, label=None if i else label)
             axes.fill_between(kl, low, high, color=colour, alpha=0.13, linewidth=0)
     axes.set_xlabel("KL to the SFT model, nats per response")
-    axes.set_ylabel("mean reward")
+    axes.set_ylabel("above the SFT model, in deviations of its answers")
     axes.set_title(f"SmolLM2-135M, {part}: {results[0]['prompts']} held-out prompts", fontsize=10.5, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

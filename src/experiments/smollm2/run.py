@@ -76,7 +76,7 @@ def sentiment_stages(stem: str, model: str, device: str, continuations: Path) ->
     sft = ("-n", stem, "-p", model, *CONFIG, *FORM, "--dataset", str(continuations), "--max-length", "96")
     ppo = (
         "-n", stem, "-a", f"sft_{stem}", *CONFIG, "--dataset", str(OPENINGS), "--reward-fn", PROXY,
-        "--eval-reward-fn", GOLD, "--missing-eos-penalty", "0", *ppo_flags_of("sentiment", device),
+        "--eval-reward-fn", GOLD, "--missing-eos-penalty", "0", "--share-adapter", *ppo_flags_of("sentiment", device),
     )  # fmt: skip
     return [
         Stage("SFT", "train_sft.py", (*sft, "--global-batch-size", "16", "--lr", "5e-4", "--warmup-steps", "5")),

@@ -244,7 +244,7 @@ def test_accuracy_counts_ties_as_half_and_length_apart():
 
 def figures(**changed):
     pairs = {"pairs": 9, "accuracy": 0.62, "accuracy_ci": [0.6, 0.7], "longer_wins": 0.45, "longer_wins_ci": [0.4, 0.5]}
-    one = dict.fromkeys(("proxy", "gold", "tokens", "perplexity", "distinct_2", "ended", "gold_sd"), 1.0)
+    one = dict.fromkeys(("proxy", "gold", "tokens", "perplexity", "distinct_2", "ended", "gold_sd", "proxy_sd"), 1.0)
     one |= {"kl": 5.0, **{f"{name}_ci": [0.5, 1.5] for name in ("proxy", "gold", "kl")}}
     sample = {"prompt": "\n\nHuman: a | b\n\nAssistant:", "sft": "x\ny", "ppo": "z", "sft_gold": 0.1, "ppo_gold": 0.2}
     return {
