@@ -75,8 +75,6 @@ def bos_tokenizer(folder: Path) -> HuggingFaceTokenizer:
 def lively(model):
     """A random model whose answers differ from prompt to prompt, and from place to place."""
     if model.family == "llama":
-        for name, parameter in model.named_parameters():
-            parameter += float(name.endswith("norm.weight"))
         return model
     for table in (model.transformer.wte.weight, model.transformer.wpe.weight):
         table *= 3

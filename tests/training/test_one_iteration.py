@@ -16,9 +16,12 @@ LAYERS = ("config", "utils", "models", "inference", "training")
 # Entered as well, but nothing that a reader must follow to know what the batch becomes.
 BESIDE = {
     "config/configs.py": "holds settings",
+    "config/model_configs.py": "holds sizes",
     "utils/tokenizers/interface.py": "says which id is PAD",
     "utils/data/batching.py": "pads lists of ids and cuts lists of rows, without arithmetic on the batch",
     "models/causal_lm.py": "hands calls on, to the trunk in gpt.py and to vocabulary.py",
+    "models/trunk.py": "calls the blocks of gpt.py one after another",
+    "models/gpu/graphs.py": "says whether steps are recorded, which they are not",
     "models/cache.py": "keeps keys and values; makes masks, which compact rows need not",
     "models/lora.py": "calls torch's matrix product by way of kernels.py",
     "models/kernels.py": "one line of torch for each operation, and which faster form serves",

@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from config.user_error import UserError
 from experiments.graded_answers import Proxy, text_model
 from experiments.overoptimisation.run import PPORun
 from inference.answers import Answer, Machine, Sampling, TextModel, answer_logprobs, sample_answers
 from utils.judging.judges import Score
 from utils.metrics import text_degeneracy
+from utils.runs.finding import newest_run
 from utils.statistics import bootstrap_interval, paired_bootstrap, win_scores
 
 _SAMPLES = 10
@@ -154,7 +156,9 @@ def pair_accuracy(score: Score, pairs: list[tuple[tuple[str, str], tuple[str, st
     }  # fmt: skip
 
 
-def folder_of(run: Path | None) -> Path:
-    """The final checkpoint of a run that was just trained."""
-    assert run is not None, "the stage before ended without a run"
+def final_of(stem: str, runs_dir: str) -> Path:
+    """The final checkpoint of the newest run of a name; UserError where it has none."""
+    run = newest_run(stem, runs_dir)
+    if run is None or not (run / "final").is_dir():
+        raise UserError(f"--judge-only: {stem} has not been trained to its end; leave the flag out")
     return run / "final"

@@ -24,7 +24,7 @@ from experiments.demo.run import Stage, here, run_stage
 from experiments.graded_answers import text_model
 from experiments.overoptimisation.run import PPORun, held_out_prompts, proxy_of
 from experiments.smollm2.continuations import write_continuations
-from experiments.smollm2.judge import Examiner, folder_of, judge_run, pair_accuracy
+from experiments.smollm2.judge import Examiner, final_of, judge_run, pair_accuracy
 from experiments.smollm2.report import draw_course, report, verdict
 from inference.answers import Machine, Sampling, score_texts
 from inference.systems import load_reward_model
@@ -33,7 +33,6 @@ from utils.data.rows import BadRow, parse_row
 from utils.data.splits import SplitOptions
 from utils.reward_function import load_reward_function
 from utils.runs.durable import write_file
-from utils.runs.finding import newest_run
 from utils.runs.folder import REPO, runs_root, typed_path
 from utils.template import PromptTemplate
 
@@ -43,7 +42,7 @@ PROXY, GOLD = f"{REWARDS}:vader", f"{REWARDS}:textblob"
 MODEL = "smollm2-135m-instruct"
 CONFIG = ("--config", "smollm2-135m/lora")
 FORM = ("--template", "human-assistant")  # all that follows was measured in this form, and not in the model's own
-TOKENS = {"sentiment": 48, "preferences": 64}
+TOKENS = {"sentiment": 48, "preferences": 32}
 DRAWS = {"sentiment": 8, "preferences": 2}
 Rows = tuple[Path, ...]
 _PROMPTS, _PAIRS = 200, 400  # held-out ones at most, of a file
@@ -51,13 +50,14 @@ _REWARD_SHARE = 2 / 3  # of the conversations the reward model's file holds so m
 _JUDGE_SPLIT = SplitOptions(seed=1)  # another hash than the one that divides each of the two files
 _LONGEST_ROW = ("--max-length", "320")  # dialogues lose their beginning
 _PPO = (
-    "--ppo-epochs", "2", "--minibatches", "2", "--lr", "5e-4", "--critic-lr", "5e-4", "--temperature", "1",
-    "--kl-coef", "0.05", "--max-kl", "40", "--warmup-iterations", "2", "--eval-every", "10", "--keep", "20",
+    "--ppo-epochs", "2", "--minibatches", "2", "--lr", "1e-3", "--critic-lr", "1e-3", "--temperature", "1",
+    "--kl-coef", "0.05", "--max-kl", "40", "--warmup-iterations", "2", "--eval-every", "100", "--eval-examples", "16",
+    "--keep", "20",
 )  # fmt: skip
 # Iterations, rollouts of each, iterations between checkpoints: for two CPU cores, and for a GPU.
 _ROUNDS = {
-    ("sentiment", "cpu"): (40, 32, 10), ("sentiment", "gpu"): (40, 128, 5),
-    ("preferences", "cpu"): (16, 32, 8), ("preferences", "gpu"): (40, 64, 5),
+    ("sentiment", "cpu"): (24, 16, 6), ("sentiment", "gpu"): (40, 128, 5),
+    ("preferences", "cpu"): (6, 16, 3), ("preferences", "gpu"): (40, 64, 5),
 }  # fmt: skip
 
 
@@ -76,10 +76,12 @@ def sentiment_stages(stem: str, model: str, device: str, continuations: Path) ->
     sft = ("-n", stem, "-p", model, *CONFIG, *FORM, "--dataset", str(continuations), "--max-length", "96")
     ppo = (
         "-n", stem, "-a", f"sft_{stem}", *CONFIG, "--dataset", str(OPENINGS), "--reward-fn", PROXY,
-        "--eval-reward-fn", GOLD, "--missing-eos-penalty", "0", "--share-adapter", *ppo_flags_of("sentiment", device),
+        "--eval-reward-fn", GOLD, "--missing-eos-penalty", "0", "--share-adapter", "--max-length", "96",
+        *ppo_flags_of("sentiment", device),
     )  # fmt: skip
     return [
-        Stage("SFT", "train_sft.py", (*sft, "--global-batch-size", "16", "--lr", "5e-4", "--warmup-steps", "5")),
+        Stage("SFT", "train_sft.py", (*sft, "--global-batch-size", "16", "--lr", "1e-3", "--warmup-steps", "4",
+                                      "--max-steps", "20")),
         Stage("PPO", "train_ppo.py", ppo),
     ]
 
@@ -88,16 +90,16 @@ def preference_stages(stem: str, model: str, device: str, reward_rows: Path, jud
     """SFT, reward model and PPO on one part of the rows, and the judge, a reward model, on the other."""
     rows = ("--dataset", str(reward_rows), "--skip-bad-rows", *_LONGEST_ROW)
     sft = ("-n", stem, "-p", model, *CONFIG, *FORM, *rows, "--global-batch-size", "16", "--lr", "5e-4",
-           "--warmup-steps", "5")  # fmt: skip
+           "--warmup-steps", "2")  # fmt: skip
     rm = (*CONFIG, "--global-batch-size", "8", "--lr", "2e-4", "--warmup-steps", "5", "--temperature", "1",
-          "--normalise-prompts", "64")  # fmt: skip
+          "--normalise-prompts", "32", "--response-length", str(TOKENS["preferences"]))  # fmt: skip
     other = ("--dataset", str(judge_rows), "--skip-bad-rows", *_LONGEST_ROW)
     ppo = (
-        "-n", stem, "-a", f"sft_{stem}", "-c", f"rm_{stem}", *CONFIG, *rows, "--prompt-length", "192",
+        "-n", stem, "-a", f"sft_{stem}", "-c", f"rm_{stem}", *CONFIG, *rows, "--prompt-length", "128",
         *ppo_flags_of("preferences", device),
     )  # fmt: skip
     return [
-        Stage("SFT", "train_sft.py", (*sft, "--max-steps", "40")),
+        Stage("SFT", "train_sft.py", (*sft, "--max-steps", "10")),
         Stage("reward model", "train_rm.py", ("-n", stem, "-p", f"sft_{stem}", *rm, *rows)),
         Stage("judge", "train_rm.py", ("-n", f"{stem}_judge", "-p", f"sft_{stem}", *rm, *other)),
         Stage("PPO", "train_ppo.py", ppo),
@@ -161,7 +163,7 @@ def run_seed(
 
 def judge_sentiment(stem: str, _: Rows, machine: Machine, runs_dir: str, split: str) -> dict[str, Any]:
     """PPO against SFT on openings that neither has seen, by the other lexicon."""
-    run = PPORun.read(folder_of(newest_run(f"ppo_{stem}", runs_dir)).parent, runs_dir)
+    run = PPORun.read(final_of(f"ppo_{stem}", runs_dir).parent, runs_dir)
     start, sampling = text_model(run.sft), sampling_of(run)
     prompts = held_out_prompts(str(OPENINGS), start.template, _PROMPTS, split)
     proxy = proxy_of(run, machine, load_reward_function(PROXY, "--reward-fn"))
@@ -171,9 +173,9 @@ def judge_sentiment(stem: str, _: Rows, machine: Machine, runs_dir: str, split: 
 
 def judge_preferences(stem: str, rows: Rows, machine: Machine, runs_dir: str, split: str) -> dict[str, Any]:
     """PPO against SFT by the judge on prompts that no stage was trained on; both reward models on the other's pairs."""
-    run = PPORun.read(folder_of(newest_run(f"ppo_{stem}", runs_dir)).parent, runs_dir)
+    run = PPORun.read(final_of(f"ppo_{stem}", runs_dir).parent, runs_dir)
     scorers = [
-        score_texts(load_reward_model(folder_of(newest_run(f"rm_{name}", runs_dir)), "rm"), machine)
+        score_texts(load_reward_model(final_of(f"rm_{name}", runs_dir), "rm"), machine)
         for name in (stem, f"{stem}_judge")
     ]
     start, sampling = text_model(run.sft), sampling_of(run)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from config.configs import PRESETS, get_configs
+from config.model_configs import PRESETS, get_configs
 from config.user_error import UserError
 from experiments.bench import bounds
 from experiments.bench.work import Work
@@ -72,13 +73,14 @@ def test_part_3_measures_every_kind_of_work(tmp_path, capsys):
     assert found["gpt2-nano ppo"]["parts"] and found["gpt2-nano sampling"]["of_bandwidth"] > 0
     assert capsys.readouterr().out.count("part 3 | ") == len(found)
     page = (tmp_path / "table.md").read_text()
-    assert "## 3. " in page and "| gpt2-nano/lora | ppo | 0.5 |" in page and "torch " in page
+    assert "## 3. " in page and "| llama-nano/lora | ppo | 0.5 |" in page and "torch " in page
 
 
 def test_part_4_compares_the_same_weights(tmp_path):
     assert call(tmp_path, "--part", "4") == 0
     found = part(tmp_path, 4)["data"]["rows"]
-    assert set(found) == {"gpt2-nano sampling", "gpt2-nano SFT"} and all(row["ratio"] == 1 for row in found.values())
+    assert set(found) == {f"{preset} {kind}" for preset in ("gpt2-nano", "llama-nano") for kind in ("sampling", "SFT")}
+    assert all(row["ratio"] == 1 for row in found.values())
     assert found["gpt2-nano sampling"]["same_greedy_tokens"] == 1
     assert words(tmp_path, 4)["gpt2-nano sampling, transformers"] == "MISSED"
 
@@ -166,7 +168,7 @@ def test_works_are_those_of_presets_that_are_there(monkeypatch):
 def test_flops_of_a_model_are_those_of_the_benchmark(preset, kind):
     """Counted from a model's matrices, for any family; GPT-2's are also counted from its sizes."""
     config = get_configs(preset)
-    sizes = {key: getattr(config, key) for key in ("n_layer", "n_embd", "vocab_size")}
+    sizes = asdict(config)
     work = Work("w", kind, "", preset=preset, batch=4, prompt=8, new=4, sizes=sizes)
     per_unit = bounds.flops(work) * (works.step_tokens(work) if kind != "ppo" else 1)
     assert works.Sizes.of(GPT(config)).flops(work) == per_unit
