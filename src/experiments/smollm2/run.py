@@ -45,7 +45,7 @@ FORM = ("--template", "human-assistant")  # all that follows was measured in thi
 TOKENS = {"sentiment": 48, "preferences": 32}
 DRAWS = {"sentiment": 8, "preferences": 2}
 Rows = tuple[Path, ...]
-_PROMPTS, _PAIRS = 200, 200  # held-out ones at most, of a file
+_PROMPTS, _PAIRS = 200, 120  # held-out ones at most, of a file
 _REWARD_SHARE = 2 / 3  # of the conversations the reward model's file holds so many, the judge's the others
 _JUDGE_SPLIT = SplitOptions(seed=1)  # another hash than the one that divides each of the two files
 _LONGEST_ROW = ("--max-length", "320")  # dialogues lose their beginning
