@@ -92,7 +92,7 @@ def draw_course(part: str, results: list[dict[str, Any]], path: Path) -> None:
             values, low, high = zip(*(((value - mean) / deviation for value in point) for point in points))
             label = {"proxy": "proxy: what PPO is trained on", "gold": "gold: never trained on"}[reward]
             axes.plot(kl, values, "o-", color=colour, label=None if i else label)
-            axes.fill_between(kl, low, high, color=colour, alpha=0.13, linewidth=0)
+            axes.vlines(kl, low, high, color=colour, alpha=0.4, linewidth=2)  # the KL may go back: no band
     axes.set_xlabel("KL to the SFT model, nats per response")
     axes.set_ylabel("above the SFT model, in deviations of its answers")
     axes.set_title(f"SmolLM2-135M, {part}: {results[0]['prompts']} held-out prompts", fontsize=10.5, loc="left")
