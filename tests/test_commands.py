@@ -39,7 +39,7 @@ LEFT_OUT = {
     r"-t results .*kl0 lora$": "the same with --parallel 3 is in docs/results.md",
     r"-t bench|-t soak|-t gpu|-t smollm2|-t memory --check": "measures for minutes; tests/experiments",
     r"sft_smol |-n smol |sft_tiny |-n tiny ": "the hub's LLaMAs; docs/training.md has the same commands for a GPT-2",
-    r"-t fetch|pip download|smollm2-135m-instruct|smollm2_(sentiment|preferences)": "the package index, and the weights of SmolLM2-135M",
+    r"-t fetch|pip download|smollm2-135m-instruct|smollm2_(sentiment|preferences)": "the index, and SmolLM2's weights",
     r"tests/mutation.py|doctor/broken_runs.py": "minutes to hours; tests/experiments/doctor reads what the latter made",
     r"cd openrlhf": "counts lines of another repository",
 }  # fmt: skip
