@@ -101,6 +101,7 @@ def test_a_recording_that_fails_is_told_and_left_out(model, device, monkeypatch,
     def refused(*_, **__):
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    monkeypatch.setattr(graphs, "serves", lambda device: True)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", refused)
     graphs._tell.cache_clear()
     assert torch.equal(sampled(model, [5, 2], temperature=0.0).responses, expected.responses)
