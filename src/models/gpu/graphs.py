@@ -1,9 +1,9 @@
 """A piece of work on a GPU recorded as a CUDA graph: replayed, its kernels follow each other without Python in between.
 
 A decoding step of GPT-2 124M is some 240 kernels and one of SmolLM2-135M over a thousand, each of a few microseconds:
-the GPU waits for their launches three quarters of the time (an H100, docs/gpu.md). Recorded, sampling was 2.9 and 5.3
-times faster there, with the tokens of a growing cache; PPO has not been run with it. Until it has, it is off, and
-RLHF_GRAPHS=1 in the environment switches it on.
+the GPU waits for their launches three quarters of the time (an H100, docs/gpu.md). Recorded, GPT-2's sampling
+was 2.9 times faster there, with the tokens of a growing cache; PPO has not been run with it. Until it has, it is off,
+and RLHF_GRAPHS=1 in the environment switches it on.
 """
 
 from __future__ import annotations
