@@ -140,6 +140,7 @@ def test_buffers_of_old_files_are_passed_over(tmp_path):
     [
         (dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "stretched by 'yarn'.*llama3"),
         (dict(hidden_act="gelu"), "activation gelu; a LLaMA with silu is needed"),
+        (dict(rope_parameters=DEFAULT | {"partial_rotary_factor": 0.5}), "rotates a part of each head's channels"),
     ],
 )
 def test_what_we_do_not_compute_is_refused(tmp_path, change, message):

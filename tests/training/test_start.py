@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from scripts import call, newest, save_start
 
 from config.configs import SFTConfig
+from config.model_configs import get_configs
 from config.user_error import UserError
 from experiments.quick_looks import find_tokenizer, load_language_model
 from inference.systems import find_systems
 from models.gpt import GPT, GPTRewardModel
 from models.weights.checkpoint import describe, save_model
+from models.weights.huggingface import Pretrained
 from training.memory.sources import plan_sources
-from training.start import sft_start
+from training.start import check_family, sft_start
 from utils.tokenizer import get_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -279,3 +281,17 @@ def test_what_is_said_of_the_demos_vocabulary_is_so():
     tokenizer = get_tokenizer(DEMO)
     data = load_dataset("demo", "sft", "train", tokenizer, 192)
     assert round(characters_per_token(data, tokenizer), 1) == DEMO_CHARACTERS
+
+
+@pytest.mark.parametrize(
+    "channels, layers, expected", [(576, 30, "smollm2-135m"), (2048, 16, "llama-3.2-1b"), (128, 3, "llama-nano")]
+)
+def test_a_model_of_another_family_than_the_preset_names_the_nearest_preset(tmp_path, channels, layers, expected):
+    """By its config.json alone, before any weight is read."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=channels, num_hidden_layers=layers, num_attention_heads=4, vocab_size=100)
+    found = Pretrained("somewhere/llama", "somewhere/llama", config, tmp_path)
+    with pytest.raises(UserError, match=f"^-p somewhere/llama: holds a LLaMA, .*give --config {expected} or "):
+        check_family(found, get_configs("gpt2/lora"))
+    check_family(found, get_configs("smollm2-360m"))
