@@ -9,7 +9,7 @@ from models.causal_lm import CausalLM
 from models.gpt import GPT, GPTActor, GPTCritic, GPTRewardModel
 from models.llama import Llama, LlamaActor, LlamaCritic, LlamaRewardModel
 from models.weights.checkpoint import saved_config
-from models.weights.huggingface import describe_pretrained
+from models.weights.huggingface import describe_pretrained, load_described
 
 FAMILIES: dict[str, dict[str, type[CausalLM]]] = {
     "gpt2": {"lm": GPT, "actor": GPTActor, "critic": GPTCritic, "reward": GPTRewardModel},
@@ -40,5 +40,5 @@ def load_pretrained(
 
     `models.weights.huggingface.load_pretrained` says what `config` and `vocab_size` do, and when it raises a UserError.
     """
-    family = describe_pretrained(name_or_path).form.family
-    return FAMILIES[family]["lm"].from_pretrained(name_or_path, config, vocab_size)
+    found = describe_pretrained(name_or_path)
+    return load_described(FAMILIES[found.form.family]["lm"], found, config, vocab_size)

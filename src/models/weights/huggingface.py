@@ -56,9 +56,14 @@ def load_pretrained(
         UserError: not found (offline, say), damaged, of another family, or one with parts that this model does not
             have.
     """
-    name = str(name_or_path)
-    found = describe_pretrained(name)
-    form = found.form
+    return load_described(cls, describe_pretrained(str(name_or_path)), config, vocab_size)
+
+
+def load_described(
+    cls: type[Model], found: Pretrained, config: ModelConfig | None = None, vocab_size: int | None = None
+) -> Model:
+    """`load_pretrained` of a model that was found and checked already."""
+    name, form = found.name, found.form
     if form.family != cls.family:
         raise UserError(f"-p {name}: holds {form.what}; {_what(cls.family)} is needed")
     rows = found.config.vocab_size
